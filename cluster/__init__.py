@@ -1,0 +1,1 @@
+"""Runs the roles: Ray actor pools, command line, model preparation."""

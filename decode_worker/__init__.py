@@ -1,0 +1,1 @@
+"""Receives KV caches and writes answers, token by token, with continuous batching."""

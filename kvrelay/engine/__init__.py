@@ -1,0 +1,1 @@
+"""Runs a transformers model over a paged KV pool."""

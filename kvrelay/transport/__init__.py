@@ -1,0 +1,1 @@
+"""Carries KV blocks from a prefill worker to a decode worker."""

@@ -1,0 +1,223 @@
+from kvrelay.wire import transfer_pb2 as _transfer_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class FailureCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FAILURE_CODE_UNSPECIFIED: _ClassVar[FailureCode]
+    FAILURE_CODE_INVALID: _ClassVar[FailureCode]
+    FAILURE_CODE_EXHAUSTED: _ClassVar[FailureCode]
+    FAILURE_CODE_PEER_LOST: _ClassVar[FailureCode]
+    FAILURE_CODE_EXPIRED: _ClassVar[FailureCode]
+    FAILURE_CODE_INTERNAL: _ClassVar[FailureCode]
+
+class Ending(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ENDING_NONE: _ClassVar[Ending]
+    ENDING_EOS: _ClassVar[Ending]
+    ENDING_LENGTH: _ClassVar[Ending]
+FAILURE_CODE_UNSPECIFIED: FailureCode
+FAILURE_CODE_INVALID: FailureCode
+FAILURE_CODE_EXHAUSTED: FailureCode
+FAILURE_CODE_PEER_LOST: FailureCode
+FAILURE_CODE_EXPIRED: FailureCode
+FAILURE_CODE_INTERNAL: FailureCode
+ENDING_NONE: Ending
+ENDING_EOS: Ending
+ENDING_LENGTH: Ending
+
+class WorkerInfo(_message.Message):
+    __slots__ = ("protocol_version", "instance_id", "layout", "blocks_total", "max_model_tokens")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    instance_id: str
+    layout: _transfer_pb2.KvLayout
+    blocks_total: int
+    max_model_tokens: int
+    def __init__(self, protocol_version: _Optional[int] = ..., instance_id: _Optional[str] = ..., layout: _Optional[_Union[_transfer_pb2.KvLayout, _Mapping]] = ..., blocks_total: _Optional[int] = ..., max_model_tokens: _Optional[int] = ...) -> None: ...
+
+class Sampling(_message.Message):
+    __slots__ = ("temperature", "top_k", "top_p", "seed", "max_tokens", "eos_token_ids")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    TOP_P_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    max_tokens: int
+    eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., seed: _Optional[int] = ..., max_tokens: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Cancel(_message.Message):
+    __slots__ = ("key",)
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    key: int
+    def __init__(self, key: _Optional[int] = ...) -> None: ...
+
+class Failed(_message.Message):
+    __slots__ = ("key", "code", "message")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    key: int
+    code: FailureCode
+    message: str
+    def __init__(self, key: _Optional[int] = ..., code: _Optional[_Union[FailureCode, str]] = ..., message: _Optional[str] = ...) -> None: ...
+
+class PrefillCommand(_message.Message):
+    __slots__ = ("prefill", "cancel")
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    prefill: Prefill
+    cancel: Cancel
+    def __init__(self, prefill: _Optional[_Union[Prefill, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+
+class Prefill(_message.Message):
+    __slots__ = ("key", "prompt_token_ids", "sampling", "ticket")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    key: int
+    prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    sampling: Sampling
+    ticket: _transfer_pb2.Ticket
+    def __init__(self, key: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., ticket: _Optional[_Union[_transfer_pb2.Ticket, _Mapping]] = ...) -> None: ...
+
+class PrefillEvent(_message.Message):
+    __slots__ = ("info", "started", "first_token", "handed_off", "failed", "load")
+    INFO_FIELD_NUMBER: _ClassVar[int]
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    HANDED_OFF_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    info: WorkerInfo
+    started: PrefillStarted
+    first_token: FirstToken
+    handed_off: HandedOff
+    failed: Failed
+    load: PrefillLoad
+    def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., handed_off: _Optional[_Union[HandedOff, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., load: _Optional[_Union[PrefillLoad, _Mapping]] = ...) -> None: ...
+
+class PrefillLoad(_message.Message):
+    __slots__ = ("queued_tokens", "blocks_free")
+    QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
+    queued_tokens: int
+    blocks_free: int
+    def __init__(self, queued_tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ...) -> None: ...
+
+class PrefillStarted(_message.Message):
+    __slots__ = ("key",)
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    key: int
+    def __init__(self, key: _Optional[int] = ...) -> None: ...
+
+class FirstToken(_message.Message):
+    __slots__ = ("key", "token_id", "prefill_ms")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_MS_FIELD_NUMBER: _ClassVar[int]
+    key: int
+    token_id: int
+    prefill_ms: float
+    def __init__(self, key: _Optional[int] = ..., token_id: _Optional[int] = ..., prefill_ms: _Optional[float] = ...) -> None: ...
+
+class HandedOff(_message.Message):
+    __slots__ = ("key", "kv_bytes", "kv_transfer_ms", "kv_exposed_ms", "transport")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_TRANSFER_MS_FIELD_NUMBER: _ClassVar[int]
+    KV_EXPOSED_MS_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    key: int
+    kv_bytes: int
+    kv_transfer_ms: float
+    kv_exposed_ms: float
+    transport: str
+    def __init__(self, key: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_transfer_ms: _Optional[float] = ..., kv_exposed_ms: _Optional[float] = ..., transport: _Optional[str] = ...) -> None: ...
+
+class DecodeCommand(_message.Message):
+    __slots__ = ("reserve", "cancel")
+    RESERVE_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    reserve: Reserve
+    cancel: Cancel
+    def __init__(self, reserve: _Optional[_Union[Reserve, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
+
+class Reserve(_message.Message):
+    __slots__ = ("key", "request_id", "attempt", "prompt_tokens", "sampling")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    key: int
+    request_id: str
+    attempt: int
+    prompt_tokens: int
+    sampling: Sampling
+    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+
+class DecodeEvent(_message.Message):
+    __slots__ = ("info", "reserved", "step", "failed", "load")
+    INFO_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    info: WorkerInfo
+    reserved: Reserved
+    step: StepOutput
+    failed: Failed
+    load: DecodeLoad
+    def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., load: _Optional[_Union[DecodeLoad, _Mapping]] = ...) -> None: ...
+
+class DecodeLoad(_message.Message):
+    __slots__ = ("blocks_free", "running")
+    BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    blocks_free: int
+    running: int
+    def __init__(self, blocks_free: _Optional[int] = ..., running: _Optional[int] = ...) -> None: ...
+
+class Reserved(_message.Message):
+    __slots__ = ("key", "ticket")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    key: int
+    ticket: _transfer_pb2.Ticket
+    def __init__(self, key: _Optional[int] = ..., ticket: _Optional[_Union[_transfer_pb2.Ticket, _Mapping]] = ...) -> None: ...
+
+class StepOutput(_message.Message):
+    __slots__ = ("outputs",)
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    outputs: _containers.RepeatedCompositeFieldContainer[SequenceOutput]
+    def __init__(self, outputs: _Optional[_Iterable[_Union[SequenceOutput, _Mapping]]] = ...) -> None: ...
+
+class SequenceOutput(_message.Message):
+    __slots__ = ("key", "offset", "token_ids", "ending")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    ENDING_FIELD_NUMBER: _ClassVar[int]
+    key: int
+    offset: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    ending: Ending
+    def __init__(self, key: _Optional[int] = ..., offset: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., ending: _Optional[_Union[Ending, str]] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""Reads prompts in chunks and hands their KV cache to decode workers."""
