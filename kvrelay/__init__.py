@@ -1,1 +1,1 @@
-"""What the three roles share: wire contract, configuration, KV blocks, engine, transports, client."""
+"""What the three roles share: wire, configuration, KV blocks, engine, transports, client."""

@@ -1,0 +1,261 @@
+"""Reservations of a decode worker: from leave to write until the last block is free again.
+
+A pure object: events in, answers out, no clock and no socket. decode_worker/service.py calls it
+from its event loop and carries out what it answers. It is the only caller of the block ledger.
+"""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from kvrelay.engine.sampling import SamplingParams
+from kvrelay.kv.layout import KVLayout
+from kvrelay.kv.ledger import BlockEvent, BlockLedger
+from kvrelay.transport.listener import RefusedError
+
+
+class ReservationState(Enum):
+    RESERVED = "reserved"  # blocks promised, no writer yet
+    RECEIVING = "receiving"  # a writer has leave to write
+    DECODING = "decoding"  # every block is in and checked
+    ABORTING = "aborting"  # not wanted, but the writer or the engine has not let go
+    CLOSED = "closed"
+
+
+class ReservationEvent(Enum):
+    BEGIN = "begin"
+    COMMIT = "commit"
+    FINISH = "finish"
+    ABORT = "abort"  # cancel, timeout, a lost router
+    WRITER_LOST = "writer_lost"  # the writer let go, or its link ended
+    ENGINE_IDLE = "engine_idle"  # the step that was running has ended
+
+
+_S, _E = ReservationState, ReservationEvent
+
+TRANSITIONS: dict[tuple[ReservationState, ReservationEvent], ReservationState] = {
+    (_S.RESERVED, _E.BEGIN): _S.RECEIVING,
+    (_S.RESERVED, _E.ABORT): _S.CLOSED,
+    (_S.RECEIVING, _E.COMMIT): _S.DECODING,
+    (_S.RECEIVING, _E.ABORT): _S.ABORTING,
+    (_S.RECEIVING, _E.WRITER_LOST): _S.CLOSED,
+    (_S.DECODING, _E.FINISH): _S.CLOSED,
+    (_S.DECODING, _E.ABORT): _S.ABORTING,
+    (_S.ABORTING, _E.ABORT): _S.ABORTING,
+    (_S.ABORTING, _E.WRITER_LOST): _S.CLOSED,
+    (_S.ABORTING, _E.ENGINE_IDLE): _S.CLOSED,
+}
+
+
+class IllegalTransitionError(Exception):
+    """A bug in the caller: an event that TRANSITIONS does not have for this state."""
+
+
+class InvalidReservationError(Exception):
+    """Can never be served by this worker; the message says why."""
+
+
+Key = tuple[object, int]  # the router's session, its key for the request attempt
+
+
+@dataclass(eq=False)
+class Reservation:
+    """One request attempt on this worker."""
+
+    key: Key
+    transfer_id: int
+    secret: bytes
+    prompt_tokens: int
+    sampling: SamplingParams
+    prompt_blocks: list[int]  # written by the prefill worker
+    growth_blocks: list[int]  # for the KV of the answer
+    lease_end_ms: float
+    state: ReservationState = ReservationState.RESERVED
+    blocks_received: int = 0
+
+    @property
+    def blocks(self) -> list[int]:
+        return self.prompt_blocks + self.growth_blocks
+
+    def on(self, event: ReservationEvent) -> None:
+        target = TRANSITIONS.get((self.state, event))
+        if target is None:
+            raise IllegalTransitionError(f"{event.name} while {self.state.name}")
+        self.state = target
+
+
+class HandOff:
+    """All reservations of one worker. Times are in ms of any one monotonic clock."""
+
+    def __init__(
+        self, layout: KVLayout, ledger: BlockLedger, *, lease_ms: int, reservations_max: int
+    ) -> None:
+        self.ledger = ledger
+        self._layout = layout
+        self._lease_ms = lease_ms
+        self._reservations_max = reservations_max
+        self._by_key: dict[Key, Reservation] = {}
+        self._by_transfer: dict[int, Reservation] = {}
+        self._next_transfer_id = 1
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def reserve(
+        self, key: Key, prompt_tokens: int, sampling: SamplingParams, now_ms: float
+    ) -> Reservation:
+        """Blocks for prompt and answer, all or nothing: a request that runs never waits for more.
+
+        Raises:
+            OutOfBlocksError: no room now.
+            InvalidReservationError: no room ever.
+        """
+        prompt_blocks = self._layout.blocks_for(prompt_tokens)
+        # The last token of the answer is never read back, so its KV needs no room.
+        total = max(prompt_blocks, self._layout.blocks_for(prompt_tokens + sampling.max_tokens - 1))
+        if total > self.ledger.total:
+            raise InvalidReservationError(
+                f"{prompt_tokens} prompt tokens and {sampling.max_tokens} more need {total} KV "
+                f"blocks; this worker has {self.ledger.total}"
+            )
+        if key in self._by_key:
+            raise InvalidReservationError("this request attempt has a reservation already")
+        if len(self._by_key) >= self._reservations_max:
+            raise InvalidReservationError(f"{self._reservations_max} reservations are open")
+        blocks = self.ledger.reserve(key, total)
+        reservation = Reservation(
+            key=key,
+            transfer_id=self._next_transfer_id,
+            secret=secrets.token_bytes(16),
+            prompt_tokens=prompt_tokens,
+            sampling=sampling,
+            prompt_blocks=blocks[:prompt_blocks],
+            growth_blocks=blocks[prompt_blocks:],
+            lease_end_ms=now_ms + self._lease_ms,
+        )
+        self._next_transfer_id += 1
+        self._by_key[key] = self._by_transfer[reservation.transfer_id] = reservation
+        return reservation
+
+    def begin(self, transfer_id: int, secret: bytes, now_ms: float) -> None:
+        """Gives the holder of the ticket leave to write, once."""
+        reservation = self._by_transfer.get(transfer_id)
+        if reservation is None:
+            raise RefusedError("no such transfer: it ended, or its lease ran out")
+        if not secrets.compare_digest(secret, reservation.secret):
+            raise RefusedError("the ticket's secret is wrong")
+        if reservation.state is not ReservationState.RESERVED:
+            raise RefusedError("the ticket has been used")
+        reservation.on(ReservationEvent.BEGIN)
+        self.ledger.move(reservation.key, reservation.prompt_blocks, BlockEvent.BEGIN)
+        reservation.lease_end_ms = now_ms + self._lease_ms
+
+    def expect(self, transfer_id: int, first_index: int, count: int) -> Sequence[int]:
+        """The pool blocks for these blocks of the prompt, in order and each once.
+
+        Answers for an aborted transfer too: its blocks are in quarantine, and what is already on
+        the wire must go somewhere.
+        """
+        reservation = self._by_transfer[transfer_id]
+        end = first_index + count
+        if first_index != reservation.blocks_received or end > len(reservation.prompt_blocks):
+            raise RefusedError(
+                f"blocks {first_index} to {end} sent, expected from {reservation.blocks_received}"
+                f" and at most to {len(reservation.prompt_blocks)}"
+            )
+        return reservation.prompt_blocks[first_index:end]
+
+    def received(self, transfer_id: int, count: int, now_ms: float) -> None:
+        """`count` more blocks are in the pool and their checksums are right."""
+        reservation = self._by_transfer[transfer_id]
+        reservation.blocks_received += count
+        reservation.lease_end_ms = now_ms + self._lease_ms
+
+    def commit(self, transfer_id: int, blocks: int) -> Reservation | None:
+        """The reservation, now decoding; None when it was aborted meanwhile."""
+        reservation = self._by_transfer[transfer_id]
+        if reservation.state is ReservationState.ABORTING:
+            return None
+        missing = len(reservation.prompt_blocks) - reservation.blocks_received
+        if missing or blocks != len(reservation.prompt_blocks):
+            raise RefusedError(f"Commit of {blocks} blocks while {missing} are missing")
+        reservation.on(ReservationEvent.COMMIT)
+        del self._by_transfer[transfer_id]
+        self.ledger.move(reservation.key, reservation.prompt_blocks, BlockEvent.COMMIT)
+        self.ledger.move(reservation.key, reservation.growth_blocks, BlockEvent.CLAIM)
+        return reservation
+
+    def writer_lost(self, transfer_id: int) -> Reservation | None:
+        """The writer will write no more. The reservation if that is news and it has failed."""
+        reservation = self._by_transfer.get(transfer_id)
+        if reservation is None:
+            return None
+        failed = reservation.state is ReservationState.RECEIVING
+        reservation.on(ReservationEvent.WRITER_LOST)
+        if failed:
+            self.ledger.move(reservation.key, reservation.prompt_blocks, BlockEvent.ABORT)
+            self.ledger.move(reservation.key, reservation.growth_blocks, BlockEvent.RELEASE)
+        self.ledger.move(reservation.key, reservation.prompt_blocks, BlockEvent.WRITER_GONE)
+        self._forget(reservation)
+        return reservation if failed else None
+
+    def finish(self, key: Key) -> None:
+        """The answer is complete, and no step with this sequence is running."""
+        reservation = self._by_key[key]
+        reservation.on(ReservationEvent.FINISH)
+        self.ledger.move(key, reservation.blocks, BlockEvent.RELEASE)
+        self._forget(reservation)
+
+    def abort(self, key: Key, *, in_step: bool = False) -> int | None:
+        """Lets go of a reservation in any state; one that is unknown has ended already.
+
+        Blocks that somebody may still write go to quarantine: with a writer, until writer_lost;
+        with the engine (`in_step`), until engine_idle.
+
+        Returns the transfer whose writer must be told, if there is one.
+        """
+        reservation = self._by_key.get(key)
+        if reservation is None or reservation.state is ReservationState.ABORTING:
+            return None
+        before = reservation.state
+        reservation.on(ReservationEvent.ABORT)
+        if before is ReservationState.RESERVED:
+            self.ledger.move(key, reservation.blocks, BlockEvent.RELEASE)
+            self._forget(reservation)
+            return None
+        if before is ReservationState.RECEIVING:
+            self.ledger.move(key, reservation.prompt_blocks, BlockEvent.ABORT)
+            self.ledger.move(key, reservation.growth_blocks, BlockEvent.RELEASE)
+            return reservation.transfer_id
+        self.ledger.move(key, reservation.blocks, BlockEvent.ABORT)
+        if not in_step:
+            self.engine_idle(key)
+        return None
+
+    def engine_idle(self, key: Key) -> None:
+        """The engine will not write this aborted sequence's blocks again."""
+        reservation = self._by_key[key]
+        reservation.on(ReservationEvent.ENGINE_IDLE)
+        self.ledger.move(key, reservation.blocks, BlockEvent.WRITER_GONE)
+        self._forget(reservation)
+
+    def is_aborting(self, key: Key) -> bool:
+        reservation = self._by_key.get(key)
+        return reservation is not None and reservation.state is ReservationState.ABORTING
+
+    def of_session(self, session: object) -> list[Key]:
+        return [key for key in self._by_key if key[0] is session]
+
+    def expired(self, now_ms: float) -> list[Key]:
+        """Reservations that wait for a writer and have made no progress within their lease."""
+        waiting = (ReservationState.RESERVED, ReservationState.RECEIVING)
+        return [
+            key
+            for key, reservation in self._by_key.items()
+            if reservation.state in waiting and reservation.lease_end_ms <= now_ms
+        ]
+
+    def _forget(self, reservation: Reservation) -> None:
+        del self._by_key[reservation.key]
+        self._by_transfer.pop(reservation.transfer_id, None)

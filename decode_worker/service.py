@@ -1,0 +1,278 @@
+"""The decode worker: serves routers over gRPC and prefill workers over the KV links.
+
+Run by cluster/ inside a Ray actor, or by tests in process. It carries out what the pure objects
+decide: HandOff (who may write which block), Batch (what each step computes). All state is touched
+from one event loop; only the engine's steps and checksums run on other threads.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from decode_worker.batch import Batch, Ending, Output, Running
+from decode_worker.handoff import HandOff, InvalidReservationError, Key
+from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
+from kvrelay.engine.host import EngineHost
+from kvrelay.engine.sampling import SamplingParams
+from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
+from kvrelay.rpc import Session, make_server, require_cluster_key, serve_session
+from kvrelay.transport.listener import Listener
+from kvrelay.wire import transfer_pb2, worker_pb2, worker_pb2_grpc
+from kvrelay.wire.worker_pb2 import DecodeCommand, DecodeEvent, FailureCode
+
+log = logging.getLogger(__name__)
+
+_REAP_EVERY_S = 1.0
+
+
+class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
+    """Made by `start`; `address` is where routers reach it."""
+
+    def __init__(self, config: WorkerConfig, engine: EngineHost) -> None:
+        self.instance_id = f"decode-{uuid.uuid4().hex[:12]}"
+        self.address = ""
+        self.ledger = BlockLedger(engine.pool.blocks)
+        self._config = config
+        self._engine = engine
+        self._layout = engine.pool.layout
+        self._handoff = HandOff(
+            self._layout,
+            self.ledger,
+            lease_ms=config.lease_ms,
+            reservations_max=config.reservations_max,
+        )
+        self._batch = Batch(config.batch_max)
+        self._in_step: set[Key] = set()
+        self._work = asyncio.Event()
+        self._listener = Listener(config, self.instance_id, engine.pool, _Book(self, self._handoff))
+        self._server = make_server()
+        self._sessions: set[Session[DecodeEvent]] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._adopting: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    async def start(cls, config: WorkerConfig) -> "DecodeService":
+        """Loads the model and listens; raises UnsupportedModelError when that cannot be."""
+        service = cls(config, await EngineHost.load(config, shared_pool=True))
+        await service._listener.start()
+        worker_pb2_grpc.add_DecodeWorkerServicer_to_server(service, service._server)
+        port = service._server.add_insecure_port(f"{config.host}:0")
+        service.address = f"{config.host}:{port}"
+        await service._server.start()
+        service._tasks = [
+            asyncio.create_task(service._decode()),
+            asyncio.create_task(service._reap()),
+        ]
+        return service
+
+    async def stop(self) -> None:
+        await self._server.stop(grace=None)
+        for task in (*self._tasks, *self._adopting):
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._adopting, return_exceptions=True)
+        await self._listener.close()
+        await asyncio.to_thread(self._engine.close)
+
+    # ---- the router's side
+
+    async def Session(
+        self, request_iterator: AsyncIterator[DecodeCommand], context: Any
+    ) -> AsyncIterator[DecodeEvent]:
+        await require_cluster_key(context, self._config.cluster_key)
+        session: Session[DecodeEvent] = Session(self._config.session_events_max)
+        self._sessions.add(session)
+        info = worker_pb2.WorkerInfo(
+            protocol_version=PROTOCOL_VERSION,
+            instance_id=self.instance_id,
+            layout=self._layout.to_wire(),
+            blocks_total=self.ledger.total,
+        )
+        self._send(session, DecodeEvent(info=info))
+        async for event in serve_session(session, request_iterator, self._command, self._closed):
+            yield event
+
+    def _command(self, session: Session[DecodeEvent], command: DecodeCommand) -> None:
+        kind = command.WhichOneof("command")
+        if kind == "reserve":
+            self._reserve(session, command.reserve)
+        elif kind == "cancel":
+            self._abort((session, command.cancel.key), "the request was cancelled")
+
+    def _closed(self, session: Session[DecodeEvent]) -> None:
+        self._sessions.discard(session)
+        for key in self._handoff.of_session(session):
+            self._abort(key, "the router's session ended")
+
+    def _reserve(self, session: Session[DecodeEvent], reserve: worker_pb2.Reserve) -> None:
+        key = (session, reserve.key)
+        sampling = SamplingParams.from_wire(reserve.sampling)
+        try:
+            reservation = self._handoff.reserve(key, reserve.prompt_tokens, sampling, _now_ms())
+        except OutOfBlocksError as error:
+            self._fail(key, FailureCode.FAILURE_CODE_EXHAUSTED, str(error))
+            return
+        except InvalidReservationError as error:
+            self._fail(key, FailureCode.FAILURE_CODE_INVALID, str(error))
+            return
+        ticket = transfer_pb2.Ticket(
+            request_id=reserve.request_id,
+            attempt=reserve.attempt,
+            decode_instance_id=self.instance_id,
+            transfer_id=reservation.transfer_id,
+            secret=reservation.secret,
+            block_ids=reservation.prompt_blocks,
+            layout=self._layout.to_wire(),
+            endpoints=self._listener.endpoints,
+            lease_ms=self._config.lease_ms,
+        )
+        reserved = worker_pb2.Reserved(key=reserve.key, ticket=ticket)
+        self._send(session, DecodeEvent(reserved=reserved))
+
+    # ---- the prefill workers' side, called by _Book
+
+    def committed(self, transfer_id: int, blocks: int, first_token: int) -> None:
+        reservation = self._handoff.commit(transfer_id, blocks)
+        if reservation is None:
+            return
+        self._listener.committed(transfer_id)
+        sequence = Running(
+            key=reservation.key,
+            prompt_tokens=reservation.prompt_tokens,
+            sampling=reservation.sampling,
+            blocks=reservation.blocks,
+        )
+        if not self._engine.pool.staged:
+            self._join(sequence, first_token)
+            return
+        task = asyncio.create_task(self._adopt(sequence, reservation.prompt_blocks, first_token))
+        self._adopting.add(task)
+        task.add_done_callback(self._adopting.discard)
+
+    async def _adopt(self, sequence: Running, blocks: Sequence[int], first_token: int) -> None:
+        self._in_step.add(sequence.key)  # the copy writes blocks, as a step does
+        await self._engine.adopt(blocks)
+        self._in_step.discard(sequence.key)
+        if self._handoff.is_aborting(sequence.key):
+            self._handoff.engine_idle(sequence.key)
+        else:
+            self._join(sequence, first_token)
+
+    def _join(self, sequence: Running, first_token: int) -> None:
+        self._publish([self._batch.join(sequence, first_token)])
+        self._work.set()
+
+    def writer_lost(self, transfer_id: int, reason: str) -> None:
+        failed = self._handoff.writer_lost(transfer_id)
+        if failed is not None:
+            self._fail(failed.key, FailureCode.FAILURE_CODE_PEER_LOST, reason)
+        self._announce_load()
+
+    # ---- decoding
+
+    async def _decode(self) -> None:
+        while True:
+            step = self._batch.next_step()
+            if not step:
+                self._work.clear()
+                await self._work.wait()
+                continue
+            self._in_step |= {sequence.key for sequence in step}
+            try:
+                tokens = await self._engine.step(
+                    [sequence.slice() for sequence in step],
+                    [sequence.sampling for sequence in step],
+                    [sequence.next_position for sequence in step],
+                )
+            except Exception as error:
+                log.exception("a decode step failed")
+                self._step_failed(step, error)
+            else:
+                self._step_done(step, tokens)
+
+    def _step_done(self, step: Sequence[Running], tokens: Sequence[int]) -> None:
+        self._engine_idle(step)
+        self._publish(self._batch.apply(step, tokens))
+
+    def _step_failed(self, step: Sequence[Running], error: Exception) -> None:
+        self._engine_idle(step)
+        for sequence in step:
+            self._abort(sequence.key, "a decode step failed")
+            self._fail(sequence.key, FailureCode.FAILURE_CODE_INTERNAL, f"decode step: {error}")
+
+    def _engine_idle(self, step: Sequence[Running]) -> None:
+        """Frees what was aborted while the step ran."""
+        for sequence in step:
+            self._in_step.discard(sequence.key)
+            if self._handoff.is_aborting(sequence.key):
+                self._handoff.engine_idle(sequence.key)
+
+    def _publish(self, outputs: Sequence[Output]) -> None:
+        """One message for each router with all its requests' tokens."""
+        by_session: dict[Any, list[worker_pb2.SequenceOutput]] = {}
+        for output in outputs:
+            session, key = output.key
+            if output.ending is not Ending.NONE:
+                self._handoff.finish(output.key)
+            by_session.setdefault(session, []).append(
+                worker_pb2.SequenceOutput(
+                    key=key,
+                    offset=output.offset,
+                    token_ids=[output.token],
+                    ending=worker_pb2.Ending.ValueType(output.ending.value),
+                )
+            )
+        for session, messages in by_session.items():
+            self._send(session, DecodeEvent(step=worker_pb2.StepOutput(outputs=messages)))
+
+    # ---- letting go
+
+    async def _reap(self) -> None:
+        while True:
+            await asyncio.sleep(_REAP_EVERY_S)
+            for key in self._handoff.expired(_now_ms()):
+                self._abort(key, "its lease ran out")
+                self._fail(key, FailureCode.FAILURE_CODE_EXPIRED, "no KV came within the lease")
+
+    def _abort(self, key: Key, reason: str) -> None:
+        self._batch.leave(key)
+        transfer_id = self._handoff.abort(key, in_step=key in self._in_step)
+        if transfer_id is not None:
+            self._listener.abort(transfer_id, reason)
+        self._announce_load()
+
+    def _fail(self, key: Key, code: FailureCode.ValueType, message: str) -> None:
+        session, number = key
+        failed = worker_pb2.Failed(key=number, code=code, message=message)
+        self._send(session, DecodeEvent(failed=failed))
+
+    def _announce_load(self) -> None:
+        for session in self._sessions:
+            self._send(session, DecodeEvent())
+
+    def _send(self, session: Any, event: DecodeEvent) -> None:
+        event.load.blocks_free = self.ledger.free
+        event.load.running = len(self._batch)
+        session.send(event)
+
+
+class _Book:
+    """What the KV links may ask: the hand-off with the clock added."""
+
+    def __init__(self, service: DecodeService, handoff: HandOff) -> None:
+        self._handoff = handoff
+        self.expect = handoff.expect
+        self.lost = service.writer_lost
+        self.commit = service.committed
+
+    def begin(self, transfer_id: int, secret: bytes) -> None:
+        self._handoff.begin(transfer_id, secret, _now_ms())
+
+    def received(self, transfer_id: int, count: int) -> None:
+        self._handoff.received(transfer_id, count, _now_ms())
+
+
+def _now_ms() -> float:
+    return time.monotonic() * 1000

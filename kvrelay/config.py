@@ -1,0 +1,67 @@
+"""Settings, frozen and built once: by the command line, or from JSON in a worker or router process.
+
+Every limit of the system has its name and default here. Unknown keys are refused.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PROTOCOL_VERSION = 1
+
+Transport = Literal["auto", "shm", "tcp"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Device = Literal["cpu", "cuda"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WorkerConfig(_Frozen):
+    """One prefill or decode worker."""
+
+    model_path: Path
+    cluster_key: str = Field(min_length=16, repr=False)
+    socket_dir: Path  # for the unix socket of the shm link
+    host: str = "127.0.0.1"
+    dtype: Dtype = "float32"
+    device: Device = "cpu"
+    threads: int = Field(default=1, ge=1)
+    block_size: int = Field(default=16, ge=1)
+    kv_bytes: int = Field(default=1 << 30, ge=1)
+    transport: Transport = "auto"
+
+    # Prefill
+    chunk_tokens: int = Field(default=256, ge=1)  # longest time a cancel waits for the engine
+    jobs_max: int = 1024
+
+    # Decode
+    batch_max: int = 64  # sequences in one step
+    reservations_max: int = 4096
+
+    # Waits, each with its end
+    lease_ms: int = 60_000  # a reservation that makes no progress
+    link_connect_ms: int = 5_000
+    link_reply_ms: int = 15_000  # an answer on the KV link
+    session_events_max: int = 65_536  # events a router has not read yet
+
+
+class RouterConfig(_Frozen):
+    """One router."""
+
+    model_path: Path
+    model_name: str
+    cluster_key: str = Field(min_length=16, repr=False)
+    control_socket: Path
+    host: str = "127.0.0.1"
+    port: int = Field(default=50051, ge=0, le=65_535)
+
+    queue_max: int = 1024  # requests waiting for a worker
+    queue_wait_ms: int = 120_000
+    reserve_ms: int = 10_000  # a decode worker's answer to Reserve
+    attempts_max: int = 3  # placements of one request, the first included
+    prefill_backlog_tokens: int = 4096  # a prefill worker with more waiting gets no new request
+    drain_ms: int = 30_000  # running requests at shutdown
+    message_bytes_max: int = 32 << 20

@@ -1,0 +1,243 @@
+"""Attention over the block pool, plugged into transformers' attention interface.
+
+transformers calls `_attention` in every layer of a model loaded with `attn_implementation=NAME`.
+It goes to the step that is active in this thread: a PagedStep over the pool, or at load time a
+LayerProbe that only notes what the model would store. ModelRunner sets the active step.
+"""
+
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+NAME = "kvrelay"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Tokens of one sequence that go through the model in one step.
+
+    tokens are the positions start .. start + len(tokens); blocks hold the whole sequence, first
+    position first, and have room for these tokens.
+    """
+
+    tokens: Sequence[int]
+    start: int
+    blocks: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class Step(Protocol):
+    """Shapes, T tokens of all sequences side by side: q `[T, q_heads, head_dim]`, k and v
+    `[T, kv_heads, head_dim]`; the answer has the shape of q."""
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor: ...
+
+
+active_step: ContextVar[Step] = ContextVar("active_step")
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, q_heads, T, head_dim]
+    key: torch.Tensor,  # [1, kv_heads, T, head_dim]
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    unknown = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unknown:
+        raise NotImplementedError(f"attention with {', '.join(unknown)}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    out = active_step.get().attend(layer, q, k, v, scale, sliding_window, softcap)
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+@dataclass
+class PagedStep:
+    """One step over the pool. What every layer needs is computed once, here."""
+
+    pool: torch.Tensor  # [blocks, layers, 2, block_size, kv_heads, head_dim]
+    slices: Sequence[Slice]
+    _masks: dict[int | None, list[torch.Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._block_size = self.pool.shape[3]
+        device = self.pool.device
+        positions, blocks = [], []
+        for s in self.slices:
+            for position in range(s.start, s.end):
+                positions.append(position)
+                blocks.append(s.blocks[position // self._block_size])
+        self.positions = torch.tensor(positions, device=device)  # [T]
+        self._write_block = torch.tensor(blocks, device=device)
+        self._write_slot = self.positions % self._block_size
+        self._decode = all(len(s.tokens) == 1 for s in self.slices)
+        if self._decode:
+            self._tables = [self._padded_table()]
+        else:
+            self._tables = [self._table(s) for s in self.slices]
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        keys, values = self.pool[:, layer, 0], self.pool[:, layer, 1]
+        keys[self._write_block, self._write_slot] = k.to(keys.dtype)
+        values[self._write_block, self._write_slot] = v.to(values.dtype)
+        masks = self._masks_for(window)
+        if self._decode:
+            return self._attend_decode(q, keys, values, masks[0], scale, softcap)
+        out = torch.empty_like(q)
+        row = 0
+        for s, table, mask in zip(self.slices, self._tables, masks, strict=True):
+            rows = slice(row, row + len(s.tokens))
+            row = rows.stop
+            if s.start == 0:  # the whole context is at hand: no need to read it back
+                context_k, context_v = k[rows], v[rows]
+            else:
+                context_k = keys[table].flatten(0, 1)[: s.end]
+                context_v = values[table].flatten(0, 1)[: s.end]
+            out[rows] = _attend(q[rows], context_k, context_v, mask, scale, softcap)
+        return out
+
+    def _attend_decode(
+        self,
+        q: torch.Tensor,  # [B, q_heads, head_dim]
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor,  # [B, 1, 1, S]
+        scale: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        batch, q_heads, head_dim = q.shape
+        kv_heads = keys.shape[2]
+        # The query heads of one KV head stand in for query positions: no KV head is repeated.
+        grouped = q.view(batch, kv_heads, q_heads // kv_heads, head_dim)
+        table = self._tables[0]
+        k = keys[table].flatten(1, 2).transpose(1, 2)  # [B, kv_heads, S, head_dim]
+        v = values[table].flatten(1, 2).transpose(1, 2)
+        out = _sdpa(grouped, k, v, mask, scale, softcap)
+        return out.reshape(batch, q_heads, head_dim)
+
+    def _table(self, s: Slice) -> torch.Tensor:
+        used = -(-s.end // self._block_size)
+        return torch.tensor(list(s.blocks[:used]), device=self.pool.device)
+
+    def _padded_table(self) -> torch.Tensor:
+        """`[B, M]`: every sequence's blocks, the shorter ones filled up with block 0."""
+        used = [-(-s.end // self._block_size) for s in self.slices]
+        longest = max(used)
+        rows = [
+            list(s.blocks[:n]) + [0] * (longest - n)
+            for s, n in zip(self.slices, used, strict=True)
+        ]
+        return torch.tensor(rows, device=self.pool.device)
+
+    def _masks_for(self, window: int | None) -> list[torch.Tensor]:
+        """True where a query may look: one `[B, 1, 1, S]` for decode, else `[T, S]` a slice."""
+        if window not in self._masks:
+            if self._decode:
+                ends = self.positions.view(-1, 1)
+                reach = torch.arange(
+                    self._tables[0].shape[1] * self._block_size, device=ends.device
+                )
+                self._masks[window] = [_visible(ends, reach, window)[:, None, None]]
+            else:
+                self._masks[window] = [
+                    _visible(
+                        torch.arange(s.start, s.end, device=self.pool.device).view(-1, 1),
+                        torch.arange(s.end, device=self.pool.device),
+                        window,
+                    )
+                    for s in self.slices
+                ]
+        return self._masks[window]
+
+
+class LayerProbe:
+    """Notes what each layer would store, and attends as if there were no cache."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, tuple[int, int, int]] = {}  # layer: kv_heads, k_dim, v_dim
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        self.shapes[layer] = (k.shape[1], k.shape[2], v.shape[2])
+        at = torch.arange(q.shape[0], device=q.device)
+        return _attend(q, k, v, _visible(at.view(-1, 1), at, window), scale, softcap)
+
+
+def _visible(at: torch.Tensor, keys: torch.Tensor, window: int | None) -> torch.Tensor:
+    mask = keys <= at
+    return mask if window is None else mask & (keys > at - window)
+
+
+def _attend(
+    q: torch.Tensor,  # [T, q_heads, head_dim]
+    k: torch.Tensor,  # [S, kv_heads, head_dim]
+    v: torch.Tensor,
+    mask: torch.Tensor,  # [T, S]
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    group = q.shape[1] // k.shape[1]
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    return _sdpa(q, k, v, mask, scale, softcap)[0].transpose(0, 1)
+
+
+def _sdpa(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, scale=scale
+        )
+    scores = torch.tanh(q @ k.to(q.dtype).transpose(-1, -2) * (scale / softcap)) * softcap
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
+    return weights.to(q.dtype) @ v.to(q.dtype)

@@ -1,0 +1,105 @@
+"""A model with its pool on a thread of its own: what prefill and decode workers have in common.
+
+The event loop of a worker answers peers at any moment, so the engine must not run on it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from kvrelay.config import WorkerConfig
+from kvrelay.engine.attention import Slice
+from kvrelay.engine.runner import ModelRunner, UnsupportedModelError
+from kvrelay.engine.sampling import SamplingParams, sample
+from kvrelay.kv.pool import KVPool
+
+log = logging.getLogger(__name__)
+
+
+class EngineHost:
+    """Owns the model, the pool and the engine thread. Made by `load`."""
+
+    def __init__(self, runner: ModelRunner, pool: KVPool, thread: ThreadPoolExecutor) -> None:
+        self.pool = pool
+        self._runner = runner
+        self._thread = thread
+
+    @classmethod
+    async def load(cls, config: WorkerConfig, *, shared_pool: bool) -> "EngineHost":
+        """Reads the weights and maps the pool.
+
+        Raises:
+            UnsupportedModelError: the model or the device cannot be used; one line.
+        """
+        thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(thread, cls._load, config, shared_pool, thread)
+
+    @classmethod
+    def _load(
+        cls, config: WorkerConfig, shared_pool: bool, thread: ThreadPoolExecutor
+    ) -> "EngineHost":
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise UnsupportedModelError("--device cuda: torch finds no CUDA device here")
+        torch.set_num_threads(config.threads)
+        runner = ModelRunner.load(
+            config.model_path,
+            dtype=config.dtype,
+            device=config.device,
+            block_size=config.block_size,
+        )
+        blocks = config.kv_bytes // runner.layout.block_bytes
+        if blocks < 1:
+            raise UnsupportedModelError(
+                f"a KV pool of {config.kv_bytes} bytes holds not one block of "
+                f"{runner.layout.block_bytes}: give it more memory"
+            )
+        pool = KVPool(runner.layout, blocks, shared=shared_pool, device=config.device)
+        runner.attach(pool)
+        log.info("model %s, %d KV blocks, %s", config.model_path.name, blocks, runner.layout)
+        return cls(runner, pool, thread)
+
+    async def step(
+        self,
+        slices: Sequence[Slice],
+        params: Sequence[SamplingParams | None],
+        positions: Sequence[int],
+    ) -> list[int]:
+        """One step; a new token for each slice that has params, in order."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._step, slices, params, positions)
+
+    def _step(
+        self,
+        slices: Sequence[Slice],
+        params: Sequence[SamplingParams | None],
+        positions: Sequence[int],
+    ) -> list[int]:
+        logits = self._runner.step(slices, [p is not None for p in params])
+        chosen = [
+            (p, position)
+            for p, position in zip(params, positions, strict=True)
+            if p is not None
+        ]
+        if not chosen:
+            return []
+        return sample(logits, [p for p, _ in chosen], [position for _, position in chosen])
+
+    async def publish(self, blocks: Sequence[int]) -> None:
+        """Makes blocks that the engine wrote visible to the transport. Nothing to do on a CPU."""
+        if self.pool.staged:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._thread, self.pool.to_host, blocks)
+
+    async def adopt(self, blocks: Sequence[int]) -> None:
+        """Makes blocks that a peer wrote visible to the engine. Nothing to do on a CPU."""
+        if self.pool.staged:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._thread, self.pool.to_device, blocks)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self.pool.close()

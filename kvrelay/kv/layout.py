@@ -1,0 +1,59 @@
+"""The shape of a KV block, and how many a token count needs.
+
+Used by the pool that holds blocks, the transports that carry them and the handshake that refuses
+to pair workers whose layouts differ. No torch: the router reads layouts too.
+"""
+
+from dataclasses import asdict, dataclass
+from math import prod
+
+from kvrelay.wire import transfer_pb2
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """One block is one contiguous region `[layers, 2, block_size, kv_heads, head_dim]`."""
+
+    model_fingerprint: str
+    dtype: str
+    layers: int
+    block_size: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        return (self.layers, 2, self.block_size, self.kv_heads, self.head_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        return prod(self.block_shape) * DTYPE_BYTES[self.dtype]
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold the KV of `tokens` positions."""
+        return -(-tokens // self.block_size)
+
+    def to_wire(self) -> transfer_pb2.KvLayout:
+        return transfer_pb2.KvLayout(**asdict(self))
+
+    @classmethod
+    def from_wire(cls, message: transfer_pb2.KvLayout) -> "KVLayout":
+        return cls(
+            model_fingerprint=message.model_fingerprint,
+            dtype=message.dtype,
+            layers=message.layers,
+            block_size=message.block_size,
+            kv_heads=message.kv_heads,
+            head_dim=message.head_dim,
+        )
+
+    def differences(self, other: "KVLayout") -> str:
+        """Every field that differs, ours against theirs; empty when the layouts match."""
+        ours, theirs = asdict(self), asdict(other)
+        return ", ".join(
+            f"{field}: {ours[field]} here, {theirs[field]} there"
+            for field in ours
+            if ours[field] != theirs[field]
+        )

@@ -1,0 +1,121 @@
+"""Who owns each KV block of a pool, and which moves are legal.
+
+A pure object: workers call it from their event loop, and nothing else says whether a block may be
+used. The states and moves are the one table MOVES; anything not in it raises and changes nothing.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from enum import Enum
+
+
+class BlockState(Enum):
+    FREE = "free"
+    RESERVED = "reserved"  # promised to a request, nobody writes yet
+    WRITING = "writing"  # a peer may write at any moment
+    OWNED = "owned"  # holds KV of a request, used by the local engine
+    QUARANTINED = "quarantined"  # let go of while somebody may still write
+
+
+class BlockEvent(Enum):
+    RESERVE = "reserve"
+    BEGIN = "begin"  # a peer gets leave to write
+    COMMIT = "commit"  # every byte is in and checked
+    CLAIM = "claim"  # the local engine will write
+    RELEASE = "release"  # nobody writes and nobody needs it
+    ABORT = "abort"  # not needed, but the writer has not let go yet
+    WRITER_GONE = "writer_gone"  # the writer has acknowledged, or is known dead
+
+
+MOVES: dict[tuple[BlockState, BlockEvent], BlockState] = {
+    (BlockState.FREE, BlockEvent.RESERVE): BlockState.RESERVED,
+    (BlockState.RESERVED, BlockEvent.BEGIN): BlockState.WRITING,
+    (BlockState.RESERVED, BlockEvent.CLAIM): BlockState.OWNED,
+    (BlockState.RESERVED, BlockEvent.RELEASE): BlockState.FREE,
+    (BlockState.WRITING, BlockEvent.COMMIT): BlockState.OWNED,
+    (BlockState.WRITING, BlockEvent.ABORT): BlockState.QUARANTINED,
+    (BlockState.OWNED, BlockEvent.RELEASE): BlockState.FREE,
+    (BlockState.OWNED, BlockEvent.ABORT): BlockState.QUARANTINED,
+    (BlockState.QUARANTINED, BlockEvent.WRITER_GONE): BlockState.FREE,
+}
+
+
+class OutOfBlocksError(Exception):
+    """Not enough free blocks now; nothing was reserved."""
+
+
+class IllegalMoveError(Exception):
+    """A bug in the caller: a move that MOVES does not have, or a block of somebody else's."""
+
+
+class BlockLedger:
+    """States and owners of `total` blocks. An owner is any hashable name of a request attempt."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._states = [BlockState.FREE] * total
+        self._owners: list[object | None] = [None] * total
+        self._free = list(range(total - 1, -1, -1))
+        self._counts = Counter({BlockState.FREE: total})
+
+    @property
+    def free(self) -> int:
+        return len(self._free)
+
+    def reserve(self, owner: object, count: int) -> list[int]:
+        """Gives `count` blocks to `owner`, all or nothing.
+
+        Raises:
+            OutOfBlocksError: fewer than `count` are free.
+        """
+        if count > len(self._free):
+            raise OutOfBlocksError(f"{count} KV blocks asked for, {len(self._free)} free")
+        blocks = [self._free.pop() for _ in range(count)]
+        for block in blocks:
+            self._owners[block] = owner
+            self._set(block, BlockState.RESERVED)
+        return blocks
+
+    def move(self, owner: object, blocks: Sequence[int], event: BlockEvent) -> None:
+        """Applies `event` to every block, or raises IllegalMoveError and changes nothing."""
+        targets = [self._target(owner, block, event) for block in blocks]
+        if len(set(blocks)) != len(blocks):
+            raise IllegalMoveError(f"{event.name}: a block is named twice in {list(blocks)}")
+        for block, target in zip(blocks, targets, strict=True):
+            self._set(block, target)
+            if target is BlockState.FREE:
+                self._owners[block] = None
+                self._free.append(block)
+
+    def counts(self) -> dict[BlockState, int]:
+        """Blocks in each state; they add up to `total`."""
+        return {state: self._counts[state] for state in BlockState}
+
+    def check(self) -> None:
+        """Raises AssertionError when the books do not balance. Called after every test."""
+        assert Counter(self._states) == +self._counts, (self._counts, Counter(self._states))
+        assert sum(self._counts.values()) == self.total
+        assert sorted(self._free) == [
+            block for block, state in enumerate(self._states) if state is BlockState.FREE
+        ]
+        for state, owner in zip(self._states, self._owners, strict=True):
+            assert (owner is None) == (state is BlockState.FREE), (state, owner)
+
+    def _target(self, owner: object, block: int, event: BlockEvent) -> BlockState:
+        if not 0 <= block < self.total:
+            raise IllegalMoveError(f"block {block} is not one of the {self.total}")
+        state = self._states[block]
+        if event is BlockEvent.RESERVE or (state, event) not in MOVES:
+            raise IllegalMoveError(f"block {block} is {state.name}: no {event.name} from there")
+        if self._owners[block] != owner:
+            raise IllegalMoveError(f"block {block} belongs to {self._owners[block]}, not {owner}")
+        return MOVES[state, event]
+
+    def _set(self, block: int, state: BlockState) -> None:
+        self._counts[self._states[block]] -= 1
+        self._counts[state] += 1
+        self._states[block] = state
+
+    def __repr__(self) -> str:
+        counts = " ".join(f"{state.value}={n}" for state, n in self.counts().items() if n)
+        return f"<BlockLedger {counts} total={self.total}>"

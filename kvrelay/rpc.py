@@ -1,0 +1,108 @@
+"""gRPC between router and workers: channels, servers, the cluster key, and the session stream.
+
+Both worker services serve their one bidirectional stream with `serve_session`; the router dials
+with `dial`. The cluster key is a secret that only the processes of one cluster hold.
+"""
+
+import asyncio
+import hmac
+import secrets
+from collections.abc import AsyncIterator, Callable
+from typing import Any, Generic, TypeVar
+
+import grpc
+
+CLUSTER_KEY_HEADER = "kvrelay-cluster-key"
+MESSAGE_BYTES_MAX = 32 << 20
+
+# Pings find a peer that is gone without a word, on an idle stream too.
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
+]
+_SIZES = [
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+]
+
+Event = TypeVar("Event")
+Command = TypeVar("Command")
+
+
+def new_cluster_key() -> str:
+    return secrets.token_hex(32)
+
+
+def make_server() -> grpc.aio.Server:
+    # Without SO_REUSEPORT a port in use is an error, not a silent share of somebody's traffic.
+    return grpc.aio.server(options=[*_KEEPALIVE, *_SIZES, ("grpc.so_reuseport", 0)])
+
+
+def dial(address: str) -> grpc.aio.Channel:
+    # A pool of its own, so that closing this channel closes this connection.
+    options = [*_KEEPALIVE, *_SIZES, ("grpc.use_local_subchannel_pool", 1)]
+    return grpc.aio.insecure_channel(address, options=options)
+
+
+def credentials(cluster_key: str) -> list[tuple[str, str]]:
+    """The metadata that `serve_session` asks for."""
+    return [(CLUSTER_KEY_HEADER, cluster_key)]
+
+
+async def require_cluster_key(context: Any, cluster_key: str) -> None:
+    """Ends the call with UNAUTHENTICATED unless the caller holds the cluster's key."""
+    given = dict(context.invocation_metadata() or ()).get(CLUSTER_KEY_HEADER, "")
+    if not hmac.compare_digest(str(given).encode(), cluster_key.encode()):
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster key is missing or wrong")
+
+
+class Session(Generic[Event]):
+    """One router's stream at a worker, as the worker sees it. Compared by identity."""
+
+    def __init__(self, events_max: int) -> None:
+        self.open = True
+        self._events: asyncio.Queue[Event] = asyncio.Queue(events_max)
+
+    def send(self, event: Event) -> None:
+        """Queues an event. A router that has stopped reading loses the session, not us memory."""
+        if not self.open:
+            return
+        try:
+            self._events.put_nowait(event)
+        except asyncio.QueueFull:
+            self.open = False
+
+    async def next(self) -> Event:
+        return await self._events.get()
+
+
+async def serve_session(
+    session: Session[Event],
+    commands: AsyncIterator[Command],
+    on_command: Callable[[Session[Event], Command], None],
+    on_close: Callable[[Session[Event]], None],
+) -> AsyncIterator[Event]:
+    """Hands commands to the worker and yields its events until either side ends the stream."""
+
+    async def read() -> None:
+        async for command in commands:
+            on_command(session, command)
+
+    reader = asyncio.create_task(read())
+    pending: asyncio.Task[Event] | None = None
+    try:
+        while session.open:
+            pending = asyncio.create_task(session.next())
+            await asyncio.wait({reader, pending}, return_when=asyncio.FIRST_COMPLETED)
+            if not pending.done():
+                return
+            yield pending.result()
+    finally:
+        session.open = False
+        reader.cancel()
+        if pending is not None:
+            pending.cancel()
+        on_close(session)

@@ -1,0 +1,322 @@
+"""The prefill worker's end of the KV links: one connection per decode worker, shared by requests.
+
+prefill_worker's service calls WriterPool.begin for a ticket and gets a Transfer to push blocks
+through. When the decode worker aborts a transfer, the writer answers Aborted as soon as no write
+of that transfer is under way: that answer is what lets the decode worker use the blocks again.
+"""
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Sequence
+
+from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
+from kvrelay.kv.pool import KVPool
+from kvrelay.transport.frames import FrameSocket, LinkError
+from kvrelay.transport.movers import Sender, ShmSender, TcpSender, receive_fd
+from kvrelay.wire import transfer_pb2
+from kvrelay.wire.transfer_pb2 import Frame, Ticket
+
+
+class Transfer:
+    """One prompt's KV on its way. Ends with commit() or abort(); close() is safe at any time."""
+
+    def __init__(self, link: "WriterLink", ticket: Ticket) -> None:
+        self.ticket = ticket
+        self.blocks_sent = 0
+        self.busy_s = 0.0
+        self.committed = False
+        self._link = link
+        self._writing = asyncio.Lock()
+        self._aborted: str | None = None
+        self.answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @property
+    def transport(self) -> str:
+        return self._link.sender.name
+
+    @property
+    def bytes_sent(self) -> int:
+        return self.blocks_sent * self._link.pool.layout.block_bytes
+
+    async def push(self, source: Sequence[int]) -> None:
+        """Sends the next len(source) blocks of the prompt out of these blocks of our pool.
+
+        Raises:
+            LinkError: the link broke, or the decode worker gave the transfer up.
+        """
+        first = self.blocks_sent
+        target = self.ticket.block_ids[first : first + len(source)]
+        header = transfer_pb2.Blocks(transfer_id=self.ticket.transfer_id, first_index=first)
+        async with self._writing:
+            self._raise_if_aborted()
+            started = time.perf_counter()
+            await self._link.send_blocks(header, source, target)
+            self.busy_s += time.perf_counter() - started
+            self.blocks_sent += len(source)
+
+    async def commit(self, first_token_id: int, timeout_s: float) -> None:
+        """Returns when the decode worker has checked and accepted every block.
+
+        Raises:
+            LinkError: it did not, or did not answer in time.
+        """
+        self._raise_if_aborted()
+        frame = transfer_pb2.Commit(
+            transfer_id=self.ticket.transfer_id,
+            blocks=self.blocks_sent,
+            first_token_id=first_token_id,
+        )
+        await self._link.send(Frame(commit=frame))
+        await _answer_within(self.answer, timeout_s, "Commit")
+        self.committed = True
+
+    async def abort(self, reason: str) -> None:
+        """Tells the decode worker that nothing more will be written."""
+        async with self._writing:
+            if self._aborted is None and not self._link.closed:
+                self._aborted = reason
+                frame = transfer_pb2.Abort(transfer_id=self.ticket.transfer_id, reason=reason)
+                await self._link.send(Frame(abort=frame))
+
+    async def aborted_by_peer(self, reason: str) -> None:
+        """Called by the link: stops writing, then says so."""
+        self.fail(LinkError(f"the decode worker gave up: {reason}"))
+        async with self._writing:
+            if self._aborted is None:
+                self._aborted = reason
+            frame = transfer_pb2.Aborted(transfer_id=self.ticket.transfer_id)
+            await self._link.send(Frame(aborted=frame))
+
+    def fail(self, error: LinkError) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+            self.answer.exception()  # whoever waits sees it; if nobody does, it is no news
+
+    def close(self) -> None:
+        self._link.forget(self.ticket.transfer_id)
+
+    def _raise_if_aborted(self) -> None:
+        if self._aborted is not None:
+            raise LinkError(f"the decode worker gave up: {self._aborted}")
+
+
+class WriterLink:
+    """One connection to one decode worker; made by WriterPool."""
+
+    def __init__(self, frames: FrameSocket, sender: Sender, pool: KVPool) -> None:
+        self.sender = sender
+        self.pool = pool
+        self.closed = False
+        self._frames = frames
+        self._transfers: dict[int, Transfer] = {}
+        self._begun: dict[int, asyncio.Future[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reader = asyncio.create_task(self._read())
+
+    async def begin(self, ticket: Ticket, timeout_s: float) -> Transfer:
+        """Asks leave to write; raises LinkError when it is refused or not given in time."""
+        transfer_id = ticket.transfer_id
+        transfer = Transfer(self, ticket)
+        begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._transfers[transfer_id], self._begun[transfer_id] = transfer, begun
+        try:
+            frame = transfer_pb2.Begin(transfer_id=transfer_id, secret=ticket.secret)
+            await self.send(Frame(begin=frame))
+            await _answer_within(begun, timeout_s, "Begin")
+        except BaseException:
+            # Leave may have been given without our knowing: take it back.
+            with contextlib.suppress(LinkError):
+                await transfer.abort("gave up waiting for leave to write")
+            self.forget(transfer_id)
+            raise
+        finally:
+            self._begun.pop(transfer_id, None)
+        return transfer
+
+    async def send(self, frame: Frame) -> None:
+        try:
+            await self._frames.send(frame)
+        except LinkError as error:
+            self._lose(error)
+            raise
+
+    async def send_blocks(
+        self, header: transfer_pb2.Blocks, source: Sequence[int], target: Sequence[int]
+    ) -> None:
+        # A frame cut short would leave the stream in the middle of a block: a write that has
+        # begun runs to its end even when the request is cancelled meanwhile.
+        send = self.sender.send(self._frames, header, self.pool, source, target)
+        task = asyncio.ensure_future(send)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            with contextlib.suppress(LinkError):
+                await task
+            raise
+        except LinkError as error:
+            self._lose(error)
+            raise
+
+    def forget(self, transfer_id: int) -> None:
+        self._transfers.pop(transfer_id, None)
+
+    async def close(self) -> None:
+        self._reader.cancel()
+        await asyncio.gather(self._reader, *self._tasks, return_exceptions=True)
+        self._lose(LinkError("the link is closed"))
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                self._receive(await self._frames.receive())
+        except LinkError as error:
+            self._lose(error)
+
+    def _receive(self, frame: Frame) -> None:
+        kind = frame.WhichOneof("body")
+        if kind == "begun":
+            begun = self._begun.get(frame.begun.transfer_id)
+            if begun and not begun.done():
+                begun.set_result(None)
+        elif kind == "committed":
+            transfer = self._transfers.get(frame.committed.transfer_id)
+            if transfer and not transfer.answer.done():
+                transfer.answer.set_result(None)
+        elif kind == "abort":
+            self._abort(frame.abort.transfer_id, frame.abort.reason)
+        else:
+            raise LinkError(f"an unexpected {kind} frame")
+
+    def _abort(self, transfer_id: int, reason: str) -> None:
+        begun = self._begun.get(transfer_id)
+        if begun and not begun.done():
+            begun.set_exception(LinkError(f"leave to write was refused: {reason}"))
+        transfer = self._transfers.get(transfer_id)
+        if transfer:
+            answer = transfer.aborted_by_peer(reason)
+        else:  # ours has ended already: nothing is being written
+            frame = transfer_pb2.Aborted(transfer_id=transfer_id)
+            answer = self.send(Frame(aborted=frame))
+        task = asyncio.ensure_future(_quietly(answer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _lose(self, error: LinkError) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._reader.cancel()
+        self._frames.close()
+        self.sender.close()
+        for waiting in list(self._begun.values()):
+            if not waiting.done():
+                waiting.set_exception(error)
+        for transfer in list(self._transfers.values()):
+            transfer.fail(error)
+
+
+class WriterPool:
+    """The links of one prefill worker, made when a ticket first needs them."""
+
+    def __init__(self, config: WorkerConfig, instance_id: str, pool: KVPool) -> None:
+        self._config = config
+        self._instance_id = instance_id
+        self._pool = pool
+        self._links: dict[tuple[str, str], WriterLink] = {}
+        self._connecting: dict[tuple[str, str], asyncio.Lock] = {}
+
+    async def begin(self, ticket: Ticket) -> Transfer:
+        """A transfer over the first of the ticket's endpoints that works from here.
+
+        Raises:
+            LinkError: none does, or the decode worker refuses; says what was tried.
+        """
+        tried = []
+        for endpoint in ticket.endpoints:
+            if self._config.transport not in ("auto", endpoint.transport):
+                continue
+            try:
+                link = await self._link(ticket.decode_instance_id, endpoint)
+            except LinkError as error:
+                tried.append(f"{endpoint.transport}: {error}")
+                continue
+            return await link.begin(ticket, self._config.link_reply_ms / 1000)
+        raise LinkError(f"no way to {ticket.decode_instance_id}: {'; '.join(tried) or 'none fits'}")
+
+    async def close(self) -> None:
+        links, self._links = list(self._links.values()), {}
+        for link in links:
+            await link.close()
+
+    async def _link(self, instance_id: str, endpoint: transfer_pb2.Endpoint) -> WriterLink:
+        key = (instance_id, endpoint.transport)
+        async with self._connecting.setdefault(key, asyncio.Lock()):
+            link = self._links.get(key)
+            if link is None or link.closed:
+                link = await self._connect(instance_id, endpoint)
+                self._links[key] = link
+            return link
+
+    async def _connect(self, instance_id: str, endpoint: transfer_pb2.Endpoint) -> WriterLink:
+        sock = _socket_for(endpoint)
+        try:
+            async with asyncio.timeout(self._config.link_connect_ms / 1000):
+                await _dial(sock, endpoint)
+                return await self._shake_hands(FrameSocket(sock), instance_id, endpoint.transport)
+        except (OSError, TimeoutError, LinkError) as error:
+            sock.close()
+            raise LinkError(f"{endpoint.address}: {error or 'no answer in time'}") from error
+
+    async def _shake_hands(
+        self, frames: FrameSocket, instance_id: str, transport: str
+    ) -> WriterLink:
+        hello = transfer_pb2.Hello(
+            protocol_version=PROTOCOL_VERSION,
+            instance_id=self._instance_id,
+            layout=self._pool.layout.to_wire(),
+        )
+        await frames.send(Frame(hello=hello))
+        answer = await frames.receive()
+        if answer.WhichOneof("body") == "refused":
+            raise LinkError(answer.refused.reason)
+        if answer.welcome.instance_id != instance_id:
+            raise LinkError(f"{answer.welcome.instance_id} answers there, not {instance_id}")
+        if transport == "tcp":
+            return WriterLink(frames, TcpSender(), self._pool)
+        fd = await receive_fd(frames.sock)
+        sender = ShmSender(fd, answer.welcome.pool_bytes, self._pool.layout.block_bytes)
+        return WriterLink(frames, sender, self._pool)
+
+
+def _socket_for(endpoint: transfer_pb2.Endpoint) -> socket.socket:
+    if endpoint.transport == "shm":
+        sock = socket.socket(socket.AF_UNIX)
+    else:
+        sock = socket.socket(socket.AF_INET)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setblocking(False)
+    return sock
+
+
+async def _dial(sock: socket.socket, endpoint: transfer_pb2.Endpoint) -> None:
+    loop = asyncio.get_running_loop()
+    if endpoint.transport == "shm":
+        await loop.sock_connect(sock, endpoint.address)
+    else:
+        host, _, port = endpoint.address.rpartition(":")
+        await loop.sock_connect(sock, (host, int(port)))
+
+
+async def _answer_within(answer: asyncio.Future[None], timeout_s: float, what: str) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await asyncio.shield(answer)
+    except TimeoutError:
+        raise LinkError(f"no answer to {what} within {timeout_s:g} s") from None
+
+
+async def _quietly(answer: "asyncio.Future[None] | object") -> None:
+    with contextlib.suppress(LinkError):
+        await answer  # type: ignore[misc]

@@ -1,0 +1,213 @@
+"""Which prompt tokens a prefill worker computes next.
+
+A pure object; prefill_worker/service.py runs the steps it names and tells it of cancels. Prompts
+are admitted in order of arrival once their KV blocks are free, and take turns chunk by chunk: a
+short prompt behind a long one waits for a chunk, not for the prompt.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kvrelay.engine.attention import Slice
+from kvrelay.engine.sampling import SamplingParams
+from kvrelay.kv.layout import KVLayout
+from kvrelay.kv.ledger import BlockEvent, BlockLedger
+from kvrelay.wire.transfer_pb2 import Ticket
+
+
+class JobState(Enum):
+    QUEUED = "queued"
+    COMPUTING = "computing"
+    HANDING_OFF = "handing_off"  # computed; the decode worker has not acknowledged all
+    ABORTING = "aborting"  # not wanted, but the engine or a push still uses its blocks
+    CLOSED = "closed"
+
+
+class JobEvent(Enum):
+    ADMIT = "admit"
+    COMPUTED = "computed"
+    ACKNOWLEDGED = "acknowledged"
+    ABORT = "abort"  # cancel, timeout, a lost router or decode worker
+    QUIET = "quiet"  # neither the engine nor a push uses its blocks any more
+
+
+_S, _E = JobState, JobEvent
+
+TRANSITIONS: dict[tuple[JobState, JobEvent], JobState] = {
+    (_S.QUEUED, _E.ADMIT): _S.COMPUTING,
+    (_S.QUEUED, _E.ABORT): _S.CLOSED,
+    (_S.COMPUTING, _E.COMPUTED): _S.HANDING_OFF,
+    (_S.COMPUTING, _E.ABORT): _S.ABORTING,
+    (_S.HANDING_OFF, _E.ACKNOWLEDGED): _S.CLOSED,
+    (_S.HANDING_OFF, _E.ABORT): _S.ABORTING,
+    (_S.ABORTING, _E.ABORT): _S.ABORTING,
+    (_S.ABORTING, _E.QUIET): _S.CLOSED,
+}
+
+
+class IllegalTransitionError(Exception):
+    """A bug in the caller: an event that TRANSITIONS does not have for this state."""
+
+
+class InvalidJobError(Exception):
+    """Can never be served by this worker; the message says why."""
+
+
+class QueueFullError(Exception):
+    """`jobs_max` prompts are here already."""
+
+
+Key = tuple[object, int]  # the router's session, its key for the request attempt
+
+
+@dataclass(eq=False)
+class Job:
+    """One prompt. Its first `computed` tokens have their KV in `blocks`."""
+
+    key: Key
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    ticket: Ticket
+    state: JobState = JobState.QUEUED
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    first_token: int | None = None
+
+    def on(self, event: JobEvent) -> None:
+        target = TRANSITIONS.get((self.state, event))
+        if target is None:
+            raise IllegalTransitionError(f"{event.name} while {self.state.name}")
+        self.state = target
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Prompt tokens start .. start + count of one job, computed in one step."""
+
+    job: Job
+    start: int
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.start + self.count == len(self.job.prompt)
+
+    def slice(self) -> Slice:
+        tokens = self.job.prompt[self.start : self.start + self.count]
+        return Slice(tokens, self.start, self.job.blocks)
+
+
+class Schedule:
+    """All prompts of one worker."""
+
+    def __init__(
+        self, layout: KVLayout, ledger: BlockLedger, *, chunk_tokens: int, jobs_max: int
+    ) -> None:
+        self.ledger = ledger
+        self._layout = layout
+        self._chunk_tokens = max(chunk_tokens, layout.block_size)
+        self._jobs_max = jobs_max
+        self._waiting: deque[Job] = deque()
+        self._turns: deque[Job] = deque()  # computing, the next to be served first
+        self._jobs: dict[Key, Job] = {}
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens accepted and not yet computed."""
+        return sum(len(job.prompt) - job.computed for job in (*self._waiting, *self._turns))
+
+    def add(self, job: Job) -> None:
+        """Raises InvalidJobError or QueueFullError and changes nothing."""
+        needed = self._layout.blocks_for(len(job.prompt))
+        if needed == 0:
+            raise InvalidJobError("the prompt is empty")
+        if needed > self.ledger.total:
+            raise InvalidJobError(
+                f"{len(job.prompt)} prompt tokens need {needed} KV blocks; this prefill worker "
+                f"has {self.ledger.total}"
+            )
+        if needed != len(job.ticket.block_ids):
+            raise InvalidJobError(f"a ticket for {len(job.ticket.block_ids)} blocks, not {needed}")
+        if job.key in self._jobs:
+            raise InvalidJobError("this request attempt is here already")
+        if len(self._jobs) >= self._jobs_max:
+            raise QueueFullError(f"{self._jobs_max} prompts are here already")
+        self._jobs[job.key] = job
+        self._waiting.append(job)
+
+    def next_step(self) -> list[Chunk]:
+        """Chunks of up to chunk_tokens in all; empty when there is nothing to compute."""
+        self._admit()
+        chunks = []
+        budget = self._chunk_tokens
+        for job in self._turns:
+            count = min(len(job.prompt) - job.computed, budget)
+            if job.computed + count < len(job.prompt):
+                count -= count % self._layout.block_size  # only whole blocks can be handed on
+            if count == 0:
+                break
+            chunks.append(Chunk(job, job.computed, count))
+            budget -= count
+        return chunks
+
+    def computed(self, chunk: Chunk) -> None:
+        """A step with this chunk has ended. Its job's turn is over."""
+        job = chunk.job
+        if job.state is not JobState.COMPUTING:
+            return  # aborted while the step ran
+        job.computed += chunk.count
+        self._turns.remove(job)
+        if chunk.is_last:
+            job.on(JobEvent.COMPUTED)
+        else:
+            self._turns.append(job)
+
+    def acknowledged(self, job: Job) -> None:
+        """The decode worker has every block: ours are free."""
+        job.on(JobEvent.ACKNOWLEDGED)
+        self.ledger.move(job.key, job.blocks, BlockEvent.RELEASE)
+        del self._jobs[job.key]
+
+    def abort(self, key: Key) -> Job | None:
+        """Lets go of a job in any state; its blocks stay in quarantine until `quiet`.
+
+        Returns the job, or None when it has ended already.
+        """
+        job = self._jobs.get(key)
+        if job is None or job.state is JobState.ABORTING:
+            return None
+        before = job.state
+        job.on(JobEvent.ABORT)
+        if before is JobState.QUEUED:
+            self._waiting.remove(job)
+            del self._jobs[key]
+            return job
+        if before is JobState.COMPUTING:
+            self._turns.remove(job)
+        self.ledger.move(key, job.blocks, BlockEvent.ABORT)
+        return job
+
+    def quiet(self, job: Job) -> None:
+        """Nobody uses the blocks of this aborted job any more."""
+        job.on(JobEvent.QUIET)
+        self.ledger.move(job.key, job.blocks, BlockEvent.WRITER_GONE)
+        del self._jobs[job.key]
+
+    def of_session(self, session: object) -> list[Key]:
+        return [key for key in self._jobs if key[0] is session]
+
+    def _admit(self) -> None:
+        while self._waiting:
+            job = self._waiting[0]
+            needed = self._layout.blocks_for(len(job.prompt))
+            if needed > self.ledger.free:
+                return
+            job.blocks = self.ledger.reserve(job.key, needed)
+            self.ledger.move(job.key, job.blocks, BlockEvent.CLAIM)
+            job.on(JobEvent.ADMIT)
+            self._turns.append(self._waiting.popleft())

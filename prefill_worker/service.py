@@ -1,0 +1,264 @@
+"""The prefill worker: serves routers over gRPC, pushes KV to decode workers over the KV links.
+
+Run by cluster/ inside a Ray actor, or by tests in process. It carries out what Schedule decides.
+Each job has a task that pushes blocks as chunks finish, so chunk k travels while chunk k+1 is
+computed. All state is touched from one event loop; only engine steps and copies run elsewhere.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
+from kvrelay.engine.host import EngineHost
+from kvrelay.engine.sampling import SamplingParams
+from kvrelay.kv.ledger import BlockLedger
+from kvrelay.rpc import Session, make_server, require_cluster_key, serve_session
+from kvrelay.transport.frames import LinkError
+from kvrelay.transport.writer import Transfer, WriterPool
+from kvrelay.wire import worker_pb2, worker_pb2_grpc
+from kvrelay.wire.worker_pb2 import FailureCode, PrefillCommand, PrefillEvent
+from prefill_worker.schedule import Chunk, InvalidJobError, Job, JobState, QueueFullError, Schedule
+
+log = logging.getLogger(__name__)
+
+
+class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
+    """Made by `start`; `address` is where routers reach it."""
+
+    def __init__(self, config: WorkerConfig, engine: EngineHost) -> None:
+        self.instance_id = f"prefill-{uuid.uuid4().hex[:12]}"
+        self.address = ""
+        self.ledger = BlockLedger(engine.pool.blocks)
+        self._config = config
+        self._engine = engine
+        self._layout = engine.pool.layout
+        self._schedule = Schedule(
+            self._layout,
+            self.ledger,
+            chunk_tokens=config.chunk_tokens,
+            jobs_max=config.jobs_max,
+        )
+        self._writers = WriterPool(config, self.instance_id, engine.pool)
+        self._work = asyncio.Event()
+        self._running: dict[Job, _Progress] = {}
+        self._server = make_server()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @classmethod
+    async def start(cls, config: WorkerConfig) -> "PrefillService":
+        """Loads the model and listens; raises UnsupportedModelError when that cannot be."""
+        service = cls(config, await EngineHost.load(config, shared_pool=False))
+        worker_pb2_grpc.add_PrefillWorkerServicer_to_server(service, service._server)
+        port = service._server.add_insecure_port(f"{config.host}:0")
+        service.address = f"{config.host}:{port}"
+        await service._server.start()
+        service._tasks = [asyncio.create_task(service._compute())]
+        return service
+
+    async def stop(self) -> None:
+        await self._server.stop(grace=None)
+        jobs = [progress.task for progress in self._running.values()]
+        for task in (*jobs, *self._tasks):
+            task.cancel()
+        await asyncio.gather(*jobs, *self._tasks, return_exceptions=True)
+        await self._writers.close()
+        await asyncio.to_thread(self._engine.close)
+
+    # ---- the router's side
+
+    async def Session(
+        self, request_iterator: AsyncIterator[PrefillCommand], context: Any
+    ) -> AsyncIterator[PrefillEvent]:
+        await require_cluster_key(context, self._config.cluster_key)
+        session: Session[PrefillEvent] = Session(self._config.session_events_max)
+        info = worker_pb2.WorkerInfo(
+            protocol_version=PROTOCOL_VERSION,
+            instance_id=self.instance_id,
+            layout=self._layout.to_wire(),
+            blocks_total=self.ledger.total,
+        )
+        self._send(session, PrefillEvent(info=info))
+        async for event in serve_session(session, request_iterator, self._command, self._closed):
+            yield event
+
+    def _command(self, session: Session[PrefillEvent], command: PrefillCommand) -> None:
+        kind = command.WhichOneof("command")
+        if kind == "prefill":
+            self._accept(session, command.prefill)
+        elif kind == "cancel":
+            self._abort((session, command.cancel.key))
+
+    def _closed(self, session: Session[PrefillEvent]) -> None:
+        for key in self._schedule.of_session(session):
+            self._abort(key)
+
+    def _accept(self, session: Session[PrefillEvent], prefill: worker_pb2.Prefill) -> None:
+        job = Job(
+            key=(session, prefill.key),
+            prompt=list(prefill.prompt_token_ids),
+            sampling=SamplingParams.from_wire(prefill.sampling),
+            ticket=prefill.ticket,
+        )
+        try:
+            self._schedule.add(job)
+        except InvalidJobError as error:
+            self._fail(job, FailureCode.FAILURE_CODE_INVALID, str(error))
+        except QueueFullError as error:
+            self._fail(job, FailureCode.FAILURE_CODE_EXHAUSTED, str(error))
+        else:
+            self._running[job] = _Progress(asyncio.create_task(self._hand_off(job)))
+            self._work.set()
+
+    def _abort(self, key: tuple[object, int]) -> None:
+        job = self._schedule.abort(key)
+        if job is not None:
+            # Not at once: a task that never began would not run its clean-up either.
+            asyncio.get_running_loop().call_soon(self._running[job].task.cancel)
+
+    # ---- computing
+
+    async def _compute(self) -> None:
+        while True:
+            step = self._schedule.next_step()
+            if not step:
+                self._work.clear()
+                await self._work.wait()
+                continue
+            self._step_begins(step)
+            try:
+                tokens = await self._engine.step(
+                    [chunk.slice() for chunk in step],
+                    [chunk.job.sampling if chunk.is_last else None for chunk in step],
+                    [len(chunk.job.prompt) for chunk in step],
+                )
+            except Exception as error:
+                log.exception("a prefill step failed")
+                self._step_failed(step, error)
+            else:
+                self._step_done(step, tokens)
+
+    def _step_begins(self, step: Sequence[Chunk]) -> None:
+        for chunk in step:
+            progress = self._running[chunk.job]
+            progress.engine_idle.clear()
+            if chunk.start == 0:
+                progress.started_s = time.perf_counter()
+                started = worker_pb2.PrefillStarted(key=chunk.job.key[1])
+                self._send(chunk.job.key[0], PrefillEvent(started=started))
+
+    def _step_done(self, step: Sequence[Chunk], tokens: Sequence[int]) -> None:
+        remaining = iter(tokens)
+        for chunk in step:
+            self._schedule.computed(chunk)
+            token = next(remaining) if chunk.is_last else None
+            if chunk.job.state is JobState.HANDING_OFF and token is not None:
+                self._first_token(chunk.job, token)
+            self._running[chunk.job].step_ended()
+
+    def _first_token(self, job: Job, token: int) -> None:
+        job.first_token = token
+        progress = self._running[job]
+        progress.computed_s = time.perf_counter()
+        event = worker_pb2.FirstToken(
+            key=job.key[1],
+            token_id=token,
+            prefill_ms=(progress.computed_s - progress.started_s) * 1000,
+        )
+        self._send(job.key[0], PrefillEvent(first_token=event))
+
+    def _step_failed(self, step: Sequence[Chunk], error: Exception) -> None:
+        for chunk in step:
+            self._running[chunk.job].step_ended()
+            self._fail(chunk.job, FailureCode.FAILURE_CODE_INTERNAL, f"prefill step: {error}")
+            self._abort(chunk.job.key)
+
+    # ---- handing off
+
+    async def _hand_off(self, job: Job) -> None:
+        """Lives as long as the job. However it ends, the blocks come back."""
+        transfer: Transfer | None = None
+        try:
+            transfer = await self._writers.begin(job.ticket)
+            await self._push(job, transfer)
+            assert job.first_token is not None
+            await transfer.commit(job.first_token, self._config.link_reply_ms / 1000)
+            self._acknowledged(job, transfer)
+        except LinkError as error:
+            self._fail(job, FailureCode.FAILURE_CODE_PEER_LOST, str(error))
+        except asyncio.CancelledError:
+            log.debug("%s cancelled", job.ticket.request_id)
+        finally:
+            await self._let_go(job, transfer)
+
+    async def _push(self, job: Job, transfer: Transfer) -> None:
+        """Sends every block as soon as the engine has filled it."""
+        progress = self._running[job]
+        while transfer.blocks_sent < len(job.ticket.block_ids):
+            if job.computed == len(job.prompt):
+                ready = len(job.blocks)
+            else:
+                ready = job.computed // self._layout.block_size
+            if ready == transfer.blocks_sent:
+                progress.advanced.clear()
+                await progress.advanced.wait()
+                continue
+            blocks = job.blocks[transfer.blocks_sent : ready]
+            await self._engine.publish(blocks)
+            await transfer.push(blocks)
+
+    def _acknowledged(self, job: Job, transfer: Transfer) -> None:
+        progress = self._running[job]
+        self._schedule.acknowledged(job)
+        event = worker_pb2.HandedOff(
+            key=job.key[1],
+            kv_bytes=transfer.bytes_sent,
+            kv_transfer_ms=transfer.busy_s * 1000,
+            kv_exposed_ms=(time.perf_counter() - progress.computed_s) * 1000,
+            transport=transfer.transport,
+        )
+        self._send(job.key[0], PrefillEvent(handed_off=event))
+
+    async def _let_go(self, job: Job, transfer: Transfer | None) -> None:
+        if transfer is not None:
+            if not transfer.committed:
+                with contextlib.suppress(LinkError):
+                    await transfer.abort("the prefill worker gave the request up")
+            transfer.close()
+        self._schedule.abort(job.key)
+        progress = self._running[job]
+        await progress.engine_idle.wait()
+        if job.state is JobState.ABORTING:
+            self._schedule.quiet(job)
+        del self._running[job]
+        self._work.set()  # blocks are free: somebody may be waiting for them
+        self._send(job.key[0], PrefillEvent())
+
+    def _fail(self, job: Job, code: FailureCode.ValueType, message: str) -> None:
+        failed = worker_pb2.Failed(key=job.key[1], code=code, message=message)
+        self._send(job.key[0], PrefillEvent(failed=failed))
+
+    def _send(self, session: Any, event: PrefillEvent) -> None:
+        event.load.queued_tokens = self._schedule.queued_tokens
+        event.load.blocks_free = self.ledger.free
+        session.send(event)
+
+
+class _Progress:
+    """What the service keeps of a job beside the schedule: its task, its events, its times."""
+
+    def __init__(self, task: asyncio.Task[None]) -> None:
+        self.task = task
+        self.advanced = asyncio.Event()  # a chunk is done
+        self.engine_idle = asyncio.Event()  # no step with this job is running
+        self.engine_idle.set()
+        self.started_s = 0.0
+        self.computed_s = 0.0
+
+    def step_ended(self) -> None:
+        self.engine_idle.set()
+        self.advanced.set()

@@ -1,0 +1,195 @@
+"""Owns the checks of a request before it is queued: what is wrong with it, or what it asks for.
+
+Pure functions, called by the service in the order of their cost. Every refusal is an InvalidRequest
+that names the field, what was given and what is allowed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvrelay.wire import inference_pb2
+
+TEMPERATURE_MAX = 2.0
+SEED_MAX = 2**64 - 1
+
+
+class InvalidRequest(ValueError):
+    """The request can never be served as it is; the message is for the client."""
+
+
+@dataclass(frozen=True)
+class RequestLimits:
+    prompt_bytes_max: int = 4 << 20
+    messages_max: int = 1024
+    stop_strings_max: int = 16
+    stop_string_bytes_max: int = 256
+    request_id_bytes_max: int = 128
+    max_tokens_default: int = 256
+
+
+DEFAULT_LIMITS = RequestLimits()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """SamplingParams with nothing unset and nothing out of range."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    max_tokens: int
+    stop: tuple[str, ...]
+    eos_token_ids: tuple[int, ...]
+
+
+def check_sampling(
+    params: inference_pb2.SamplingParams,
+    *,
+    eos_token_ids: Sequence[int],
+    prompt_tokens: int,
+    max_model_tokens: int,
+    limits: RequestLimits,
+    draw_seed: Callable[[], int],
+) -> Sampling:
+    sampling = Sampling(
+        temperature=_temperature(params),
+        top_k=_top_k(params),
+        top_p=_top_p(params),
+        seed=params.seed if params.HasField("seed") else draw_seed(),
+        max_tokens=_max_tokens(params, prompt_tokens, max_model_tokens, limits),
+        stop=_stop(params.stop, limits),
+        eos_token_ids=tuple(eos_token_ids),
+    )
+    assert 0 <= sampling.seed <= SEED_MAX, "draw_seed gave no 64-bit seed"
+    return sampling
+
+
+def check_text(
+    text: str, *, max_model_tokens: int, longest_token_bytes: int, limits: RequestLimits
+) -> None:
+    """Refuses before the cost of tokenizing what could not fit however it were tokenized."""
+    if not text:
+        raise InvalidRequest("text: empty, needs at least one character")
+    size = _utf8_bytes("text", text)
+    if size > limits.prompt_bytes_max:
+        raise InvalidRequest(f"text: {size} bytes, at most {limits.prompt_bytes_max} allowed")
+    if size > max_model_tokens * longest_token_bytes:
+        raise InvalidRequest(
+            f"text: {size} bytes are more than {max_model_tokens} tokens, the limit of prompt and "
+            f"answer together, even at {longest_token_bytes} bytes a token"
+        )
+
+
+def check_token_ids(token_ids: Sequence[int], *, vocab_size: int) -> None:
+    if not token_ids:
+        raise InvalidRequest("token_ids: empty, needs at least one token")
+    for index, token_id in enumerate(token_ids):
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequest(
+                f"token_ids[{index}]: {token_id}, allowed are 0 to {vocab_size - 1} "
+                f"(vocabulary of {vocab_size})"
+            )
+
+
+def check_messages(messages: Sequence[tuple[str, str]], limits: RequestLimits) -> None:
+    """Messages as (role, content). A content may be empty; the template decides on the roles."""
+    if not messages:
+        raise InvalidRequest("messages: empty, needs at least one message")
+    if len(messages) > limits.messages_max:
+        raise InvalidRequest(f"messages: {len(messages)}, at most {limits.messages_max} allowed")
+    size = 0
+    for index, (role, content) in enumerate(messages):
+        if not role:
+            raise InvalidRequest(f"messages[{index}].role: empty, needs a role such as 'user'")
+        size += _utf8_bytes(f"messages[{index}].role", role)
+        size += _utf8_bytes(f"messages[{index}].content", content)
+    if size > limits.prompt_bytes_max:
+        raise InvalidRequest(
+            f"messages: {size} bytes together, at most {limits.prompt_bytes_max} allowed"
+        )
+
+
+def check_request_id(request_id: str, limits: RequestLimits = DEFAULT_LIMITS) -> None:
+    """An empty id is an unset one. Printable ASCII alone: ids go into logs and HTTP headers."""
+    size = _utf8_bytes("request_id", request_id)
+    if size > limits.request_id_bytes_max:
+        raise InvalidRequest(
+            f"request_id: {size} bytes, at most {limits.request_id_bytes_max} allowed"
+        )
+    if not all("!" <= char <= "~" for char in request_id):
+        raise InvalidRequest(
+            f"request_id: {request_id!a}, only printable ASCII without spaces is allowed"
+        )
+
+
+def _temperature(params: inference_pb2.SamplingParams) -> float:
+    # A comparison with NaN is false, so it is refused as well.
+    if not 0.0 <= params.temperature <= TEMPERATURE_MAX:
+        raise InvalidRequest(
+            f"temperature: {params.temperature}, allowed are 0 to {TEMPERATURE_MAX:g}"
+        )
+    return params.temperature
+
+
+def _top_k(params: inference_pb2.SamplingParams) -> int:
+    if params.top_k < 0:
+        raise InvalidRequest(f"top_k: {params.top_k}, allowed are 0 (keep all) and more")
+    return params.top_k
+
+
+def _top_p(params: inference_pb2.SamplingParams) -> float:
+    top_p = params.top_p if params.HasField("top_p") else 1.0
+    if not 0.0 < top_p <= 1.0:
+        raise InvalidRequest(f"top_p: {top_p}, allowed are values over 0 up to 1")
+    return top_p
+
+
+def _max_tokens(
+    params: inference_pb2.SamplingParams,
+    prompt_tokens: int,
+    max_model_tokens: int,
+    limits: RequestLimits,
+) -> int:
+    room = max_model_tokens - prompt_tokens
+    if room < 1:
+        raise InvalidRequest(
+            f"prompt: {prompt_tokens} tokens leave no room for an answer, prompt and answer "
+            f"together may have {max_model_tokens}"
+        )
+    if not params.HasField("max_tokens"):
+        return min(limits.max_tokens_default, room)
+    if params.max_tokens < 1:
+        raise InvalidRequest(f"max_tokens: {params.max_tokens}, allowed are 1 to {room}")
+    if params.max_tokens > room:
+        raise InvalidRequest(
+            f"max_tokens: {params.max_tokens} and {prompt_tokens} prompt tokens are more than "
+            f"{max_model_tokens}, the limit of both together; allowed are 1 to {room}"
+        )
+    return params.max_tokens
+
+
+def _stop(stop: Sequence[str], limits: RequestLimits) -> tuple[str, ...]:
+    if len(stop) > limits.stop_strings_max:
+        raise InvalidRequest(
+            f"stop: {len(stop)} strings, at most {limits.stop_strings_max} allowed"
+        )
+    for index, string in enumerate(stop):
+        if not string:
+            raise InvalidRequest(f"stop[{index}]: empty, needs at least one character")
+        size = _utf8_bytes(f"stop[{index}]", string)
+        if size > limits.stop_string_bytes_max:
+            raise InvalidRequest(
+                f"stop[{index}]: {size} bytes, at most {limits.stop_string_bytes_max} allowed"
+            )
+    return tuple(stop)
+
+
+def _utf8_bytes(field: str, text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        raise InvalidRequest(
+            f"{field}: {error.object[error.start]!a} at character {error.start} is not a "
+            f"character, only valid Unicode is allowed"
+        ) from error

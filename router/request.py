@@ -1,0 +1,126 @@
+"""One request on its way through the router: its lifecycle, its token log and its times.
+
+A pure object, owned by the Dispatcher. The token log is the truth about an answer: prompt plus
+log can be placed again on any workers, and what a client has seen never changes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from router.admission import Sampling
+
+
+class RequestState(Enum):
+    QUEUED = "queued"
+    RESERVING = "reserving"  # a decode worker was asked for blocks
+    PREFILLING = "prefilling"  # a prefill worker has the prompt and the ticket
+    DECODING = "decoding"  # the decode worker has the KV
+    ENDED = "ended"
+
+
+class RequestEvent(Enum):
+    PLACE = "place"
+    RESERVED = "reserved"
+    ACCEPTED = "accepted"  # the decode worker sent a token
+    RETRY = "retry"  # a worker failed it or was lost
+    END = "end"  # finished, refused, failed or cancelled
+
+
+_S, _E = RequestState, RequestEvent
+
+TRANSITIONS: dict[tuple[RequestState, RequestEvent], RequestState] = {
+    (_S.QUEUED, _E.PLACE): _S.RESERVING,
+    (_S.QUEUED, _E.END): _S.ENDED,
+    (_S.RESERVING, _E.RESERVED): _S.PREFILLING,
+    (_S.RESERVING, _E.RETRY): _S.QUEUED,
+    (_S.RESERVING, _E.END): _S.ENDED,
+    (_S.PREFILLING, _E.ACCEPTED): _S.DECODING,
+    (_S.PREFILLING, _E.RETRY): _S.QUEUED,
+    (_S.PREFILLING, _E.END): _S.ENDED,
+    (_S.DECODING, _E.RETRY): _S.QUEUED,
+    (_S.DECODING, _E.END): _S.ENDED,
+}
+
+
+class IllegalTransitionError(Exception):
+    """A bug in the caller: an event that TRANSITIONS does not have for this state."""
+
+
+class TokenMismatchError(Exception):
+    """A worker sent a token that contradicts the log, or left a gap."""
+
+
+class Ending(Enum):
+    EOS = 1
+    LENGTH = 2
+    STOP_STRING = 3
+
+
+@dataclass
+class Times:
+    """Milliseconds; *_at_ms on the router's monotonic clock, the others as workers measured."""
+
+    arrived_at_ms: float
+    prefill_began_at_ms: float | None = None
+    first_token_at_ms: float | None = None
+    last_token_at_ms: float | None = None
+    prefill_ms: float = 0.0
+    kv_bytes: int = 0
+    kv_transfer_ms: float = 0.0
+    kv_exposed_ms: float = 0.0
+    transport: str = ""
+
+
+@dataclass(eq=False)
+class Request:
+    request_id: str
+    prompt: Sequence[int]
+    sampling: Sampling
+    times: Times
+    state: RequestState = RequestState.QUEUED
+    answer: list[int] = field(default_factory=list)  # the token log
+    ending: Ending | None = None  # the decode worker's word, before all is wound up
+
+    # The present attempt
+    attempt: int = 0
+    key: int = 0
+    base: int = 0  # length of the log when the attempt began
+    prefill_id: str = ""
+    decode_id: str = ""
+    placed_at_ms: float = 0.0
+    handed_off: bool = False
+
+    def on(self, event: RequestEvent) -> None:
+        target = TRANSITIONS.get((self.state, event))
+        if target is None:
+            raise IllegalTransitionError(f"{event.name} while {self.state.name}")
+        self.state = target
+
+    @property
+    def prompt_now(self) -> list[int]:
+        """What a new attempt must prefill: the prompt and the answer so far."""
+        return [*self.prompt, *self.answer]
+
+    @property
+    def max_tokens_now(self) -> int:
+        return self.sampling.max_tokens - len(self.answer)
+
+    def log(self, offset: int, tokens: Sequence[int], now_ms: float) -> list[int]:
+        """Adds tokens of the present attempt; offset counts from its start.
+
+        Both workers name the attempt's first token, so a repeat is normal and changes nothing.
+
+        Returns the tokens that are new.
+        """
+        start = self.base + offset
+        known = self.answer[start : start + len(tokens)]
+        if start > len(self.answer) or known != list(tokens[: len(known)]):
+            raise TokenMismatchError(f"tokens {list(tokens)} at {start} after {len(self.answer)}")
+        new = list(tokens[len(known) :])
+        if new:
+            self.answer.extend(new)
+            if self.times.first_token_at_ms is None:
+                self.times.first_token_at_ms = now_ms
+            self.times.last_token_at_ms = now_ms
+        return new

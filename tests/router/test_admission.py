@@ -1,0 +1,160 @@
+import math
+from typing import Any
+
+import pytest
+
+from kvrelay.wire import inference_pb2
+from router.admission import (
+    InvalidRequest,
+    RequestLimits,
+    Sampling,
+    check_messages,
+    check_request_id,
+    check_sampling,
+    check_text,
+    check_token_ids,
+)
+
+LIMITS = RequestLimits(
+    prompt_bytes_max=100,
+    messages_max=3,
+    stop_strings_max=2,
+    stop_string_bytes_max=4,
+    request_id_bytes_max=8,
+    max_tokens_default=16,
+)
+
+
+def sampling(prompt_tokens: int = 10, max_model_tokens: int = 100, **params: Any) -> Sampling:
+    return check_sampling(
+        inference_pb2.SamplingParams(**params),
+        eos_token_ids=[2, 3],
+        prompt_tokens=prompt_tokens,
+        max_model_tokens=max_model_tokens,
+        limits=LIMITS,
+        draw_seed=lambda: 77,
+    )
+
+
+def test_all_unset() -> None:
+    assert sampling() == Sampling(
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        seed=77,
+        max_tokens=16,
+        stop=(),
+        eos_token_ids=(2, 3),
+    )
+
+
+def test_all_set() -> None:
+    given = sampling(temperature=2.0, top_k=5, top_p=0.5, seed=0, max_tokens=90, stop=["a", "€"])
+    assert given == Sampling(
+        temperature=2.0,
+        top_k=5,
+        top_p=0.5,
+        seed=0,
+        max_tokens=90,
+        stop=("a", "€"),
+        eos_token_ids=(2, 3),
+    )
+
+
+def test_unset_max_tokens_is_what_room_there_is() -> None:
+    assert sampling(prompt_tokens=95).max_tokens == 5
+    assert sampling(prompt_tokens=99).max_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"temperature": -0.1}, "temperature: -0.1, allowed are 0 to 2"),
+        ({"temperature": 2.1}, "temperature: 2.1, allowed are 0 to 2"),
+        ({"temperature": math.nan}, "temperature: nan"),
+        ({"temperature": math.inf}, "temperature: inf"),
+        ({"top_k": -1}, "top_k: -1, allowed are 0"),
+        ({"top_p": 0.0}, "top_p: 0.0, allowed are values over 0 up to 1"),
+        ({"top_p": 1.01}, "top_p: 1.01"),
+        ({"top_p": math.nan}, "top_p: nan"),
+        ({"max_tokens": 0}, "max_tokens: 0, allowed are 1 to 90"),
+        ({"max_tokens": -5}, "max_tokens: -5, allowed are 1 to 90"),
+        ({"max_tokens": 91}, "max_tokens: 91 and 10 prompt tokens are more than 100"),
+        ({"stop": ["a", "b", "c"]}, "stop: 3 strings, at most 2"),
+        ({"stop": ["a", ""]}, "stop.1.: empty"),
+        ({"stop": ["€€"]}, "stop.0.: 6 bytes, at most 4"),
+    ],
+)
+def test_sampling_out_of_range(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        sampling(**params)
+
+
+@pytest.mark.parametrize("prompt_tokens", [100, 101])
+@pytest.mark.parametrize("params", [{}, {"max_tokens": 1}])
+def test_a_prompt_that_leaves_no_room(prompt_tokens: int, params: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=f"prompt: {prompt_tokens} tokens .* may have 100"):
+        sampling(prompt_tokens=prompt_tokens, **params)
+
+
+def text(given: str, max_model_tokens: int = 50, longest_token_bytes: int = 9) -> None:
+    check_text(
+        given,
+        max_model_tokens=max_model_tokens,
+        longest_token_bytes=longest_token_bytes,
+        limits=LIMITS,
+    )
+
+
+def test_text() -> None:
+    text("x" * 100)
+    text("x" * 20, max_model_tokens=10, longest_token_bytes=2)
+    with pytest.raises(InvalidRequest, match="text: empty"):
+        text("")
+    with pytest.raises(InvalidRequest, match="text: 102 bytes, at most 100"):
+        text("€" * 34)
+    with pytest.raises(InvalidRequest, match="text: 21 bytes are more than 10 tokens"):
+        text("x" * 21, max_model_tokens=10, longest_token_bytes=2)
+    with pytest.raises(InvalidRequest, match=r"text: '\\ud83d' at character 1 is not"):
+        text("x\ud83d")
+
+
+def test_token_ids() -> None:
+    check_token_ids([0, 9], vocab_size=10)
+    with pytest.raises(InvalidRequest, match="token_ids: empty"):
+        check_token_ids([], vocab_size=10)
+    with pytest.raises(InvalidRequest, match=r"token_ids\[1\]: 10, .* 0 to 9 .*vocabulary of 10"):
+        check_token_ids([9, 10, 11], vocab_size=10)
+    with pytest.raises(InvalidRequest, match=r"token_ids\[0\]: -1"):
+        check_token_ids([-1], vocab_size=10)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "messages: empty"),
+        ([("user", "x")] * 4, "messages: 4, at most 3"),
+        ([("user", "x"), ("", "x")], r"messages\[1\].role: empty"),
+        ([("user", "x" * 48), ("user", "x" * 48)], "messages: 104 bytes together, at most 100"),
+        ([("user", "\udc00")], r"messages\[0\].content: '\\udc00'"),
+    ],
+)
+def test_bad_messages(messages: list[tuple[str, str]], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        check_messages(messages, LIMITS)
+
+
+def test_good_messages() -> None:
+    check_messages([("user", ""), ("assistant", "x" * 44), ("user", "x" * 39)], LIMITS)
+
+
+def test_request_id() -> None:
+    check_request_id("")
+    check_request_id("chatcmpl-0/a:b", RequestLimits())
+    check_request_id("x" * 8, LIMITS)
+    with pytest.raises(InvalidRequest, match="request_id: 9 bytes, at most 8"):
+        check_request_id("x" * 9, LIMITS)
+    with pytest.raises(InvalidRequest, match=r"request_id: 'a\\nb', only printable ASCII"):
+        check_request_id("a\nb", LIMITS)
+    with pytest.raises(InvalidRequest, match=r"request_id: '\\xe9'"):
+        check_request_id("é", LIMITS)
