@@ -18,7 +18,7 @@ from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
-from kvrelay.rpc import Session, make_server, require_cluster_key, serve_session
+from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session
 from kvrelay.transport.listener import Listener
 from kvrelay.wire import transfer_pb2, worker_pb2, worker_pb2_grpc
 from kvrelay.wire.worker_pb2 import DecodeCommand, DecodeEvent, FailureCode
@@ -49,7 +49,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._work = asyncio.Event()
         self._listener = Listener(config, self.instance_id, engine.pool, _Book(self, self._handoff))
         self._server = make_server()
-        self._sessions: set[Session[DecodeEvent]] = set()
+        self._sessions: set[RouterSession[DecodeEvent]] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._adopting: set[asyncio.Task[None]] = set()
 
@@ -82,7 +82,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self, request_iterator: AsyncIterator[DecodeCommand], context: Any
     ) -> AsyncIterator[DecodeEvent]:
         await require_cluster_key(context, self._config.cluster_key)
-        session: Session[DecodeEvent] = Session(self._config.session_events_max)
+        session: RouterSession[DecodeEvent] = RouterSession(self._config.session_events_max)
         self._sessions.add(session)
         info = worker_pb2.WorkerInfo(
             protocol_version=PROTOCOL_VERSION,
@@ -94,19 +94,19 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         async for event in serve_session(session, request_iterator, self._command, self._closed):
             yield event
 
-    def _command(self, session: Session[DecodeEvent], command: DecodeCommand) -> None:
+    def _command(self, session: RouterSession[DecodeEvent], command: DecodeCommand) -> None:
         kind = command.WhichOneof("command")
         if kind == "reserve":
             self._reserve(session, command.reserve)
         elif kind == "cancel":
             self._abort((session, command.cancel.key), "the request was cancelled")
 
-    def _closed(self, session: Session[DecodeEvent]) -> None:
+    def _closed(self, session: RouterSession[DecodeEvent]) -> None:
         self._sessions.discard(session)
         for key in self._handoff.of_session(session):
             self._abort(key, "the router's session ended")
 
-    def _reserve(self, session: Session[DecodeEvent], reserve: worker_pb2.Reserve) -> None:
+    def _reserve(self, session: RouterSession[DecodeEvent], reserve: worker_pb2.Reserve) -> None:
         key = (session, reserve.key)
         sampling = SamplingParams.from_wire(reserve.sampling)
         try:

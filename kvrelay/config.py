@@ -64,4 +64,3 @@ class RouterConfig(_Frozen):
     attempts_max: int = 3  # placements of one request, the first included
     prefill_backlog_tokens: int = 4096  # a prefill worker with more waiting gets no new request
     drain_ms: int = 30_000  # running requests at shutdown
-    message_bytes_max: int = 32 << 20

@@ -7,7 +7,7 @@ with `dial`. The cluster key is a secret that only the processes of one cluster 
 import asyncio
 import hmac
 import secrets
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -36,9 +36,10 @@ def new_cluster_key() -> str:
     return secrets.token_hex(32)
 
 
-def make_server() -> grpc.aio.Server:
+def make_server(interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> grpc.aio.Server:
     # Without SO_REUSEPORT a port in use is an error, not a silent share of somebody's traffic.
-    return grpc.aio.server(options=[*_KEEPALIVE, *_SIZES, ("grpc.so_reuseport", 0)])
+    options = [*_KEEPALIVE, *_SIZES, ("grpc.so_reuseport", 0)]
+    return grpc.aio.server(interceptors=interceptors, options=options)
 
 
 def dial(address: str) -> grpc.aio.Channel:
@@ -59,7 +60,7 @@ async def require_cluster_key(context: Any, cluster_key: str) -> None:
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster key is missing or wrong")
 
 
-class Session(Generic[Event]):
+class RouterSession(Generic[Event]):
     """One router's stream at a worker, as the worker sees it. Compared by identity."""
 
     def __init__(self, events_max: int) -> None:
@@ -80,10 +81,10 @@ class Session(Generic[Event]):
 
 
 async def serve_session(
-    session: Session[Event],
+    session: RouterSession[Event],
     commands: AsyncIterator[Command],
-    on_command: Callable[[Session[Event], Command], None],
-    on_close: Callable[[Session[Event]], None],
+    on_command: Callable[[RouterSession[Event], Command], None],
+    on_close: Callable[[RouterSession[Event]], None],
 ) -> AsyncIterator[Event]:
     """Hands commands to the worker and yields its events until either side ends the stream."""
 

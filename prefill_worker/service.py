@@ -17,7 +17,7 @@ from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.ledger import BlockLedger
-from kvrelay.rpc import Session, make_server, require_cluster_key, serve_session
+from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session
 from kvrelay.transport.frames import LinkError
 from kvrelay.transport.writer import Transfer, WriterPool
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
@@ -75,7 +75,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         self, request_iterator: AsyncIterator[PrefillCommand], context: Any
     ) -> AsyncIterator[PrefillEvent]:
         await require_cluster_key(context, self._config.cluster_key)
-        session: Session[PrefillEvent] = Session(self._config.session_events_max)
+        session: RouterSession[PrefillEvent] = RouterSession(self._config.session_events_max)
         info = worker_pb2.WorkerInfo(
             protocol_version=PROTOCOL_VERSION,
             instance_id=self.instance_id,
@@ -86,18 +86,18 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         async for event in serve_session(session, request_iterator, self._command, self._closed):
             yield event
 
-    def _command(self, session: Session[PrefillEvent], command: PrefillCommand) -> None:
+    def _command(self, session: RouterSession[PrefillEvent], command: PrefillCommand) -> None:
         kind = command.WhichOneof("command")
         if kind == "prefill":
             self._accept(session, command.prefill)
         elif kind == "cancel":
             self._abort((session, command.cancel.key))
 
-    def _closed(self, session: Session[PrefillEvent]) -> None:
+    def _closed(self, session: RouterSession[PrefillEvent]) -> None:
         for key in self._schedule.of_session(session):
             self._abort(key)
 
-    def _accept(self, session: Session[PrefillEvent], prefill: worker_pb2.Prefill) -> None:
+    def _accept(self, session: RouterSession[PrefillEvent], prefill: worker_pb2.Prefill) -> None:
         job = Job(
             key=(session, prefill.key),
             prompt=list(prefill.prompt_token_ids),

@@ -312,6 +312,10 @@ class Dispatcher:
 
     def _retry(self, request: Request, why: str) -> list[Command]:
         commands = self._withdraw(request)
+        ending = request.complete()
+        if ending is not None:
+            self._end(request)
+            return [*commands, Finished(request, ending)]
         if request.attempt >= self._config.attempts_max:
             trouble = UnavailableTrouble(f"failed {request.attempt} times, last: {why}")
             return commands + self._fail(request, trouble)

@@ -106,6 +106,12 @@ class Request:
     def max_tokens_now(self) -> int:
         return self.sampling.max_tokens - len(self.answer)
 
+    def complete(self) -> Ending | None:
+        """How the answer ended, if its log is a whole answer."""
+        if self.answer and self.answer[-1] in self.sampling.eos_token_ids:
+            return Ending.EOS
+        return Ending.LENGTH if self.max_tokens_now <= 0 else None
+
     def log(self, offset: int, tokens: Sequence[int], now_ms: float) -> list[int]:
         """Adds tokens of the present attempt; offset counts from its start.
 

@@ -1,0 +1,232 @@
+"""The router's sessions with its workers, and the carrying out of what the dispatcher decides.
+
+router/service.py submits requests here; router/control.py says which workers there are. Each
+worker has one task that keeps a session to it and reconnects when it breaks.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
+
+import grpc
+
+from kvrelay.config import PROTOCOL_VERSION, RouterConfig
+from kvrelay.kv.layout import KVLayout
+from kvrelay.rpc import credentials, dial
+from kvrelay.wire import worker_pb2, worker_pb2_grpc
+from router.dispatcher import (
+    Command,
+    Deliver,
+    Dispatcher,
+    Failed,
+    Finished,
+    ToDecode,
+    ToPrefill,
+    Trouble,
+)
+from router.request import Ending, Request
+
+log = logging.getLogger(__name__)
+
+_RECONNECT_S = (0.1, 0.5, 1.0, 2.0)
+_REAP_EVERY_S = 0.5
+
+
+class Answer:
+    """What a client's handler reads: tokens as they come, then how the answer ended."""
+
+    def __init__(self) -> None:
+        self._events: asyncio.Queue[list[int] | Ending | Trouble] = asyncio.Queue()
+
+    def put(self, event: list[int] | Ending | Trouble) -> None:
+        self._events.put_nowait(event)  # bounded by the request's max_tokens
+
+    async def next(self) -> list[int] | Ending:
+        """All tokens that have come since, or the ending; raises Trouble."""
+        event = await self._events.get()
+        if isinstance(event, Trouble):
+            raise event
+        return event
+
+
+class Fleet:
+    def __init__(self, config: RouterConfig) -> None:
+        self.dispatcher = Dispatcher(config)
+        self._config = config
+        self._answers: dict[Request, Answer] = {}
+        self._workers: dict[tuple[str, str], _Worker] = {}  # by role and address
+        self._connected: dict[str, _Worker] = {}  # by instance id
+        self._layout: KVLayout | None = None
+        self._changed = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reaper = asyncio.create_task(self._reap())
+
+    # ---- for the public service
+
+    def submit(self, request: Request) -> Answer:
+        """Raises DuplicateRequestError or QueueFullError."""
+        commands = self.dispatcher.submit(request)
+        answer = self._answers[request] = Answer()
+        self.carry_out(commands)
+        return answer
+
+    def let_go(self, request: Request) -> None:
+        self._answers.pop(request, None)
+        self.carry_out(self.dispatcher.let_go(request, now_ms()))
+
+    # ---- for the control service
+
+    def set_workers(self, prefill: Iterable[str], decode: Iterable[str]) -> None:
+        wanted = {("prefill", a) for a in prefill} | {("decode", a) for a in decode}
+        for key in set(self._workers) - wanted:
+            self._workers.pop(key).stop()
+        for role, address in wanted - set(self._workers):
+            self._workers[role, address] = _Worker(self, self._config, role, address)
+
+    def connected(self, role: str) -> int:
+        return sum(worker.role == role for worker in self._connected.values())
+
+    async def wait_ready(self) -> None:
+        """Returns when every worker of the last set is connected."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._connected) == len(self._workers))
+
+    async def close(self) -> None:
+        self.set_workers((), ())
+        self._reaper.cancel()
+        await asyncio.gather(self._reaper, *self._tasks, return_exceptions=True)
+
+    # ---- for workers' sessions
+
+    def worker_up(self, worker: "_Worker", info: worker_pb2.WorkerInfo) -> None:
+        """Raises ValueError when the worker does not fit the others."""
+        if info.protocol_version != PROTOCOL_VERSION:
+            raise ValueError(f"protocol {PROTOCOL_VERSION} here, {info.protocol_version} there")
+        layout = KVLayout.from_wire(info.layout)
+        if self._connected and self._layout and layout != self._layout:
+            raise ValueError(f"KV layouts differ: {self._layout.differences(layout)}")
+        self._layout = layout
+        self._connected[info.instance_id] = worker
+        up = self.dispatcher.prefill_up if worker.role == "prefill" else self.dispatcher.decode_up
+        self.carry_out(up(info.instance_id, info, now_ms()))
+        self._announce()
+
+    def worker_down(self, worker: "_Worker") -> None:
+        if self._connected.pop(worker.instance_id, None) is not None:
+            self.carry_out(self.dispatcher.worker_down(worker.instance_id, now_ms()))
+            self._announce()
+
+    def carry_out(self, commands: Iterable[Command]) -> None:
+        for command in commands:
+            match command:
+                case ToPrefill(worker_id, message) | ToDecode(worker_id, message):
+                    self._connected[worker_id].send(message)
+                case Deliver(request, _, tokens):
+                    self._answer(request, list(tokens))
+                case Finished(request, ending):
+                    self._answer(request, ending)
+                case Failed(request, trouble):
+                    log.warning("request %s: %s", request.request_id, trouble)
+                    self._answer(request, trouble)
+
+    def keep(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _answer(self, request: Request, event: list[int] | Ending | Trouble) -> None:
+        answer = self._answers.get(request)
+        if answer is not None:
+            answer.put(event)
+
+    def _announce(self) -> None:
+        async def announce() -> None:
+            async with self._changed:
+                self._changed.notify_all()
+
+        self.keep(asyncio.create_task(announce()))
+
+    async def _reap(self) -> None:
+        while True:
+            await asyncio.sleep(_REAP_EVERY_S)
+            self.carry_out(self.dispatcher.expire(now_ms()))
+
+
+class _Worker:
+    """One worker's address and the session to it, kept up until `stop`."""
+
+    def __init__(self, fleet: Fleet, config: RouterConfig, role: str, address: str) -> None:
+        self.role = role
+        self.instance_id = ""
+        self._fleet = fleet
+        self._config = config
+        self._address = address
+        self._outbox: asyncio.Queue[Any] = asyncio.Queue()
+        self._task = asyncio.create_task(self._keep_up())
+        fleet.keep(self._task)
+
+    def send(self, command: Any) -> None:
+        self._outbox.put_nowait(command)
+
+    def stop(self) -> None:
+        self._task.cancel()
+
+    async def _keep_up(self) -> None:
+        failures = 0
+        while True:
+            try:
+                await self._session()
+                failures = 0
+            except (grpc.aio.AioRpcError, ValueError) as error:
+                reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
+                log.warning("session with %s %s ended: %s", self.role, self._address, reason)
+            finally:
+                was_up = bool(self.instance_id)
+                self._fleet.worker_down(self)
+                self.instance_id = ""
+            failures = 0 if was_up else failures + 1
+            await asyncio.sleep(_RECONNECT_S[min(failures, len(_RECONNECT_S) - 1)])
+
+    async def _session(self) -> None:
+        self._outbox = asyncio.Queue()
+        async with dial(self._address) as channel:
+            handle = self._handler()
+            call = self._open(channel)(
+                _drain(self._outbox), metadata=credentials(self._config.cluster_key)
+            )
+            with contextlib.closing(_Cancel(call)):
+                async for event in call:
+                    if event.WhichOneof("event") == "info":
+                        self.instance_id = event.info.instance_id
+                        self._fleet.worker_up(self, event.info)
+                    else:
+                        self._fleet.carry_out(handle(self.instance_id, event, now_ms()))
+
+    def _open(self, channel: grpc.aio.Channel) -> Callable[..., Any]:
+        if self.role == "prefill":
+            return worker_pb2_grpc.PrefillWorkerStub(channel).Session
+        return worker_pb2_grpc.DecodeWorkerStub(channel).Session
+
+    def _handler(self) -> Callable[[str, Any, float], list[Command]]:
+        dispatcher = self._fleet.dispatcher
+        if self.role == "prefill":
+            return dispatcher.on_prefill_event
+        return dispatcher.on_decode_event
+
+
+class _Cancel:
+    """Lets contextlib.closing end a call."""
+
+    def __init__(self, call: Any) -> None:
+        self.close = call.cancel
+
+
+async def _drain(outbox: "asyncio.Queue[Any]") -> AsyncIterator[Any]:
+    while True:
+        yield await outbox.get()
+
+
+def now_ms() -> float:
+    return time.monotonic() * 1000

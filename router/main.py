@@ -1,0 +1,104 @@
+"""The router process: `python -m router`, with a RouterConfig as JSON on the first line of stdin.
+
+Started by cluster/. It serves until SIGTERM or SIGINT, or until stdin ends, which is how it learns
+that whoever started it is gone; then it refuses new requests and finishes those that run.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from kvrelay.config import RouterConfig
+from kvrelay.rpc import make_server
+from kvrelay.wire import control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from router.control import ControlService
+from router.fleet import Fleet
+from router.malformed import MalformedRequests
+from router.model_files import ModelFiles
+from router.service import InferenceService
+
+SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+
+
+class Router:
+    """Both servers of a router. `address` is the public one."""
+
+    def __init__(self, config: RouterConfig, files: ModelFiles) -> None:
+        self.address = ""
+        self._config = config
+        self.fleet = Fleet(config)
+        self._inference = InferenceService(files, self.fleet)
+        self._health = health.aio.HealthServicer()
+        self._public = make_server(interceptors=(MalformedRequests(),))
+        self._control = make_server()
+
+    @classmethod
+    async def start(cls, config: RouterConfig) -> "Router":
+        """Raises ValueError for a broken model folder, RuntimeError when the port is taken."""
+        files = await asyncio.to_thread(ModelFiles.load, config.model_path, config.model_name)
+        router = cls(config, files)
+        await router._start_public()
+        control = ControlService(router.fleet, router.address)
+        control_pb2_grpc.add_RouterControlServicer_to_server(control, router._control)
+        router._control.add_insecure_port(f"unix:{config.control_socket}")
+        await router._control.start()
+        return router
+
+    async def _start_public(self) -> None:
+        inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, self._public)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._public)
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._public)
+        port = self._public.add_insecure_port(f"{self._config.host}:{self._config.port}")
+        self.address = f"{self._config.host}:{port}"
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        await self._public.start()
+
+    async def stop(self) -> None:
+        """Finishes what runs, at most drain_ms, and closes."""
+        self._inference.draining = True
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._public.stop(grace=self._config.drain_ms / 1000)
+        await self.fleet.close()
+        await self._control.stop(grace=None)
+        self._config.control_socket.unlink(missing_ok=True)
+
+    async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+
+async def serve(config: RouterConfig) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    loop.add_reader(sys.stdin.fileno(), _watch_parent, stopping)
+    router = await Router.start(config)
+    print(f"router grpc={router.address}", flush=True)
+    await stopping.wait()
+    loop.remove_reader(sys.stdin.fileno())
+    await router.stop()
+
+
+def _watch_parent(stopping: asyncio.Event) -> None:
+    if not sys.stdin.buffer.raw.read(1):  # type: ignore[attr-defined]
+        stopping.set()
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    config = RouterConfig.model_validate_json(sys.stdin.readline())
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(serve(config))
+    except (ValueError, RuntimeError, OSError, grpc.RpcError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

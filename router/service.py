@@ -1,0 +1,293 @@
+"""The public gRPC service: checks a request, submits it, streams its answer.
+
+Run by router/main.py. Every way a handler can end, the client's going away included, lets go of
+the request, which takes it back from the workers.
+"""
+
+import asyncio
+import secrets
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar
+
+import grpc
+from tokenizers import Tokenizer
+
+from kvrelay.wire import inference_pb2, inference_pb2_grpc
+from kvrelay.wire.inference_pb2 import Delta, GenerateResponse
+from router.admission import (
+    DEFAULT_LIMITS,
+    InvalidRequest,
+    check_messages,
+    check_request_id,
+    check_sampling,
+    check_text,
+    check_token_ids,
+)
+from router.chat import ChatTemplate, ChatTemplateError
+from router.detokenize import Detokenizer, TextStream
+from router.dispatcher import (
+    DuplicateRequestError,
+    ExhaustedTrouble,
+    InvalidTrouble,
+    QueueFullError,
+    Trouble,
+)
+from router.fleet import Fleet, now_ms
+from router.model_files import ModelFiles
+from router.request import Ending, Request, Times
+
+RETRY_HINT_MS = 1000
+# Shorter texts are tokenized faster than a thread could be told to.
+_INLINE_CHARS = 4096
+_UNBOUNDED_TOKENS = 1 << 20
+
+T = TypeVar("T")
+
+
+class RefusalError(Exception):
+    """A request that is not served, with the status its client gets."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class InferenceService(inference_pb2_grpc.InferenceServicer):
+    def __init__(self, files: ModelFiles, fleet: Fleet) -> None:
+        self.draining = False
+        self._files = files
+        self._fleet = fleet
+        self._detokenizer = Detokenizer(files.tokenizer)
+        self._template = (
+            ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
+        )
+
+    # ---- RPCs
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[GenerateResponse]:
+        async def prompt() -> list[int]:
+            if request.WhichOneof("prompt") == "token_ids":
+                check_token_ids(request.token_ids.ids, vocab_size=self._files.vocab_size)
+                return list(request.token_ids.ids)
+            self._check_text(request.text)
+            return await self._tokenize(request.text, add_special_tokens=True)
+
+        async for response in self._serve(request, prompt, context):
+            yield response
+
+    async def Chat(
+        self, request: inference_pb2.ChatRequest, context: Any
+    ) -> AsyncIterator[GenerateResponse]:
+        async def prompt() -> list[int]:
+            if self._template is None:
+                raise RefusalError(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    f"model {self._files.name!r} has no chat template: use Generate",
+                )
+            messages = [(message.role, message.content) for message in request.messages]
+            check_messages(messages, DEFAULT_LIMITS)
+            size = sum(len(content) for _, content in messages)
+            text = await _off_loop(size, self._template.render, messages)
+            self._check_text(text)
+            # The template writes the special tokens itself.
+            return await self._tokenize(text, add_special_tokens=False)
+
+        async for response in self._serve(request, prompt, context):
+            yield response
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: Any
+    ) -> inference_pb2.TokenizeResponse:
+        try:
+            self._check_model(request.model)
+            self._check_text(request.text)
+        except (RefusalError, InvalidRequest) as error:
+            await _abort(context, error)
+        ids = await self._tokenize(request.text, add_special_tokens=True)
+        tokens = [self._files.tokenizer.id_to_token(token) or "" for token in ids]
+        return inference_pb2.TokenizeResponse(token_ids=ids, tokens=tokens)
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: Any
+    ) -> inference_pb2.ListModelsResponse:
+        model = inference_pb2.Model(
+            name=self._files.name,
+            max_model_tokens=self._max_model_tokens(),
+            vocab_size=self._files.vocab_size,
+            has_chat_template=self._template is not None,
+        )
+        return inference_pb2.ListModelsResponse(models=[model])
+
+    # ---- one request
+
+    async def _serve(
+        self,
+        message: inference_pb2.GenerateRequest | inference_pb2.ChatRequest,
+        prompt: Callable[[], Any],
+        context: Any,
+    ) -> AsyncIterator[GenerateResponse]:
+        arrived_at_ms = now_ms()
+        request: Request | None = None
+        try:
+            if self.draining:
+                raise RefusalError(grpc.StatusCode.UNAVAILABLE, "the router is shutting down")
+            check_request_id(message.request_id)
+            self._check_model(message.model)
+            request = self._request(message, await prompt(), arrived_at_ms)
+            answer = self._fleet.submit(request)
+            yield GenerateResponse(accepted=self._accepted(request))
+            stream = AnswerStream(request, self._detokenizer)
+            while stream.finished is None:
+                response = stream.on(await answer.next())
+                if response is not None:
+                    yield GenerateResponse(delta=response)
+            yield GenerateResponse(finished=stream.finished)
+        except (RefusalError, InvalidRequest, ChatTemplateError) as error:
+            await _abort(context, error)
+        except (DuplicateRequestError, QueueFullError, Trouble) as error:
+            await _abort(context, error)
+        finally:
+            if request is not None:
+                self._fleet.let_go(request)
+
+    def _request(
+        self,
+        message: inference_pb2.GenerateRequest | inference_pb2.ChatRequest,
+        prompt: Sequence[int],
+        arrived_at_ms: float,
+    ) -> Request:
+        sampling = check_sampling(
+            message.sampling,
+            eos_token_ids=self._files.eos_token_ids,
+            prompt_tokens=len(prompt),
+            max_model_tokens=self._max_model_tokens(),
+            limits=DEFAULT_LIMITS,
+            draw_seed=lambda: secrets.randbits(64),
+        )
+        return Request(
+            request_id=message.request_id or f"req-{uuid.uuid4().hex}",
+            prompt=prompt,
+            sampling=sampling,
+            times=Times(arrived_at_ms=arrived_at_ms),
+        )
+
+    def _accepted(self, request: Request) -> inference_pb2.Accepted:
+        return inference_pb2.Accepted(
+            request_id=request.request_id,
+            model=self._files.name,
+            prompt_tokens=len(request.prompt),
+            seed=request.sampling.seed,
+        )
+
+    # ---- checks
+
+    def _check_model(self, name: str) -> None:
+        if name and name != self._files.name:
+            raise RefusalError(
+                grpc.StatusCode.NOT_FOUND,
+                f"model {name!r} is not served here; {self._files.name!r} is",
+            )
+
+    def _check_text(self, text: str) -> None:
+        check_text(
+            text,
+            max_model_tokens=self._max_model_tokens(),
+            longest_token_bytes=self._files.longest_token_bytes,
+            limits=DEFAULT_LIMITS,
+        )
+
+    def _max_model_tokens(self) -> int:
+        limits = (self._files.max_position_embeddings, self._fleet.dispatcher.context_tokens)
+        return min((limit for limit in limits if limit is not None), default=_UNBOUNDED_TOKENS)
+
+    async def _tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids = await _off_loop(len(text), _encode, self._files.tokenizer, text, add_special_tokens)
+        if not ids:
+            raise InvalidRequest("text: no token comes of it")
+        return ids
+
+
+class AnswerStream:
+    """Turns the tokens of one answer into what its client sees. Pure."""
+
+    def __init__(self, request: Request, detokenizer: Detokenizer) -> None:
+        self.finished: inference_pb2.Finished | None = None
+        self._request = request
+        self._text = TextStream(detokenizer, request.sampling.stop)
+        self._offset = 0
+
+    def on(self, event: list[int] | Ending) -> Delta | None:
+        """The next Delta, if there is anything to show. Sets `finished` at the end."""
+        if isinstance(event, Ending):
+            text = self._text.finish()
+            self._finish(Ending.STOP_STRING if self._text.stopped else event)
+            return Delta(offset=self._offset, text=text) if text else None
+        text, shown = "", 0
+        for token in event:
+            shown += 1
+            if token not in self._request.sampling.eos_token_ids:
+                text += self._text.push([token])
+            if self._text.stopped:
+                break
+        delta = Delta(offset=self._offset, token_ids=event[:shown], text=text)
+        self._offset += shown
+        if self._text.stopped:
+            self._finish(Ending.STOP_STRING)
+        return delta
+
+    def _finish(self, ending: Ending) -> None:
+        length = inference_pb2.FINISH_REASON_LENGTH
+        stop = inference_pb2.FINISH_REASON_STOP
+        self.finished = inference_pb2.Finished(
+            reason=length if ending is Ending.LENGTH else stop,
+            prompt_tokens=len(self._request.prompt),
+            completion_tokens=self._offset,
+            timings=_timings(self._request.times, self._offset),
+        )
+
+
+def _timings(times: Times, tokens: int) -> inference_pb2.Timings:
+    first = times.first_token_at_ms or times.arrived_at_ms
+    last = times.last_token_at_ms or first
+    began = times.prefill_began_at_ms or first
+    return inference_pb2.Timings(
+        queue_ms=began - times.arrived_at_ms,
+        prefill_ms=times.prefill_ms,
+        ttft_ms=first - times.arrived_at_ms,
+        tpot_ms=(last - first) / (tokens - 1) if tokens > 1 else 0.0,
+        kv_bytes=times.kv_bytes,
+        kv_transfer_ms=times.kv_transfer_ms,
+        kv_exposed_ms=times.kv_exposed_ms,
+        transport=times.transport,
+    )
+
+
+async def _abort(context: Any, error: Exception) -> None:
+    """Ends the call with the status that fits; always raises."""
+    match error:
+        case RefusalError(code=code):
+            await context.abort(code, str(error))
+        case InvalidRequest() | ChatTemplateError() | InvalidTrouble():
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        case DuplicateRequestError():
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, str(error))
+        case QueueFullError() | ExhaustedTrouble():
+            hint = (("grpc-retry-pushback-ms", str(RETRY_HINT_MS)),)
+            message = f"{error}; try again in {RETRY_HINT_MS} ms"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, message, hint)
+        case _:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+
+
+async def _off_loop(size: int, work: Callable[..., T], *args: Any) -> T:
+    """Runs what may take long on a thread, so that nobody's stream waits for it."""
+    if size <= _INLINE_CHARS:
+        return work(*args)
+    return await asyncio.to_thread(work, *args)
+
+
+def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids

@@ -1,0 +1,75 @@
+"""A whole cluster in one process and on one event loop: real workers, links and router, no Ray.
+
+For tests that look inside (ledgers, cancels, peers that die). What Ray adds is tested in e2e/.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from decode_worker.service import DecodeService
+from kvrelay.client import AsyncClient
+from kvrelay.config import RouterConfig, WorkerConfig
+from kvrelay.kv.ledger import BlockState
+from kvrelay.rpc import new_cluster_key
+from prefill_worker.service import PrefillService
+from router.main import Router
+
+
+@dataclass
+class LocalCluster:
+    prefill: list[PrefillService]
+    decode: list[DecodeService]
+    router: Router
+
+    def client(self) -> AsyncClient:
+        return AsyncClient(self.router.address)
+
+    def all_free(self) -> bool:
+        return all(w.ledger.free == w.ledger.total for w in (*self.prefill, *self.decode))
+
+    def check_ledgers(self) -> None:
+        for worker in (*self.prefill, *self.decode):
+            worker.ledger.check()
+            counts = worker.ledger.counts()
+            assert counts[BlockState.FREE] == worker.ledger.total, (worker.instance_id, counts)
+
+
+@contextlib.asynccontextmanager
+async def local_cluster(
+    model: Path,
+    *,
+    prefill: int = 1,
+    decode: int = 1,
+    worker: dict[str, Any] | None = None,
+    router: dict[str, Any] | None = None,
+) -> AsyncIterator[LocalCluster]:
+    """Starts it, and at the end checks that every block came back."""
+    key = new_cluster_key()
+    with tempfile.TemporaryDirectory(prefix="kvr-") as folder:
+        run_dir = Path(folder)
+        settings = {"kv_bytes": 8 << 20, **(worker or {})}
+        config = WorkerConfig(model_path=model, cluster_key=key, socket_dir=run_dir, **settings)
+        router_config = RouterConfig(
+            model_path=model,
+            model_name=model.name,
+            cluster_key=key,
+            control_socket=run_dir / "control.sock",
+            port=0,
+            **{"drain_ms": 0, **(router or {})},
+        )
+        async with contextlib.AsyncExitStack() as stack:
+            prefills = [await PrefillService.start(config) for _ in range(prefill)]
+            decodes = [await DecodeService.start(config) for _ in range(decode)]
+            for started in (*prefills, *decodes):
+                stack.push_async_callback(started.stop)
+            front = await Router.start(router_config)
+            stack.push_async_callback(front.stop)
+            front.fleet.set_workers([p.address for p in prefills], [d.address for d in decodes])
+            await front.fleet.wait_ready()
+            cluster = LocalCluster(prefills, decodes, front)
+            yield cluster
+            cluster.check_ledgers()
