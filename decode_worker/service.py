@@ -26,6 +26,11 @@ from kvrelay.wire.worker_pb2 import DecodeCommand, DecodeEvent, FailureCode
 log = logging.getLogger(__name__)
 
 _REAP_EVERY_S = 1.0
+_ENDINGS = {
+    Ending.NONE: worker_pb2.ENDING_NONE,
+    Ending.EOS: worker_pb2.ENDING_EOS,
+    Ending.LENGTH: worker_pb2.ENDING_LENGTH,
+}
 
 
 class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
@@ -221,7 +226,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                     key=key,
                     offset=output.offset,
                     token_ids=[output.token],
-                    ending=worker_pb2.Ending.ValueType(output.ending.value),
+                    ending=_ENDINGS[output.ending],
                 )
             )
         for session, messages in by_session.items():
@@ -243,7 +248,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             self._listener.abort(transfer_id, reason)
         self._announce_load()
 
-    def _fail(self, key: Key, code: FailureCode.ValueType, message: str) -> None:
+    def _fail(self, key: Key, code: FailureCode, message: str) -> None:
         session, number = key
         failed = worker_pb2.Failed(key=number, code=code, message=message)
         self._send(session, DecodeEvent(failed=failed))

@@ -36,7 +36,7 @@ def new_cluster_key() -> str:
     return secrets.token_hex(32)
 
 
-def make_server(interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> grpc.aio.Server:
+def make_server(interceptors: Sequence[Any] = ()) -> grpc.aio.Server:
     # Without SO_REUSEPORT a port in use is an error, not a silent share of somebody's traffic.
     options = [*_KEEPALIVE, *_SIZES, ("grpc.so_reuseport", 0)]
     return grpc.aio.server(interceptors=interceptors, options=options)

@@ -238,7 +238,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         self._work.set()  # blocks are free: somebody may be waiting for them
         self._send(job.key[0], PrefillEvent())
 
-    def _fail(self, job: Job, code: FailureCode.ValueType, message: str) -> None:
+    def _fail(self, job: Job, code: FailureCode, message: str) -> None:
         failed = worker_pb2.Failed(key=job.key[1], code=code, message=message)
         self._send(job.key[0], PrefillEvent(failed=failed))
 

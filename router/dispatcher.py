@@ -355,7 +355,9 @@ class Dispatcher:
                 mine[request.prefill_id] += len(request.prompt) + request.base
         # The worker's own figure knows of other routers, ours of what is still under way.
         return [
-            PrefillView(worker_id, max(p.queued_tokens, mine[worker_id]), p.blocks_total, p.block_size)
+            PrefillView(
+                worker_id, max(p.queued_tokens, mine[worker_id]), p.blocks_total, p.block_size
+            )
             for worker_id, p in self._prefill.items()
         ]
 

@@ -7,6 +7,7 @@ that whoever started it is gone; then it refuses new requests and finishes those
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import sys
 
@@ -88,7 +89,7 @@ async def serve(config: RouterConfig) -> None:
 
 
 def _watch_parent(stopping: asyncio.Event) -> None:
-    if not sys.stdin.buffer.raw.read(1):  # type: ignore[attr-defined]
+    if not os.read(sys.stdin.fileno(), 1):
         stopping.set()
 
 

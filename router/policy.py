@@ -51,9 +51,7 @@ def place(
         and (not p.queued_tokens or p.queued_tokens + prompt_tokens <= backlog_tokens_max)
     ]
     able_d = [
-        d
-        for d in decode
-        if answer_blocks(prompt_tokens, max_tokens, d.block_size) <= d.blocks_free
+        d for d in decode if answer_blocks(prompt_tokens, max_tokens, d.block_size) <= d.blocks_free
     ]
     if not able_p or not able_d:
         return None

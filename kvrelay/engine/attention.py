@@ -69,7 +69,7 @@ def _attention(
         raise NotImplementedError(f"attention with {', '.join(unknown)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    layer = int(module.layer_idx)
     out = active_step.get().attend(layer, q, k, v, scale, sliding_window, softcap)
     return out.unsqueeze(0), None
 
@@ -159,8 +159,7 @@ class PagedStep:
         used = [-(-s.end // self._block_size) for s in self.slices]
         longest = max(used)
         rows = [
-            list(s.blocks[:n]) + [0] * (longest - n)
-            for s, n in zip(self.slices, used, strict=True)
+            list(s.blocks[:n]) + [0] * (longest - n) for s, n in zip(self.slices, used, strict=True)
         ]
         return torch.tensor(rows, device=self.pool.device)
 

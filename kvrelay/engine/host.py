@@ -80,9 +80,7 @@ class EngineHost:
     ) -> list[int]:
         logits = self._runner.step(slices, [p is not None for p in params])
         chosen = [
-            (p, position)
-            for p, position in zip(params, positions, strict=True)
-            if p is not None
+            (p, position) for p, position in zip(params, positions, strict=True) if p is not None
         ]
         if not chosen:
             return []

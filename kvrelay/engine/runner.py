@@ -121,7 +121,7 @@ def _probe_layout(model: Any, model_fingerprint: str, dtype: str, block_size: in
     # Rounding is around 1e-6 of the spread in fp32; a missing mask or position is around 1.
     if not error_max <= (1e-3 if dtype == "float32" else 0.2) * max(spread, 1e-6):
         raise UnsupportedModelError(
-            f"{_name(model)}: its answer over a paged KV pool differs from its own by {error_max:.2g}"
+            f"{_name(model)}: over a paged KV pool its logits are off by {error_max:.2g}"
         )
     return KVLayout(model_fingerprint, dtype, block_size=block_size, **shape)
 

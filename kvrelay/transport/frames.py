@@ -29,9 +29,7 @@ class FrameSocket:
         self.sock = sock
         self._sending = asyncio.Lock()
 
-    async def send(
-        self, frame: transfer_pb2.Frame, payload: Iterable[memoryview] = ()
-    ) -> None:
+    async def send(self, frame: transfer_pb2.Frame, payload: Iterable[memoryview] = ()) -> None:
         """Sends a frame and the block bytes that belong behind it, nothing between them."""
         body = frame.SerializeToString()
         loop = asyncio.get_running_loop()

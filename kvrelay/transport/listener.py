@@ -9,9 +9,9 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
 from kvrelay.kv.layout import KVLayout
@@ -121,7 +121,7 @@ class Listener:
         finally:
             link.close(reason)
 
-    def _spawn(self, work: "asyncio._CoroutineLike[None]") -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(_quietly(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -252,7 +252,7 @@ def _mismatch(hello: transfer_pb2.Hello, layout: KVLayout) -> str:
     return f"KV layouts differ: {differences}" if differences else ""
 
 
-async def _quietly(work: "asyncio._CoroutineLike[None]") -> None:
+async def _quietly(work: Coroutine[Any, Any, None]) -> None:
     """For work that tells nobody: a link that breaks is noticed by its reader."""
     with contextlib.suppress(LinkError):
         await work

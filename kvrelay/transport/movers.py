@@ -21,7 +21,7 @@ from kvrelay.wire import transfer_pb2
 
 def checksum(block: np.ndarray) -> int:
     """xxh3, 64 bits, of one block's bytes `[block_bytes]`."""
-    return xxhash.xxh3_64_intdigest(memoryview(block))
+    return xxhash.xxh3_64_intdigest(block.data)
 
 
 class Sender(Protocol):
@@ -56,7 +56,7 @@ class TcpSender:
     ) -> None:
         sums = await asyncio.to_thread(lambda: [checksum(pool.bytes[block]) for block in source])
         header.checksums.extend(sums)
-        payload = (memoryview(pool.bytes[block]) for block in source)
+        payload = (pool.bytes[block].data for block in source)
         await frames.send(transfer_pb2.Frame(blocks=header), payload)
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ class ShmSender:
 
 async def receive_tcp(frames: FrameSocket, pool: KVPool, blocks: Sequence[int]) -> None:
     for block in blocks:
-        await frames.receive_into(memoryview(pool.bytes[block]))
+        await frames.receive_into(pool.bytes[block].data)
 
 
 async def receive_shm(frames: FrameSocket, pool: KVPool, blocks: Sequence[int]) -> None:

@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
 from kvrelay.kv.pool import KVPool
@@ -317,6 +318,6 @@ async def _answer_within(answer: asyncio.Future[None], timeout_s: float, what: s
         raise LinkError(f"no answer to {what} within {timeout_s:g} s") from None
 
 
-async def _quietly(answer: "asyncio.Future[None] | object") -> None:
+async def _quietly(answer: Coroutine[Any, Any, None]) -> None:
     with contextlib.suppress(LinkError):
-        await answer  # type: ignore[misc]
+        await answer

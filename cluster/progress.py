@@ -1,0 +1,45 @@
+"""What a person sees while things start: a bar or a line on stderr. Used by the commands."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+Report = Callable[[str, float | None], None]  # what is happening, how much of it is done
+
+console = Console(stderr=True, highlight=False)
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[Report]:
+    """Gives a function (what is happening, fraction or None) that shows it."""
+    if not console.is_terminal:
+        yield _line_reporter()
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        current: dict[str, TaskID] = {}
+
+        def report(stage: str, fraction: float | None) -> None:
+            if stage not in current:
+                for task in current.values():
+                    bars.remove_task(task)
+                current.clear()
+                current[stage] = bars.add_task(stage, total=None if fraction is None else 1.0)
+            bars.update(current[stage], completed=fraction or 0.0)
+
+        yield report
+
+
+def _line_reporter() -> Report:
+    """Into a file or a pipe: one line a stage."""
+    last = ""
+
+    def report(stage: str, fraction: float | None) -> None:
+        nonlocal last
+        if stage != last:
+            last = stage
+            console.print(stage)
+
+    return report

@@ -1,0 +1,150 @@
+"""`kvrelay serve` and `kvrelay demo`: registered by cluster/cli.py."""
+
+import contextlib
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+
+from cluster.model_store import BUILT_IN, ModelError, prepare
+from cluster.options import ServeError, ServeOptions
+from cluster.phase_table import phase_table
+from cluster.progress import console, reporting
+from kvrelay.client import Client, KvrelayError
+
+if TYPE_CHECKING:
+    from cluster.serving import Serving
+
+DEMO_QUESTIONS = ("What is the capital of France?", "Why is the sky blue? Answer in two sentences.")
+_DEMO_MAX_TOKENS = 96
+
+
+@click.command()
+@click.argument("model")
+@click.option("--prefill", type=click.IntRange(1, 64), default=1, help="Prefill workers.")
+@click.option("--decode", type=click.IntRange(1, 64), default=1, help="Decode workers.")
+@click.option("--port", type=click.IntRange(0, 65535), default=50051, help="0 picks a free one.")
+@click.option(
+    "--transport",
+    type=click.Choice(["auto", "shm", "tcp"]),
+    default="auto",
+    help="How KV moves; auto takes shm on one host.",
+)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
+@click.option(
+    "--threads", type=click.IntRange(0), default=0, help="Per worker; 0 shares the cores out."
+)
+@click.option(
+    "--kv-gib",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    help="KV pool of each worker, in GiB.",
+)
+@click.option(
+    "--chunk-tokens", type=click.IntRange(16), default=256, help="Prompt tokens a prefill step."
+)
+@click.option(
+    "--drain-s",
+    type=click.FloatRange(0),
+    default=30.0,
+    help="How long running requests may take to finish at shutdown.",
+)
+@click.option("--verbose", is_flag=True, help="Log what the cluster does, on stderr.")
+def serve(model: str, verbose: bool, **options: Any) -> None:
+    """Serve MODEL: a Hugging Face id, a folder with safetensors, a .gguf file, or smollm2.
+
+    Prints one line `ready grpc=HOST:PORT` when requests can be served. Ctrl-C finishes what is
+    running; a second Ctrl-C does not wait for it.
+    """
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    with _errors_in_one_line(), _Interrupts() as interrupts:
+        with _serving(model, ServeOptions(**options), interrupts) as cluster:
+            print(f"ready grpc={cluster.address}", flush=True)
+            interrupts.polite = True
+            cluster.watch(interrupts.stopping)
+            console.print("finishing what is running ...")
+
+
+@click.command()
+def demo() -> None:
+    """Serve the built-in model for two questions and show where the time of each went."""
+    with _errors_in_one_line(), _Interrupts() as interrupts:
+        with _serving(BUILT_IN, ServeOptions(port=0), interrupts) as cluster:
+            with Client(cluster.address) as client:
+                for question in DEMO_QUESTIONS:
+                    _ask(client, question)
+            console.print("stopping ...")
+
+
+class _Interrupts:
+    """What SIGINT and SIGTERM do. While `polite`, the first lets running requests finish; else it
+    raises KeyboardInterrupt where the program is. A second one is in a hurry."""
+
+    def __init__(self) -> None:
+        self.polite = False
+        self.stopping = threading.Event()
+        self.hurry = threading.Event()
+
+    def __enter__(self) -> "_Interrupts":
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._on_signal) for number in signals}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.stopping.is_set():
+            self.hurry.set()
+            return
+        self.stopping.set()
+        if not self.polite:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _serving(model: str, options: ServeOptions, interrupts: _Interrupts) -> "Iterator[Serving]":
+    with reporting() as report:
+        prepared = prepare(model, on_progress=report)
+    from cluster.serving import Serving  # brings Ray and torch: seconds, so only now
+
+    cluster = Serving(prepared, options)
+    try:
+        with reporting() as report:
+            cluster.start(report)
+        yield cluster
+    finally:
+        interrupts.stopping.set()
+        cluster.stop(interrupts.hurry)
+
+
+def _ask(client: Client, question: str) -> None:
+    print(f"\n> {question}")
+    with client.chat(question, max_tokens=_DEMO_MAX_TOKENS) as stream:
+        for text in stream:
+            print(text, end="", flush=True)
+        completion = stream.result()
+    print("\n")
+    Console().print(phase_table(completion))
+
+
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (ModelError, ServeError, KvrelayError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

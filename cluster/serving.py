@@ -1,0 +1,174 @@
+"""One serving cluster on this host: Ray with the two pools, a router process, and their end.
+
+`kvrelay serve` and `kvrelay demo` own one Serving each. Whatever happens, `stop` leaves no process,
+no shared memory and no socket: everything lives in one run folder and in processes started here.
+"""
+
+import contextlib
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import grpc
+import psutil
+
+from cluster.model_store import PreparedModel
+from cluster.options import ServeError, ServeOptions
+from cluster.pools import Pools
+from cluster.progress import Report
+from kvrelay.config import RouterConfig, WorkerConfig
+from kvrelay.rpc import new_cluster_key
+from kvrelay.wire import control_pb2, control_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+READY_S = 30.0
+_WATCH_S = 0.5
+# The longest path of a unix socket is about 100 bytes, so the run folder must have a short one.
+_RUN_DIR_CHARS_MAX = 40
+
+
+class Serving:
+    """Call start, then watch until told to stop, then stop (in a finally)."""
+
+    def __init__(self, model: PreparedModel, options: ServeOptions) -> None:
+        self.address = ""
+        self._options = options
+        self._run_dir = _make_run_dir()
+        cluster_key = new_cluster_key()
+        self._router_config = RouterConfig(
+            model_path=model.path,
+            model_name=model.name,
+            cluster_key=cluster_key,
+            control_socket=self._run_dir / "control.sock",
+            host=options.host,
+            port=options.port,
+            drain_ms=int(options.drain_s * 1000),
+        )
+        worker_config = WorkerConfig(
+            model_path=model.path,
+            cluster_key=cluster_key,
+            socket_dir=self._run_dir,
+            dtype=options.dtype,
+            device=options.device,
+            threads=options.threads_each,
+            block_size=options.block_size,
+            kv_bytes=int(options.kv_gib * (1 << 30)),
+            transport=options.transport,
+            chunk_tokens=options.chunk_tokens,
+        )
+        sizes = {"prefill": options.prefill, "decode": options.decode}
+        self._pools = Pools(worker_config, sizes, self._run_dir / "ray")
+        self._router: subprocess.Popen[str] | None = None
+
+    def start(self, report: Report) -> None:
+        """Returns when requests can be served, at `address`.
+
+        Raises:
+            ServeError: the router's port is taken, a worker cannot load the model, ...
+        """
+        report("starting the router and Ray", None)
+        self._router = self._start_router()
+        self._pools.start_ray()
+        self.address = self._router_address(self._router)
+        total = self._options.prefill + self._options.decode
+        for loaded in self._pools.start_workers():
+            report(f"loading the model into {total} workers", loaded / total)
+        report("connecting router and workers", None)
+        self._tell_router(wait=True)
+
+    def watch(self, stopping: threading.Event) -> None:
+        """Replaces workers that die; returns when `stopping` is set.
+
+        Raises:
+            ServeError: the router died.
+        """
+        assert self._router is not None, "start first"
+        while not stopping.is_set():
+            if self._pools.replace_dead(_WATCH_S):
+                self._tell_router(wait=False)
+            if self._router.poll() is not None:
+                raise ServeError(f"the router ended with status {self._router.returncode}")
+
+    def stop(self, hurry: threading.Event | None = None) -> None:
+        """Finishes running requests, at most drain_s (or until `hurry` is set), and ends all."""
+        if self._router is not None:
+            self._stop_router(self._router, hurry or threading.Event())
+        with contextlib.suppress(Exception):
+            self._pools.stop()
+        _end_children()
+        shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    def _start_router(self) -> "subprocess.Popen[str]":
+        router = subprocess.Popen(
+            [sys.executable, "-m", "router"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C in a terminal is for us; we tell the router
+        )
+        assert router.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            router.stdin.write(self._router_config.model_dump_json() + "\n")
+            router.stdin.flush()
+        return router
+
+    def _router_address(self, router: "subprocess.Popen[str]") -> str:
+        assert router.stdout is not None
+        line = router.stdout.readline()
+        if not line.startswith("router grpc="):
+            router.wait()
+            raise ServeError(
+                f"the router did not start: is {self._options.host}:{self._options.port} in use?"
+            )
+        return line.strip().removeprefix("router grpc=")
+
+    def _tell_router(self, *, wait: bool) -> None:
+        workers = control_pb2.WorkerSet(
+            prefill_addresses=self._pools.addresses("prefill"),
+            decode_addresses=self._pools.addresses("decode"),
+        )
+        with grpc.insecure_channel(f"unix:{self._router_config.control_socket}") as channel:
+            stub = control_pb2_grpc.RouterControlStub(channel)
+            try:
+                stub.SetWorkers(workers, timeout=READY_S, wait_for_ready=True)
+                if wait:
+                    stub.WaitReady(control_pb2.WaitReadyRequest(), timeout=READY_S)
+            except grpc.RpcError as error:
+                raise ServeError(f"the router does not take the workers: {error}") from error
+
+    def _stop_router(self, router: "subprocess.Popen[str]", hurry: threading.Event) -> None:
+        router.send_signal(signal.SIGTERM)
+        waited_s = 0.0
+        while router.poll() is None:
+            if hurry.is_set() or waited_s > self._options.drain_s + READY_S:
+                router.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                router.wait(timeout=0.1)
+            waited_s += 0.1
+        for stream in (router.stdin, router.stdout):
+            if stream is not None:
+                stream.close()
+
+
+def _make_run_dir() -> Path:
+    folder = tempfile.gettempdir()
+    if len(folder) > _RUN_DIR_CHARS_MAX:
+        folder = "/tmp"
+    return Path(tempfile.mkdtemp(prefix="kvr-", dir=folder))
+
+
+def _end_children() -> None:
+    """Ray ends its processes by itself; this is for one that did not."""
+    children = psutil.Process().children(recursive=True)
+    _, alive = psutil.wait_procs(children, timeout=5)
+    for child in alive:
+        log.warning("ending %s (%d), which did not end by itself", child.name(), child.pid)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(alive, timeout=5)

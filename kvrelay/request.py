@@ -1,0 +1,96 @@
+"""What a client asks for: owns how options and prompts become messages of the wire.
+
+Called by kvrelay/client.py. What is malformed is refused here only where it has no place in a
+message; limits and ranges are the server's to check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, Unpack
+
+import grpc
+
+from kvrelay.peer import KvrelayError
+from kvrelay.wire import inference_pb2 as pb
+
+
+class SamplingOptions(TypedDict, total=False):
+    """How tokens are chosen. What is left out or None is for the server to decide."""
+
+    max_tokens: int | None  # answer length limit in tokens, at least 1
+    temperature: float | None  # 0 to 2; 0 is greedy
+    top_k: int | None  # keep the k likeliest tokens; 0 keeps all
+    top_p: float | None  # keep the likeliest that add up to this, over 0 to 1
+    seed: int | None  # same request and seed, same tokens
+    stop: str | Sequence[str]  # the answer ends before the first of these
+
+
+class RequestOptions(SamplingOptions, total=False):
+    """What `generate` and `chat` of both clients take besides the prompt and `timeout_s`."""
+
+    model: str  # a name from models(); empty is the model served
+    request_id: str  # unique among running requests; empty lets the server make one
+
+
+def generate_request(prompt: str | Sequence[int], options: RequestOptions) -> pb.GenerateRequest:
+    """The request that continues `prompt`, a text or token ids."""
+    common = _common_fields(**options)
+    if isinstance(prompt, str):
+        return _message(pb.GenerateRequest, text=prompt, **common)
+    if isinstance(prompt, bytes | bytearray):
+        # A sequence of ints to Python, but hardly token ids.
+        raise TypeError("the prompt must be str or token ids, not bytes")
+    return _message(pb.GenerateRequest, token_ids=_message(pb.TokenIds, ids=prompt), **common)
+
+
+def chat_request(
+    messages: Sequence[Mapping[str, str]] | str, options: RequestOptions
+) -> pb.ChatRequest:
+    """The request that answers `messages`; a text is one message of the user."""
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    wire = [_message(pb.ChatMessage, **message) for message in messages]
+    return _message(pb.ChatRequest, messages=wire, **_common_fields(**options))
+
+
+def tokenize_request(text: str, model: str) -> pb.TokenizeRequest:
+    """The request that cuts `text` into tokens."""
+    return _message(pb.TokenizeRequest, model=model, text=text)
+
+
+def _common_fields(
+    *, model: str = "", request_id: str = "", **sampling: Unpack[SamplingOptions]
+) -> dict[str, Any]:
+    return {"model": model, "request_id": request_id, "sampling": _sampling(**sampling)}
+
+
+def _sampling(
+    *,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+) -> pb.SamplingParams:
+    return _message(
+        pb.SamplingParams,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=[stop] if isinstance(stop, str) else stop,
+    )
+
+
+def _message(kind: Any, **fields: Any) -> Any:
+    """A wire message, or KvrelayError where a value does not fit its field."""
+    try:
+        return kind(**fields)
+    except UnicodeEncodeError:
+        message = "the text cannot be sent: it is not valid Unicode"
+        raise KvrelayError(grpc.StatusCode.INVALID_ARGUMENT, message) from None
+    except ValueError as error:
+        raise KvrelayError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error
