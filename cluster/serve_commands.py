@@ -67,23 +67,23 @@ def serve(model: str, verbose: bool, **options: Any) -> None:
         level=logging.INFO if verbose else logging.WARNING,
         format="%(levelname)s %(name)s: %(message)s",
     )
-    with _errors_in_one_line(), _Interrupts() as interrupts:
-        with _serving(model, ServeOptions(**options), interrupts) as cluster:
-            print(f"ready grpc={cluster.address}", flush=True)
-            interrupts.polite = True
-            cluster.watch(interrupts.stopping)
-            console.print("finishing what is running ...")
+    chosen = ServeOptions(**options)
+    with _errors_in_one_line(), _Interrupts() as stop, _serving(model, chosen, stop) as cluster:
+        print(f"ready grpc={cluster.address}", flush=True)
+        stop.polite = True
+        cluster.watch(stop.stopping)
+        console.print("finishing what is running ...")
 
 
 @click.command()
 def demo() -> None:
     """Serve the built-in model for two questions and show where the time of each went."""
-    with _errors_in_one_line(), _Interrupts() as interrupts:
-        with _serving(BUILT_IN, ServeOptions(port=0), interrupts) as cluster:
-            with Client(cluster.address) as client:
-                for question in DEMO_QUESTIONS:
-                    _ask(client, question)
-            console.print("stopping ...")
+    chosen = ServeOptions(port=0)
+    with _errors_in_one_line(), _Interrupts() as stop, _serving(BUILT_IN, chosen, stop) as cluster:
+        with Client(cluster.address) as client:
+            for question in DEMO_QUESTIONS:
+                _ask(client, question)
+        console.print("stopping ...")
 
 
 class _Interrupts:

@@ -123,9 +123,8 @@ class Serving:
         line = router.stdout.readline()
         if not line.startswith("router grpc="):
             router.wait()
-            raise ServeError(
-                f"the router did not start: is {self._options.host}:{self._options.port} in use?"
-            )
+            reason = line.strip().removeprefix("failed ") or "see its traceback above"
+            raise ServeError(f"the router did not start: {reason}")
         return line.strip().removeprefix("router grpc=")
 
     def _tell_router(self, *, wait: bool) -> None:

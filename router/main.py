@@ -100,6 +100,6 @@ def main() -> int:
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(serve(config))
     except (ValueError, RuntimeError, OSError, grpc.RpcError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"failed {' '.join(str(error).split())}", flush=True)  # read by whoever started it
         return 1
     return 0
