@@ -7,6 +7,7 @@ dashboard or usage report.
 import logging
 import os
 import secrets
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -69,6 +70,8 @@ class Pools:
     _failures: dict[str, int] = field(default_factory=dict)
 
     def start_ray(self) -> None:
+        # Ray puts handlers of its own on these signals; what they do is for the command to say.
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         ray.init(
             num_cpus=self.config.threads * sum(self.sizes.values()),
             include_dashboard=False,
@@ -78,6 +81,8 @@ class Pools:
             _temp_dir=str(self.ray_dir),
             _node_ip_address="127.0.0.1",
         )
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     def start_workers(self) -> Iterator[int]:
         """Yields how many have started, from 0 up; raises ServeError when one cannot."""

@@ -1,12 +1,12 @@
 """What a person sees while things start: a bar or a line on stderr. Used by the commands."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-Report = Callable[[str, float | None], None]  # what is happening, how much of it is done
+from cluster.preparation import Progress as Report
 
 console = Console(stderr=True, highlight=False)
 

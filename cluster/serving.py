@@ -20,7 +20,7 @@ import psutil
 from cluster.model_store import PreparedModel
 from cluster.options import ServeError, ServeOptions
 from cluster.pools import Pools
-from cluster.progress import Report
+from cluster.preparation import Progress
 from kvrelay.config import RouterConfig, WorkerConfig
 from kvrelay.rpc import new_cluster_key
 from kvrelay.wire import control_pb2, control_pb2_grpc
@@ -66,7 +66,7 @@ class Serving:
         self._pools = Pools(worker_config, sizes, self._run_dir / "ray")
         self._router: subprocess.Popen[str] | None = None
 
-    def start(self, report: Report) -> None:
+    def start(self, report: Progress) -> None:
         """Returns when requests can be served, at `address`.
 
         Raises:

@@ -93,7 +93,7 @@ def check_token_ids(token_ids: Sequence[int], *, vocab_size: int) -> None:
 
 
 def check_messages(messages: Sequence[tuple[str, str]], limits: RequestLimits) -> None:
-    """Messages as (role, content). A content may be empty; the template decides on the roles."""
+    """Messages as (role, content). Some contents may be empty; the template decides on roles."""
     if not messages:
         raise InvalidRequest("messages: empty, needs at least one message")
     if len(messages) > limits.messages_max:
@@ -104,6 +104,8 @@ def check_messages(messages: Sequence[tuple[str, str]], limits: RequestLimits) -
             raise InvalidRequest(f"messages[{index}].role: empty, needs a role such as 'user'")
         size += _utf8_bytes(f"messages[{index}].role", role)
         size += _utf8_bytes(f"messages[{index}].content", content)
+    if not any(content for _, content in messages):
+        raise InvalidRequest("messages: every content is empty, nothing is asked")
     if size > limits.prompt_bytes_max:
         raise InvalidRequest(
             f"messages: {size} bytes together, at most {limits.prompt_bytes_max} allowed"

@@ -31,8 +31,8 @@ from kvrelay.client import (
     Model,
     Timings,
     Tokens,
-    _Peer,
 )
+from kvrelay.peer import Peer
 from kvrelay.wire import inference_pb2 as pb
 
 TIMINGS = Timings(1.5, 20.0, 25.0, 10.0, 4_000_000, 2.0, 0.5, "shm")
@@ -326,7 +326,7 @@ def test_the_servers_refusal_of_a_huge_prompt_is_seen() -> None:
     ],
 )
 def test_grpcs_words_are_made_clear(code: str, details: str, message: str) -> None:
-    error = _Peer("h:1", 3.0).explain(grpc.StatusCode[code], details)
+    error = Peer("h:1", 3.0).explain(grpc.StatusCode[code], details)
     assert error.code is grpc.StatusCode[code]
     with pytest.raises(KvrelayError, match=message):
         raise error

@@ -14,7 +14,7 @@ from tiny_models import FAMILIES, make_not_decoder_only, make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from cluster import model_store
+from cluster import model_folder, model_store
 from cluster.model_store import ModelError, PreparedModel, default_cache, prepare
 from kvrelay.engine.fingerprint import fingerprint
 
@@ -177,7 +177,7 @@ def test_the_architectures_read_from_source_are_those_of_transformers():
     from transformers.models.auto import modeling_auto
 
     for name in ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"):
-        assert model_store._architectures(name) == dict(getattr(modeling_auto, name))
+        assert model_folder._architectures(name) == dict(getattr(modeling_auto, name))
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_the_built_in_model(tmp_path, monkeypatch, capfd):
     )
 
     # Again it is there at once, by its path too, and nothing is converted.
-    monkeypatch.setattr(model_store, "_convert_gguf", None)
+    monkeypatch.setattr(model_store, "convert_gguf", None)
     began = time.perf_counter()
     assert prepare("smollm2", cache=cache) == prepared
     gguf = model_store._built_in_gguf()
