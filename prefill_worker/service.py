@@ -8,12 +8,14 @@ computed. All state is touched from one event loop; only engine steps and copies
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
+from kvrelay.engine.attention import StepCancelledError
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.ledger import BlockLedger
@@ -45,6 +47,8 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         )
         self._writers = WriterPool(config, self.instance_id, engine.pool)
         self._work = asyncio.Event()
+        self._step: Sequence[Chunk] = ()
+        self._step_cancelled = threading.Event()
         self._running: dict[Job, _Progress] = {}
         self._server = make_server()
         self._tasks: list[asyncio.Task[None]] = []
@@ -119,6 +123,8 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         if job is not None:
             # Not at once: a task that never began would not run its clean-up either.
             asyncio.get_running_loop().call_soon(self._running[job].task.cancel)
+            if all(chunk.job.state is JobState.ABORTING for chunk in self._step):
+                self._step_cancelled.set()  # or its blocks would wait for a chunk nobody wants
 
     # ---- computing
 
@@ -135,7 +141,11 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
                     [chunk.slice() for chunk in step],
                     [chunk.job.sampling if chunk.is_last else None for chunk in step],
                     [len(chunk.job.prompt) for chunk in step],
+                    self._step_cancelled,
                 )
+            except StepCancelledError:
+                for chunk in step:
+                    self._running[chunk.job].step_ended()
             except Exception as error:
                 log.exception("a prefill step failed")
                 self._step_failed(step, error)
@@ -143,6 +153,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
                 self._step_done(step, tokens)
 
     def _step_begins(self, step: Sequence[Chunk]) -> None:
+        self._step, self._step_cancelled = step, threading.Event()
         for chunk in step:
             progress = self._running[chunk.job]
             progress.engine_idle.clear()

@@ -5,6 +5,7 @@ It goes to the step that is active in this thread: a PagedStep over the pool, or
 LayerProbe that only notes what the model would store. ModelRunner sets the active step.
 """
 
+import threading
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -32,6 +33,10 @@ class Slice:
     @property
     def end(self) -> int:
         return self.start + len(self.tokens)
+
+
+class StepCancelledError(Exception):
+    """Nobody wants this step any more; it ended between two layers."""
 
 
 class Step(Protocol):
@@ -83,6 +88,7 @@ class PagedStep:
 
     pool: torch.Tensor  # [blocks, layers, 2, block_size, kv_heads, head_dim]
     slices: Sequence[Slice]
+    cancelled: threading.Event = field(default_factory=threading.Event)
     _masks: dict[int | None, list[torch.Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -112,6 +118,8 @@ class PagedStep:
         window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
+        if self.cancelled.is_set():
+            raise StepCancelledError
         keys, values = self.pool[:, layer, 0], self.pool[:, layer, 1]
         keys[self._write_block, self._write_slot] = k.to(keys.dtype)
         values[self._write_block, self._write_slot] = v.to(values.dtype)

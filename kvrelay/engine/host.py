@@ -5,6 +5,7 @@ The event loop of a worker answers peers at any moment, so the engine must not r
 
 import asyncio
 import logging
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -67,18 +68,25 @@ class EngineHost:
         slices: Sequence[Slice],
         params: Sequence[SamplingParams | None],
         positions: Sequence[int],
+        cancelled: threading.Event | None = None,
     ) -> list[int]:
-        """One step; a new token for each slice that has params, in order."""
+        """One step; a new token for each slice that has params, in order.
+
+        Raises:
+            StepCancelledError: `cancelled` was set meanwhile.
+        """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._step, slices, params, positions)
+        work = (slices, params, positions, cancelled)
+        return await loop.run_in_executor(self._thread, self._step, *work)
 
     def _step(
         self,
         slices: Sequence[Slice],
         params: Sequence[SamplingParams | None],
         positions: Sequence[int],
+        cancelled: threading.Event | None,
     ) -> list[int]:
-        logits = self._runner.step(slices, [p is not None for p in params])
+        logits = self._runner.step(slices, [p is not None for p in params], cancelled)
         chosen = [
             (p, position) for p, position in zip(params, positions, strict=True) if p is not None
         ]

@@ -6,6 +6,7 @@ must be the answer it gives by itself.
 """
 
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,14 +60,23 @@ class ModelRunner:
         assert pool.layout == self.layout, pool.layout.differences(self.layout)
         self._pool = pool.kv
 
-    def step(self, slices: Sequence[Slice], wanted: Sequence[bool]) -> torch.Tensor:
+    def step(
+        self,
+        slices: Sequence[Slice],
+        wanted: Sequence[bool],
+        cancelled: threading.Event | None = None,
+    ) -> torch.Tensor:
         """Runs all slices through the model, writing their KV into the pool.
 
         Returns the logits `[number wanted, vocab]`, float32, of the last token of each slice that
         is wanted.
+
+        Raises:
+            StepCancelledError: `cancelled` was set meanwhile; within a layer's time.
         """
         assert self._pool is not None, "attach a pool first"
-        return _run(self._model, PagedStep(self._pool, slices), slices, wanted)
+        step = PagedStep(self._pool, slices, cancelled or threading.Event())
+        return _run(self._model, step, slices, wanted)
 
 
 @torch.inference_mode()
