@@ -48,7 +48,7 @@ class ModelRunner:
         model = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=TORCH_DTYPES[dtype],
-            attn_implementation="sdpa",
+            attn_implementation="eager",  # for the probe alone; every architecture has it
             use_safetensors=True,
             local_files_only=True,
         )

@@ -139,8 +139,10 @@ async def test_cancel_while_a_decode_step_runs(model: Path) -> None:
 
 
 async def test_cancel_in_the_routers_queue(model: Path) -> None:
-    blocks_of_one = 8 * 24_576  # room for one request: 4 blocks of prompt, the rest for its answer
-    async with cluster_of(model, kv_bytes=blocks_of_one) as (cluster, client):
+    async with cluster_of(model) as (cluster, client):
+        block_bytes = cluster.decode[0]._layout.block_bytes
+    # A request here needs 8 blocks: there is room for one.
+    async with cluster_of(model, kv_bytes=12 * block_bytes) as (cluster, client):
         gate = EngineGate(cluster.decode[0])
         first = client.generate(PROMPT, max_tokens=16)
         first_result = asyncio.create_task(first.result())
