@@ -83,9 +83,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     # ---- the router's side
 
-    async def Session(
-        self, request_iterator: AsyncIterator[DecodeCommand], context: Any
-    ) -> AsyncIterator[DecodeEvent]:
+    async def Session(self, request_iterator: AsyncIterator[DecodeCommand], context: Any) -> None:
         await require_cluster_key(context, self._config.cluster_key)
         session: RouterSession[DecodeEvent] = RouterSession(self._config.session_events_max)
         self._sessions.add(session)
@@ -96,8 +94,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             blocks_total=self.ledger.total,
         )
         self._send(session, DecodeEvent(info=info))
-        async for event in serve_session(session, request_iterator, self._command, self._closed):
-            yield event
+        await serve_session(session, request_iterator, context, self._command, self._closed)
 
     def _command(self, session: RouterSession[DecodeEvent], command: DecodeCommand) -> None:
         kind = command.WhichOneof("command")

@@ -83,10 +83,15 @@ class RouterSession(Generic[Event]):
 async def serve_session(
     session: RouterSession[Event],
     commands: AsyncIterator[Command],
+    context: Any,
     on_command: Callable[[RouterSession[Event], Command], None],
     on_close: Callable[[RouterSession[Event]], None],
-) -> AsyncIterator[Event]:
-    """Hands commands to the worker and yields its events until either side ends the stream."""
+) -> None:
+    """Hands commands to the worker and writes its events until either side ends the stream.
+
+    Writing, not yielding: gRPC drops an async generator without closing it when a call is
+    cancelled, and on_close would wait for the garbage collector.
+    """
 
     async def read() -> None:
         async for command in commands:
@@ -100,7 +105,7 @@ async def serve_session(
             await asyncio.wait({reader, pending}, return_when=asyncio.FIRST_COMPLETED)
             if not pending.done():
                 return
-            yield pending.result()
+            await context.write(pending.result())
     finally:
         session.open = False
         reader.cancel()

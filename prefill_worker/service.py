@@ -75,9 +75,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     # ---- the router's side
 
-    async def Session(
-        self, request_iterator: AsyncIterator[PrefillCommand], context: Any
-    ) -> AsyncIterator[PrefillEvent]:
+    async def Session(self, request_iterator: AsyncIterator[PrefillCommand], context: Any) -> None:
         await require_cluster_key(context, self._config.cluster_key)
         session: RouterSession[PrefillEvent] = RouterSession(self._config.session_events_max)
         info = worker_pb2.WorkerInfo(
@@ -87,8 +85,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             blocks_total=self.ledger.total,
         )
         self._send(session, PrefillEvent(info=info))
-        async for event in serve_session(session, request_iterator, self._command, self._closed):
-            yield event
+        await serve_session(session, request_iterator, context, self._command, self._closed)
 
     def _command(self, session: RouterSession[PrefillEvent], command: PrefillCommand) -> None:
         kind = command.WhichOneof("command")

@@ -4,7 +4,7 @@ By itself gRPC answers INTERNAL, as if the server had failed; invalid UTF-8 in a
 usual case. Installed by router/main.py on the public server.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -26,14 +26,11 @@ class MalformedRequests(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming or handler.request_deserializer is None:
             return handler
-        read = _forgiving(handler.request_deserializer)
+        make, serve = grpc.unary_unary_rpc_method_handler, handler.unary_unary
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                _checked_stream(handler.unary_stream), read, handler.response_serializer
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            _checked(handler.unary_unary), read, handler.response_serializer
-        )
+            make, serve = grpc.unary_stream_rpc_method_handler, handler.unary_stream
+        read = _forgiving(handler.request_deserializer)
+        return make(_checked(serve), read, handler.response_serializer)
 
 
 def _forgiving(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -47,21 +44,11 @@ def _forgiving(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 
 def _checked(serve: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    """For handlers that are coroutines, which all of the public server's unary ones are."""
+
     async def checked(request: Any, context: Any) -> Any:
         if isinstance(request, _Malformed):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _MESSAGE)
         return await serve(request, context)
-
-    return checked
-
-
-def _checked_stream(
-    serve: Callable[[Any, Any], AsyncIterator[Any]],
-) -> Callable[[Any, Any], AsyncIterator[Any]]:
-    async def checked(request: Any, context: Any) -> AsyncIterator[Any]:
-        if isinstance(request, _Malformed):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _MESSAGE)
-        async for response in serve(request, context):
-            yield response
 
     return checked

@@ -7,7 +7,7 @@ the request, which takes it back from the workers.
 import asyncio
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -65,9 +65,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     # ---- RPCs
 
-    async def Generate(
-        self, request: inference_pb2.GenerateRequest, context: Any
-    ) -> AsyncIterator[GenerateResponse]:
+    # The streams write rather than yield: gRPC drops an async generator without closing it when a
+    # call is cancelled, and letting go would wait for the garbage collector.
+
+    async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
         async def prompt() -> list[int]:
             if request.WhichOneof("prompt") == "token_ids":
                 check_token_ids(request.token_ids.ids, vocab_size=self._files.vocab_size)
@@ -75,12 +76,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             self._check_text(request.text)
             return await self._tokenize(request.text, add_special_tokens=True)
 
-        async for response in self._serve(request, prompt, context):
-            yield response
+        await self._serve(request, prompt, context)
 
-    async def Chat(
-        self, request: inference_pb2.ChatRequest, context: Any
-    ) -> AsyncIterator[GenerateResponse]:
+    async def Chat(self, request: inference_pb2.ChatRequest, context: Any) -> None:
         async def prompt() -> list[int]:
             if self._template is None:
                 raise RefusalError(
@@ -95,8 +93,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             # The template writes the special tokens itself.
             return await self._tokenize(text, add_special_tokens=False)
 
-        async for response in self._serve(request, prompt, context):
-            yield response
+        await self._serve(request, prompt, context)
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Any
@@ -128,7 +125,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         message: inference_pb2.GenerateRequest | inference_pb2.ChatRequest,
         prompt: Callable[[], Any],
         context: Any,
-    ) -> AsyncIterator[GenerateResponse]:
+    ) -> None:
         arrived_at_ms = now_ms()
         request: Request | None = None
         try:
@@ -138,13 +135,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             self._check_model(message.model)
             request = self._request(message, await prompt(), arrived_at_ms)
             answer = self._fleet.submit(request)
-            yield GenerateResponse(accepted=self._accepted(request))
+            await context.write(GenerateResponse(accepted=self._accepted(request)))
             stream = AnswerStream(request, self._detokenizer)
             while stream.finished is None:
                 response = stream.on(await answer.next())
                 if response is not None:
-                    yield GenerateResponse(delta=response)
-            yield GenerateResponse(finished=stream.finished)
+                    await context.write(GenerateResponse(delta=response))
+            await context.write(GenerateResponse(finished=stream.finished))
         except (RefusalError, InvalidRequest, ChatTemplateError) as error:
             await _abort(context, error)
         except (DuplicateRequestError, QueueFullError, Trouble) as error:
