@@ -11,7 +11,7 @@ from enum import Enum
 
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.layout import KVLayout
-from kvrelay.kv.ledger import BlockEvent, BlockLedger
+from kvrelay.kv.ledger import BlockEvent, BlockLedger, OutOfBlocksError
 from kvrelay.transport.listener import RefusedError
 
 
@@ -108,7 +108,7 @@ class HandOff:
         """Blocks for prompt and answer, all or nothing: a request that runs never waits for more.
 
         Raises:
-            OutOfBlocksError: no room now.
+            OutOfBlocksError: no room now, or too many reservations.
             InvalidReservationError: no room ever.
         """
         prompt_blocks = self._layout.blocks_for(prompt_tokens)
@@ -122,7 +122,7 @@ class HandOff:
         if key in self._by_key:
             raise InvalidReservationError("this request attempt has a reservation already")
         if len(self._by_key) >= self._reservations_max:
-            raise InvalidReservationError(f"{self._reservations_max} reservations are open")
+            raise OutOfBlocksError(f"{self._reservations_max} reservations are open")
         blocks = self.ledger.reserve(key, total)
         reservation = Reservation(
             key=key,
@@ -167,7 +167,7 @@ class HandOff:
         return reservation.prompt_blocks[first_index:end]
 
     def received(self, transfer_id: int, count: int, now_ms: float) -> None:
-        """`count` more blocks are in the pool and their checksums are right."""
+        """`count` more blocks are in the pool. One that is wrong never sees a commit."""
         reservation = self._by_transfer[transfer_id]
         reservation.blocks_received += count
         reservation.lease_end_ms = now_ms + self._lease_ms
@@ -236,6 +236,8 @@ class HandOff:
     def engine_idle(self, key: Key) -> None:
         """The engine will not write this aborted sequence's blocks again."""
         reservation = self._by_key[key]
+        if reservation.transfer_id in self._by_transfer:
+            raise IllegalTransitionError("ENGINE_IDLE while a writer has not let go")
         reservation.on(ReservationEvent.ENGINE_IDLE)
         self.ledger.move(key, reservation.blocks, BlockEvent.WRITER_GONE)
         self._forget(reservation)

@@ -52,6 +52,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._batch = Batch(config.batch_max)
         self._in_step: set[Key] = set()
         self._work = asyncio.Event()
+        self._announced_free = self.ledger.free
         self._listener = Listener(config, self.instance_id, engine.pool, _Book(self, self._handoff))
         self._server = make_server()
         self._sessions: set[RouterSession[DecodeEvent]] = set()
@@ -159,11 +160,13 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._in_step.discard(sequence.key)
         if self._handoff.is_aborting(sequence.key):
             self._handoff.engine_idle(sequence.key)
+            self._announce_load()
         else:
             self._join(sequence, first_token)
 
     def _join(self, sequence: Running, first_token: int) -> None:
         self._publish([self._batch.join(sequence, first_token)])
+        self._announce_load()
         self._work.set()
 
     def writer_lost(self, transfer_id: int, reason: str) -> None:
@@ -197,6 +200,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     def _step_done(self, step: Sequence[Running], tokens: Sequence[int]) -> None:
         self._engine_idle(step)
         self._publish(self._batch.apply(step, tokens))
+        self._announce_load()
 
     def _step_failed(self, step: Sequence[Running], error: Exception) -> None:
         self._engine_idle(step)
@@ -251,8 +255,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._send(session, DecodeEvent(failed=failed))
 
     def _announce_load(self) -> None:
-        for session in self._sessions:
-            self._send(session, DecodeEvent())
+        """Tells every router when blocks have come free: requests may be waiting for them."""
+        if self.ledger.free > self._announced_free:
+            for session in self._sessions:
+                self._send(session, DecodeEvent())
+        self._announced_free = self.ledger.free
 
     def _send(self, session: Any, event: DecodeEvent) -> None:
         event.load.blocks_free = self.ledger.free

@@ -36,6 +36,7 @@ class WorkerConfig(_Frozen):
     # Prefill
     chunk_tokens: int = Field(default=256, ge=1)  # longest time a cancel waits for the engine
     jobs_max: int = 1024
+    push_blocks_max: int = 256  # in one frame
 
     # Decode
     batch_max: int = 64  # sequences in one step

@@ -165,6 +165,7 @@ class Schedule:
         if chunk.is_last:
             job.on(JobEvent.COMPUTED)
         else:
+            self._admit()  # whoever came during this step goes first
             self._turns.append(job)
 
     def acknowledged(self, job: Job) -> None:

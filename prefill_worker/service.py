@@ -51,6 +51,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         self._step_cancelled = threading.Event()
         self._running: dict[Job, _Progress] = {}
         self._server = make_server()
+        self._sessions: set[RouterSession[PrefillEvent]] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -78,6 +79,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     async def Session(self, request_iterator: AsyncIterator[PrefillCommand], context: Any) -> None:
         await require_cluster_key(context, self._config.cluster_key)
         session: RouterSession[PrefillEvent] = RouterSession(self._config.session_events_max)
+        self._sessions.add(session)
         info = worker_pb2.WorkerInfo(
             protocol_version=PROTOCOL_VERSION,
             instance_id=self.instance_id,
@@ -95,6 +97,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             self._abort((session, command.cancel.key))
 
     def _closed(self, session: RouterSession[PrefillEvent]) -> None:
+        self._sessions.discard(session)
         for key in self._schedule.of_session(session):
             self._abort(key)
 
@@ -215,11 +218,14 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
                 progress.advanced.clear()
                 await progress.advanced.wait()
                 continue
+            ready = min(ready, transfer.blocks_sent + self._config.push_blocks_max)
             blocks = job.blocks[transfer.blocks_sent : ready]
             await self._engine.publish(blocks)
             await transfer.push(blocks)
 
     def _acknowledged(self, job: Job, transfer: Transfer) -> None:
+        if job.state is not JobState.HANDING_OFF:
+            return  # cancelled in the same moment
         progress = self._running[job]
         self._schedule.acknowledged(job)
         event = worker_pb2.HandedOff(
@@ -232,19 +238,20 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         self._send(job.key[0], PrefillEvent(handed_off=event))
 
     async def _let_go(self, job: Job, transfer: Transfer | None) -> None:
+        self._schedule.abort(job.key)  # first: no cancel comes after it
         if transfer is not None:
             if not transfer.committed:
                 with contextlib.suppress(LinkError):
                     await transfer.abort("the prefill worker gave the request up")
             transfer.close()
-        self._schedule.abort(job.key)
         progress = self._running[job]
         await progress.engine_idle.wait()
         if job.state is JobState.ABORTING:
             self._schedule.quiet(job)
         del self._running[job]
         self._work.set()  # blocks are free: somebody may be waiting for them
-        self._send(job.key[0], PrefillEvent())
+        for session in self._sessions:
+            self._send(session, PrefillEvent())
 
     def _fail(self, job: Job, code: FailureCode, message: str) -> None:
         failed = worker_pb2.Failed(key=job.key[1], code=code, message=message)

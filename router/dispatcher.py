@@ -115,6 +115,7 @@ class Dispatcher:
         if len(self._queue) >= self._config.queue_max:
             raise QueueFullError(f"{len(self._queue)} requests are waiting")
         self._requests[request.request_id] = request
+        request.queued_at_ms = request.times.arrived_at_ms
         self._queue.append(request)
         return self._pump(request.times.arrived_at_ms)
 
@@ -152,13 +153,14 @@ class Dispatcher:
         self._prefill.pop(worker_id, None)
         self._decode.pop(worker_id, None)
         commands: list[Command] = []
-        for request in list(self._by_key.values()):
+        # The newest first: each goes to the head of the queue, so they keep their order.
+        for request in sorted(self._by_key.values(), key=lambda r: r.key, reverse=True):
             if request.decode_id == worker_id:
-                commands += self._retry(request, f"decode worker {worker_id} was lost")
+                commands += self._retry(request, f"decode worker {worker_id} was lost", now_ms)
             elif request.prefill_id == worker_id and request.state is RequestState.DECODING:
                 commands += self._handed_off(request)
-            elif request.prefill_id == worker_id:
-                commands += self._retry(request, f"prefill worker {worker_id} was lost")
+            elif request.prefill_id == worker_id and not request.handed_off:
+                commands += self._retry(request, f"prefill worker {worker_id} was lost", now_ms)
         return commands + self._pump(now_ms)
 
     def on_prefill_event(
@@ -182,7 +184,7 @@ class Dispatcher:
             elif kind == "failed" and request.state is RequestState.DECODING:
                 commands = self._handed_off(request)  # the decode worker has it all the same
             elif kind == "failed":
-                commands = self._failed(request, event.failed)
+                commands = self._failed(request, event.failed, now_ms)
         return commands + self._pump(now_ms)
 
     def on_decode_event(
@@ -197,7 +199,7 @@ class Dispatcher:
         if kind == "reserved":
             commands = self._reserved(event.reserved)
         elif kind == "failed" and event.failed.key in self._by_key:
-            commands = self._failed(self._by_key[event.failed.key], event.failed)
+            commands = self._failed(self._by_key[event.failed.key], event.failed, now_ms)
         elif kind == "step":
             for output in event.step.outputs:
                 commands += self._output(output, now_ms)
@@ -207,7 +209,7 @@ class Dispatcher:
         """Ends the waits whose time is up; called about once a second."""
         commands: list[Command] = []
         for request in list(self._requests.values()):
-            waited_ms = now_ms - request.times.arrived_at_ms
+            waited_ms = now_ms - request.queued_at_ms
             if request.state is RequestState.QUEUED and waited_ms > self._config.queue_wait_ms:
                 trouble = f"no worker had room for it in {self._config.queue_wait_ms / 1000:g} s"
                 commands += self._fail(request, ExhaustedTrouble(trouble))
@@ -215,7 +217,8 @@ class Dispatcher:
                 request.state is RequestState.RESERVING
                 and now_ms - request.placed_at_ms > self._config.reserve_ms
             ):
-                commands += self._retry(request, f"{request.decode_id} did not answer Reserve")
+                why = f"{request.decode_id} did not answer Reserve"
+                commands += self._retry(request, why, now_ms)
         return commands + self._pump(now_ms)
 
     # ---- steps of one request
@@ -285,7 +288,7 @@ class Dispatcher:
         try:
             new = request.log(offset, tokens, now_ms)
         except TokenMismatchError as error:
-            return self._retry(request, str(error))
+            return self._retry(request, str(error), now_ms)
         if not new:
             return []
         return [Deliver(request, len(request.answer) - len(new), new)]
@@ -303,14 +306,16 @@ class Dispatcher:
 
     # ---- when something went wrong
 
-    def _failed(self, request: Request, failed: worker_pb2.Failed) -> list[Command]:
+    def _failed(self, request: Request, failed: worker_pb2.Failed, now_ms: float) -> list[Command]:
         if failed.code == FailureCode.FAILURE_CODE_INVALID:
             return self._withdraw(request) + self._fail(request, InvalidTrouble(failed.message))
-        if failed.code == FailureCode.FAILURE_CODE_EXHAUSTED:
+        if failed.code == FailureCode.FAILURE_CODE_EXHAUSTED and (
+            request.state is RequestState.RESERVING
+        ):
             request.attempt -= 1  # nothing has failed: there was only no room
-        return self._retry(request, failed.message)
+        return self._retry(request, failed.message, now_ms)
 
-    def _retry(self, request: Request, why: str) -> list[Command]:
+    def _retry(self, request: Request, why: str, now_ms: float) -> list[Command]:
         commands = self._withdraw(request)
         ending = request.complete()
         if ending is not None:
@@ -320,6 +325,7 @@ class Dispatcher:
             trouble = UnavailableTrouble(f"failed {request.attempt} times, last: {why}")
             return commands + self._fail(request, trouble)
         request.on(RequestEvent.RETRY)
+        request.queued_at_ms = now_ms
         self._queue.appendleft(request)
         return commands
 

@@ -88,6 +88,7 @@ class Request:
     base: int = 0  # length of the log when the attempt began
     prefill_id: str = ""
     decode_id: str = ""
+    queued_at_ms: float = 0.0
     placed_at_ms: float = 0.0
     handed_off: bool = False
 

@@ -102,6 +102,7 @@ class PagedStep:
         self.positions = torch.tensor(positions, device=device)  # [T]
         self._write_block = torch.tensor(blocks, device=device)
         self._write_slot = self.positions % self._block_size
+        self._clear_tails()
         self._decode = all(len(s.tokens) == 1 for s in self.slices)
         if self._decode:
             self._tables = [self._padded_table()]
@@ -162,12 +163,23 @@ class PagedStep:
         used = -(-s.end // self._block_size)
         return torch.tensor(list(s.blocks[:used]), device=self.pool.device)
 
+    def _clear_tails(self) -> None:
+        """Zeroes a block that this step enters and does not fill.
+
+        Masked slots are read all the same, with weight 0; a NaN that an earlier user left there
+        would come through.
+        """
+        for s in self.slices:
+            if s.end % self._block_size and s.end - s.end % self._block_size >= s.start:
+                self.pool[s.blocks[s.end // self._block_size]].zero_()
+
     def _padded_table(self) -> torch.Tensor:
-        """`[B, M]`: every sequence's blocks, the shorter ones filled up with block 0."""
+        """`[B, M]`: every sequence's blocks, the shorter ones filled up with their last."""
         used = [-(-s.end // self._block_size) for s in self.slices]
         longest = max(used)
         rows = [
-            list(s.blocks[:n]) + [0] * (longest - n) for s, n in zip(self.slices, used, strict=True)
+            list(s.blocks[:n]) + [s.blocks[n - 1]] * (longest - n)
+            for s, n in zip(self.slices, used, strict=True)
         ]
         return torch.tensor(rows, device=self.pool.device)
 

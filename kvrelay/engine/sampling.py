@@ -48,8 +48,9 @@ def sample(
 
 
 def _draw(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
-    scaled = logits.to("cpu", torch.float64).numpy() / params.temperature
-    weights = np.exp(scaled - scaled.max())
+    scores = logits.to("cpu", torch.float64).numpy()
+    with np.errstate(over="ignore"):  # a tiny temperature: all but the best go to exp(-inf)
+        weights = np.exp((scores - scores.max()) / params.temperature)
     if params.top_k:
         weights = _keep_top_k(weights, params.top_k)
     if params.top_p < 1:

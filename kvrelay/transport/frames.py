@@ -5,9 +5,11 @@ directly, never through a Python bytes object.
 """
 
 import asyncio
+import contextlib
 import socket
 import struct
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable, Iterator
+from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError
 
@@ -16,30 +18,35 @@ from kvrelay.wire import transfer_pb2
 FRAME_BYTES_MAX = 256 << 10
 _LENGTH = struct.Struct("<I")
 
+T = TypeVar("T")
+
 
 class LinkError(Exception):
     """The link is of no more use: closed, broken, timed out, or the peer broke the protocol."""
 
 
 class FrameSocket:
-    """A connected non-blocking socket that carries frames. One reader, any number of writers."""
+    """A connected non-blocking socket that carries frames. One reader, any number of writers.
 
-    def __init__(self, sock: socket.socket) -> None:
+    A peer that takes nothing for `stall_s` loses the link: no sender waits longer.
+    """
+
+    def __init__(self, sock: socket.socket, stall_s: float) -> None:
         sock.setblocking(False)
         self.sock = sock
+        self._stall_s = stall_s
         self._sending = asyncio.Lock()
+        self._closing = False
+        self._operations = 0  # on the socket, under way
 
     async def send(self, frame: transfer_pb2.Frame, payload: Iterable[memoryview] = ()) -> None:
-        """Sends a frame and the block bytes that belong behind it, nothing between them."""
+        """Sends a frame and the block bytes that belong behind it, nothing between them.
+
+        A frame that has begun is sent to its end even when the caller is cancelled: the stream
+        would be of no more use to anybody if it stopped in the middle.
+        """
         body = frame.SerializeToString()
-        loop = asyncio.get_running_loop()
-        try:
-            async with self._sending:
-                await loop.sock_sendall(self.sock, _LENGTH.pack(len(body)) + body)
-                for part in payload:
-                    await loop.sock_sendall(self.sock, part)
-        except OSError as error:
-            raise LinkError(f"link broke while sending: {error}") from error
+        await to_end(self._send(_LENGTH.pack(len(body)) + body, payload))
 
     async def receive(self) -> transfer_pb2.Frame:
         head = bytearray(_LENGTH.size)
@@ -58,13 +65,73 @@ class FrameSocket:
         """Fills `target` from the socket."""
         loop = asyncio.get_running_loop()
         while target:
-            try:
+            with self._operation("receiving"):
                 count = await loop.sock_recv_into(self.sock, target)
-            except OSError as error:
-                raise LinkError(f"link broke while receiving: {error}") from error
             if count == 0:
                 raise LinkError("the peer closed the link")
             target = target[count:]
 
     def close(self) -> None:
-        self.sock.close()
+        """Ends every operation under way with a LinkError, and closes when they have ended:
+        the event loop would not notice that a socket it waits for was closed."""
+        if self._closing:
+            return
+        self._closing = True
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        if not self._operations:
+            self.sock.close()
+
+    async def _send(self, head: bytes, payload: Iterable[memoryview]) -> None:
+        async with self._sending:
+            await self._send_part(memoryview(head))
+            for part in payload:
+                await self._send_part(part)
+
+    async def _send_part(self, part: memoryview) -> None:
+        with self._operation("sending"):
+            try:
+                async with asyncio.timeout(self._stall_s):
+                    await asyncio.get_running_loop().sock_sendall(self.sock, part)
+            except TimeoutError:
+                self.close()
+                raise LinkError(f"the peer took nothing for {self._stall_s:g} s") from None
+
+    @contextlib.contextmanager
+    def _operation(self, what: str) -> Iterator[None]:
+        if self._closing:
+            raise LinkError("the link is closed")
+        self._operations += 1
+        try:
+            yield
+        except OSError as error:
+            raise LinkError(f"link broke while {what}: {error}") from error
+        finally:
+            self._operations -= 1
+            if self._closing and not self._operations:
+                self.sock.close()
+
+
+async def to_end(work: Coroutine[Any, Any, T]) -> T:
+    """Awaits `work` to its end; a cancel of the caller takes effect only then."""
+    task = asyncio.ensure_future(work)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        task.exception()  # seen: the cancel is what the caller gets
+        raise asyncio.CancelledError
+    return task.result()
+
+
+def tune_tcp(sock: socket.socket, stall_s: float) -> None:
+    """A peer host that vanishes without a word ends the link, whichever side is waiting."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(stall_s * 1000))

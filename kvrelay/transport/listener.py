@@ -6,7 +6,6 @@ ends, every transfer it had begun has lost its writer, and the book is told so.
 """
 
 import asyncio
-import contextlib
 import logging
 import socket
 from collections.abc import Coroutine, Sequence
@@ -16,12 +15,14 @@ from typing import Any, Protocol
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.pool import KVPool
-from kvrelay.transport.frames import FrameSocket, LinkError
+from kvrelay.transport.frames import FrameSocket, LinkError, tune_tcp
 from kvrelay.transport.movers import checksum, receive_shm, receive_tcp, send_fd
 from kvrelay.wire import transfer_pb2
 from kvrelay.wire.transfer_pb2 import Endpoint, Frame
 
 log = logging.getLogger(__name__)
+
+_ACCEPT_PAUSE_S = 0.1
 
 
 class RefusedError(Exception):
@@ -101,11 +102,18 @@ class Listener:
 
     async def _accept(self, sock: socket.socket, transport: str) -> None:
         loop = asyncio.get_running_loop()
+        stall_s = self._config.link_reply_ms / 1000
         while True:
-            peer, _ = await loop.sock_accept(sock)
+            try:
+                peer, _ = await loop.sock_accept(sock)
+            except OSError as error:  # e.g. no file descriptors left: others may yet be closed
+                log.warning("could not take a link: %s", error)
+                await asyncio.sleep(_ACCEPT_PAUSE_S)
+                continue
             if transport == "tcp":
-                peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            link = _Link(FrameSocket(peer), transport, self._pool, self._book, self._links)
+                tune_tcp(peer, stall_s)
+            frames = FrameSocket(peer, stall_s)
+            link = _Link(frames, transport, self._pool, self._book, self._links)
             self._spawn(self._serve(link))
 
     async def _serve(self, link: "_Link") -> None:
@@ -115,16 +123,22 @@ class Listener:
                 await link.shake_hands(self._instance_id)
             while True:
                 await link.serve_one()
-        except (LinkError, TimeoutError) as error:
+        except (LinkError, TimeoutError, OSError) as error:
             reason = str(error) or "no handshake in time"
             log.info("link with %s ended: %s", link.peer, reason)
         finally:
             link.close(reason)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(_quietly(work))
+        task = asyncio.ensure_future(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        # A link that breaks is noticed by its reader; whoever sent on it need not say so.
+        if not task.cancelled() and not isinstance(task.exception(), LinkError | None):
+            log.error("a link task failed", exc_info=task.exception())
 
 
 class _Link:
@@ -140,6 +154,7 @@ class _Link:
     ) -> None:
         self.peer = "an unknown peer"
         self.transfers: set[int] = set()
+        self._refused: set[int] = set()  # of those, the ones whose Aborted is still to come
         self._frames = frames
         self._transport = transport
         self._pool = pool
@@ -186,6 +201,8 @@ class _Link:
 
     async def _begin(self, begin: transfer_pb2.Begin) -> None:
         transfer_id = begin.transfer_id
+        if transfer_id in self.transfers:
+            raise LinkError("a second Begin of one transfer")
         try:
             self._book.begin(transfer_id, begin.secret)
         except RefusedError as error:
@@ -201,15 +218,13 @@ class _Link:
         targets = self._targets(header, count)
         take = receive_tcp if self._transport == "tcp" else receive_shm
         await take(self._frames, self._pool, targets)
-        if header.transfer_id not in self.transfers:
-            return  # let go of meanwhile, e.g. by a link that was closed
         bad = await asyncio.to_thread(self._first_bad, targets, list(header.checksums))
-        try:
-            if bad is not None:
-                raise RefusedError(f"block {header.first_index + bad} has a wrong checksum")
-            self._book.received(header.transfer_id, count)
-        except RefusedError as error:
-            await self._refuse(header.transfer_id, str(error))
+        if header.transfer_id not in self.transfers:
+            return
+        self._book.received(header.transfer_id, count)
+        if bad is not None and header.transfer_id not in self._refused:
+            reason = f"block {header.first_index + bad} has a wrong checksum"
+            await self._refuse(header.transfer_id, reason)
 
     def _targets(self, header: transfer_pb2.Blocks, count: int) -> Sequence[int]:
         """A frame that names blocks it has no leave for ends the link: on tcp its bytes could
@@ -228,6 +243,8 @@ class _Link:
         return None
 
     async def _commit(self, commit: transfer_pb2.Commit) -> None:
+        if commit.transfer_id in self._refused:
+            return  # it crossed our Abort
         try:
             if commit.transfer_id not in self.transfers:
                 raise RefusedError("this link has no such transfer")
@@ -236,11 +253,14 @@ class _Link:
             await self._refuse(commit.transfer_id, str(error))
 
     async def _refuse(self, transfer_id: int, reason: str) -> None:
+        if transfer_id in self.transfers:
+            self._refused.add(transfer_id)
         await self.send(Frame(abort=transfer_pb2.Abort(transfer_id=transfer_id, reason=reason)))
 
     def _end(self, transfer_id: int, reason: str) -> None:
         if transfer_id in self.transfers:
             self.transfers.discard(transfer_id)
+            self._refused.discard(transfer_id)
             del self._links[transfer_id]
             self._book.lost(transfer_id, reason)
 
@@ -250,9 +270,3 @@ def _mismatch(hello: transfer_pb2.Hello, layout: KVLayout) -> str:
         return f"link protocol {PROTOCOL_VERSION} here, {hello.protocol_version} there"
     differences = layout.differences(KVLayout.from_wire(hello.layout))
     return f"KV layouts differ: {differences}" if differences else ""
-
-
-async def _quietly(work: Coroutine[Any, Any, None]) -> None:
-    """For work that tells nobody: a link that breaks is noticed by its reader."""
-    with contextlib.suppress(LinkError):
-        await work

@@ -75,7 +75,8 @@ class ShmSender:
             mapped = mmap.mmap(fd, pool_bytes)
         finally:
             os.close(fd)
-        self._peer = np.frombuffer(mapped, dtype=np.uint8).reshape(-1, block_bytes)
+        peer = np.frombuffer(mapped, dtype=np.uint8).reshape(-1, block_bytes)
+        self._peer: np.ndarray | None = peer
 
     async def send(
         self,
@@ -89,14 +90,17 @@ class ShmSender:
         await frames.send(transfer_pb2.Frame(blocks=header))
 
     def _write(self, pool: KVPool, source: Sequence[int], target: Sequence[int]) -> list[int]:
+        peer = self._peer
+        if peer is None:
+            raise LinkError("the link is closed")
         sums = []
         for mine, theirs in zip(source, target, strict=True):
-            np.copyto(self._peer[theirs], pool.bytes[mine])  # lets go of the interpreter lock
+            np.copyto(peer[theirs], pool.bytes[mine])  # lets go of the interpreter lock
             sums.append(checksum(pool.bytes[mine]))
         return sums
 
     def close(self) -> None:
-        del self._peer
+        self._peer = None  # the mapping goes with its last user
 
 
 async def receive_tcp(frames: FrameSocket, pool: KVPool, blocks: Sequence[int]) -> None:

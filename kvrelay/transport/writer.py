@@ -14,7 +14,7 @@ from typing import Any
 
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
 from kvrelay.kv.pool import KVPool
-from kvrelay.transport.frames import FrameSocket, LinkError
+from kvrelay.transport.frames import FrameSocket, LinkError, to_end, tune_tcp
 from kvrelay.transport.movers import Sender, ShmSender, TcpSender, receive_fd
 from kvrelay.wire import transfer_pb2
 from kvrelay.wire.transfer_pb2 import Frame, Ticket
@@ -119,6 +119,8 @@ class WriterLink:
     async def begin(self, ticket: Ticket, timeout_s: float) -> Transfer:
         """Asks leave to write; raises LinkError when it is refused or not given in time."""
         transfer_id = ticket.transfer_id
+        if transfer_id in self._transfers:
+            raise LinkError("the ticket has been used")
         transfer = Transfer(self, ticket)
         begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._transfers[transfer_id], self._begun[transfer_id] = transfer, begun
@@ -146,16 +148,11 @@ class WriterLink:
     async def send_blocks(
         self, header: transfer_pb2.Blocks, source: Sequence[int], target: Sequence[int]
     ) -> None:
-        # A frame cut short would leave the stream in the middle of a block: a write that has
-        # begun runs to its end even when the request is cancelled meanwhile.
-        send = self.sender.send(self._frames, header, self.pool, source, target)
-        task = asyncio.ensure_future(send)
+        """Returns only when nothing more is written for it, even when it is cancelled."""
+        if self.closed:
+            raise LinkError("the link is closed")
         try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            with contextlib.suppress(LinkError):
-                await task
-            raise
+            await to_end(self.sender.send(self._frames, header, self.pool, source, target))
         except LinkError as error:
             self._lose(error)
             raise
@@ -261,14 +258,16 @@ class WriterPool:
             return link
 
     async def _connect(self, instance_id: str, endpoint: transfer_pb2.Endpoint) -> WriterLink:
-        sock = _socket_for(endpoint)
+        stall_s = self._config.link_reply_ms / 1000
+        sock = _socket_for(endpoint, stall_s)
         try:
             async with asyncio.timeout(self._config.link_connect_ms / 1000):
                 await _dial(sock, endpoint)
-                return await self._shake_hands(FrameSocket(sock), instance_id, endpoint.transport)
+                frames = FrameSocket(sock, stall_s)
+                return await self._shake_hands(frames, instance_id, endpoint.transport)
         except (OSError, TimeoutError, LinkError) as error:
             sock.close()
-            raise LinkError(f"{endpoint.address}: {error or 'no answer in time'}") from error
+            raise LinkError(f"{endpoint.address}: {str(error) or 'no answer in time'}") from error
 
     async def _shake_hands(
         self, frames: FrameSocket, instance_id: str, transport: str
@@ -291,12 +290,12 @@ class WriterPool:
         return WriterLink(frames, sender, self._pool)
 
 
-def _socket_for(endpoint: transfer_pb2.Endpoint) -> socket.socket:
+def _socket_for(endpoint: transfer_pb2.Endpoint, stall_s: float) -> socket.socket:
     if endpoint.transport == "shm":
         sock = socket.socket(socket.AF_UNIX)
     else:
         sock = socket.socket(socket.AF_INET)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tune_tcp(sock, stall_s)
     sock.setblocking(False)
     return sock
 

@@ -1,0 +1,421 @@
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from kv_fixtures import LAYOUT, sampling
+
+from kvrelay.engine.attention import Slice
+from kvrelay.kv.ledger import BlockLedger, BlockState
+from kvrelay.wire.transfer_pb2 import Ticket
+from prefill_worker.schedule import (
+    TRANSITIONS,
+    Chunk,
+    IllegalTransitionError,
+    InvalidJobError,
+    Job,
+    JobEvent,
+    JobState,
+    QueueFullError,
+    Schedule,
+)
+
+S, E, B = JobState, JobEvent, BlockState
+TOTAL = 16
+CHUNK = 16  # tokens; four blocks
+
+
+@pytest.fixture
+def schedule() -> Iterator[Schedule]:
+    schedule = Schedule(LAYOUT, BlockLedger(TOTAL), chunk_tokens=CHUNK, jobs_max=5)
+    yield schedule
+    schedule.ledger.check()
+    for job in list(schedule._jobs.values()):
+        schedule.abort(job.key)
+        if job.state is S.ABORTING:
+            schedule.quiet(job)
+    schedule.ledger.check()
+    assert schedule.ledger.free == TOTAL
+    assert schedule.queued_tokens == len(schedule) == 0
+
+
+def job(number: int, tokens: int, blocks: int | None = None) -> Job:
+    needed = LAYOUT.blocks_for(tokens) if blocks is None else blocks
+    ticket = Ticket(block_ids=range(needed))
+    return Job(("router", number), list(range(tokens)), sampling(), ticket)
+
+
+def added(schedule: Schedule, *tokens: int) -> list[Job]:
+    """Jobs 1, 2, 3 ... of so many prompt tokens."""
+    jobs = [job(number, n) for number, n in enumerate(tokens, 1)]
+    for one in jobs:
+        schedule.add(one)
+    return jobs
+
+
+def plan(step: Sequence[Chunk]) -> list[tuple[int, int, int]]:
+    """(job number, start, count) of each chunk."""
+    return [(chunk.job.key[1], chunk.start, chunk.count) for chunk in step]
+
+
+def run(schedule: Schedule) -> list[tuple[int, int, int]]:
+    """One whole step."""
+    step = schedule.next_step()
+    for chunk in step:
+        schedule.computed(chunk)
+    return plan(step)
+
+
+def names(value: object) -> str:
+    return getattr(value, "name", str(value))
+
+
+# ---- the table
+
+
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(S, E)), ids=names)
+def test_every_event_in_every_state_is_in_the_table_or_raises(state, event):
+    one = job(1, 4)
+    one.state = state
+    before = copy.copy(vars(one))
+    if (state, event) in TRANSITIONS:
+        one.on(event)
+        assert one.state is TRANSITIONS[state, event]
+    else:
+        with pytest.raises(IllegalTransitionError, match=f"{event.name} while {state.name}"):
+            one.on(event)
+        assert vars(one) == before
+
+
+def test_nothing_leads_out_of_closed_and_abort_is_legal_everywhere_else():
+    assert {state for state, event in TRANSITIONS if event is E.ABORT} == set(S) - {S.CLOSED}
+    assert not [event for state, event in TRANSITIONS if state is S.CLOSED]
+
+
+# ---- add
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        (job(1, 0), "the prompt is empty"),
+        (job(1, 4 * TOTAL + 1), "65 prompt tokens need 17 KV blocks; this prefill worker has 16"),
+        (job(1, 8, blocks=1), "a ticket for 1 blocks, not 2"),
+        (job(1, 8, blocks=3), "a ticket for 3 blocks, not 2"),
+    ],
+    ids=["empty", "too long", "ticket too small", "ticket too large"],
+)
+def test_a_job_that_can_never_be_served_is_refused(schedule, bad, why):
+    with pytest.raises(InvalidJobError, match=why):
+        schedule.add(bad)
+    assert len(schedule) == schedule.queued_tokens == 0
+
+
+def test_a_key_is_good_for_one_job(schedule):
+    added(schedule, 4)
+    with pytest.raises(InvalidJobError, match="here already"):
+        schedule.add(job(1, 4))
+    assert schedule.queued_tokens == 4
+
+
+def test_jobs_max_is_a_typed_refusal_and_the_next_fits_once_one_has_gone(schedule):
+    added(schedule, 1, 1, 1, 1, 1)
+    with pytest.raises(QueueFullError, match="5 prompts"):
+        schedule.add(job(6, 1))
+    schedule.abort(("router", 3))
+    schedule.add(job(6, 1))
+
+
+# ---- chunks and turns
+
+
+def test_no_job_is_no_step(schedule):
+    assert schedule.next_step() == []
+
+
+def test_a_long_prompt_is_computed_in_whole_blocks_until_its_last_chunk(schedule):
+    added(schedule, 39)
+    assert [run(schedule) for _ in range(3)] == [[(1, 0, 16)], [(1, 16, 16)], [(1, 32, 7)]]
+    assert run(schedule) == []
+
+
+@pytest.mark.parametrize("chunk_tokens", [5, 7])
+def test_a_chunk_that_is_not_a_multiple_of_a_block_is_rounded_down(chunk_tokens):
+    schedule = Schedule(LAYOUT, BlockLedger(TOTAL), chunk_tokens=chunk_tokens, jobs_max=5)
+    added(schedule, 12)
+    assert [run(schedule) for _ in range(3)] == [[(1, 0, 4)], [(1, 4, 4)], [(1, 8, 4)]]
+
+
+def test_a_chunk_smaller_than_a_block_is_one_block():
+    schedule = Schedule(LAYOUT, BlockLedger(TOTAL), chunk_tokens=1, jobs_max=5)
+    added(schedule, 6)
+    assert [run(schedule) for _ in range(2)] == [[(1, 0, 4)], [(1, 4, 2)]]
+
+
+def test_short_prompts_share_a_step(schedule):
+    added(schedule, 5, 6, 5)
+    assert run(schedule) == [(1, 0, 5), (2, 0, 6), (3, 0, 5)]
+
+
+def test_what_is_left_of_a_step_is_filled_with_whole_blocks_only(schedule):
+    added(schedule, 5, 40)
+    assert run(schedule) == [(1, 0, 5), (2, 0, 8)]
+
+
+def test_less_than_a_block_left_goes_to_nobody_who_needs_more(schedule):
+    added(schedule, 14, 8)
+    assert run(schedule) == [(1, 0, 14)]
+    assert run(schedule) == [(2, 0, 8)]
+
+
+def test_a_short_prompt_behind_a_long_one_is_served_in_the_next_step(schedule):
+    added(schedule, 48, 3)
+    assert run(schedule) == [(1, 0, 16)]
+    assert run(schedule) == [(2, 0, 3), (1, 16, 12)]
+
+
+def test_a_short_prompt_that_comes_while_a_long_one_runs_is_served_in_the_next_step(schedule):
+    added(schedule, 48)
+    step = schedule.next_step()
+    schedule.add(job(2, 3))
+    schedule.computed(step[0])
+    assert run(schedule) == [(2, 0, 3), (1, 16, 12)]
+
+
+def test_long_prompts_take_turns(schedule):
+    added(schedule, 32, 32)
+    assert [run(schedule)[0][0] for _ in range(4)] == [1, 2, 1, 2]
+
+
+def test_the_last_chunk_says_so_and_the_engine_gets_its_tokens_and_blocks(schedule):
+    (one,) = added(schedule, 20)
+    (first,) = schedule.next_step()
+    assert not first.is_last
+    assert first.slice() == Slice(list(range(16)), 0, one.blocks)
+    schedule.computed(first)
+    (last,) = schedule.next_step()
+    assert last.is_last
+    assert last.slice() == Slice([16, 17, 18, 19], 16, one.blocks)
+    schedule.computed(last)
+    assert one.state is S.HANDING_OFF
+
+
+def test_queued_tokens_are_those_accepted_and_not_computed(schedule):
+    added(schedule, 20, 50)
+    assert schedule.queued_tokens == 70  # the second waits for blocks
+    step = schedule.next_step()
+    assert schedule.queued_tokens == 70
+    schedule.computed(step[0])
+    assert schedule.queued_tokens == 54
+    schedule.abort(("router", 1))
+    assert schedule.queued_tokens == 50
+
+
+# ---- blocks
+
+
+def test_jobs_are_admitted_in_order_once_their_blocks_are_free(schedule):
+    first, second, third = added(schedule, 40, 30, 3)
+    assert run(schedule) == [(1, 0, 16)]
+    assert [j.state for j in (first, second, third)] == [S.COMPUTING, S.QUEUED, S.QUEUED]
+    assert schedule.ledger.free == 6  # enough for the third, but it is not its turn
+    run(schedule)
+    run(schedule)
+    assert run(schedule) == []  # handing off: the blocks are not free yet
+    schedule.acknowledged(first)
+    assert run(schedule) == [(2, 0, 16)]
+    assert third.state is S.COMPUTING
+
+
+def test_acknowledged_frees_the_blocks(schedule):
+    (one,) = added(schedule, 5)
+    run(schedule)
+    assert schedule.ledger.counts()[B.OWNED] == 2
+    schedule.acknowledged(one)
+    assert one.state is S.CLOSED
+    assert schedule.ledger.free == TOTAL
+    assert len(schedule) == 0
+
+
+# ---- abort
+
+
+def test_abort_of_a_queued_job_leaves_nothing(schedule):
+    (one,) = added(schedule, 5)
+    assert schedule.abort(one.key) is one
+    assert one.state is S.CLOSED
+    assert schedule.next_step() == []
+    assert len(schedule) == 0
+
+
+def test_abort_of_a_computing_job_keeps_its_blocks_until_all_is_quiet(schedule):
+    one, two = added(schedule, 32, 4)
+    run(schedule)
+    assert schedule.abort(one.key) is one
+    assert schedule.ledger.counts()[B.QUARANTINED] == 8
+    assert run(schedule) == [(2, 0, 4)]
+    schedule.quiet(one)
+    assert one.state is S.CLOSED
+    assert schedule.ledger.counts()[B.QUARANTINED] == 0
+    assert len(schedule) == 1
+    assert two.state is S.HANDING_OFF
+
+
+def test_abort_while_a_step_runs_lets_the_step_end_without_effect(schedule):
+    one, two = added(schedule, 4, 4)
+    step = schedule.next_step()
+    schedule.abort(one.key)
+    for chunk in step:
+        schedule.computed(chunk)
+    assert (one.state, one.computed) == (S.ABORTING, 0)
+    assert two.state is S.HANDING_OFF
+    assert schedule.ledger.counts()[B.QUARANTINED] == 1
+
+
+def test_a_step_that_ends_after_its_aborted_job_was_closed_has_no_effect(schedule):
+    (one,) = added(schedule, 4)
+    (chunk,) = schedule.next_step()
+    schedule.abort(one.key)
+    schedule.quiet(one)
+    schedule.computed(chunk)
+    assert one.state is S.CLOSED
+
+
+def test_abort_while_handing_off_keeps_the_blocks_until_all_is_quiet(schedule):
+    (one,) = added(schedule, 4)
+    run(schedule)
+    schedule.abort(one.key)
+    assert schedule.ledger.counts()[B.QUARANTINED] == 1
+    schedule.quiet(one)
+    assert schedule.ledger.free == TOTAL
+
+
+def test_a_second_abort_and_one_of_an_ended_job_are_nothing(schedule):
+    (one,) = added(schedule, 4)
+    run(schedule)
+    assert schedule.abort(one.key) is one
+    assert schedule.abort(one.key) is None
+    schedule.quiet(one)
+    assert schedule.abort(one.key) is None
+
+
+def test_the_blocks_of_an_aborted_job_go_to_the_next_in_line_once_quiet(schedule):
+    one, two = added(schedule, 64, 8)
+    run(schedule)
+    schedule.abort(one.key)
+    assert schedule.next_step() == []
+    schedule.quiet(one)
+    assert run(schedule) == [(2, 0, 8)]
+    assert two.state is S.HANDING_OFF
+
+
+def test_a_lost_session_is_answered_with_exactly_its_keys(schedule):
+    ours, theirs = object(), object()
+    for key in ((ours, 1), (theirs, 1), (ours, 2)):
+        one = job(1, 4)
+        one.key = key
+        schedule.add(one)
+    assert schedule.of_session(ours) == [(ours, 1), (ours, 2)]
+
+
+# ---- all of it at random
+
+
+class ScheduleMachine(RuleBasedStateMachine):
+    """Adds, aborts, steps and acknowledgements; a step may be under way during all but steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ledger = BlockLedger(TOTAL)
+        self.schedule = Schedule(LAYOUT, self.ledger, chunk_tokens=10, jobs_max=6)
+        self.jobs: list[Job] = []
+        self.step: list[Chunk] = []
+        self.done: dict[Job, list[int]] = {}
+
+    @rule(tokens=st.integers(1, 70))
+    def add(self, tokens: int) -> None:
+        one = job(len(self.jobs), tokens)
+        try:
+            self.schedule.add(one)
+        except (InvalidJobError, QueueFullError):
+            assert tokens > 4 * TOTAL or len(self.schedule) == 6
+            return
+        self.jobs.append(one)
+        self.done[one] = []
+
+    @rule()
+    def step_begins(self) -> None:
+        if not self.step:
+            self.step = self.schedule.next_step()
+            assert sum(chunk.count for chunk in self.step) <= 10
+            assert len({chunk.job for chunk in self.step}) == len(self.step)
+            for chunk in self.step:
+                assert chunk.job.state is S.COMPUTING
+                assert chunk.count > 0
+                assert chunk.is_last or chunk.count % LAYOUT.block_size == 0
+
+    @rule()
+    def step_ends(self) -> None:
+        for chunk in self.step:
+            self.done[chunk.job].extend(chunk.slice().tokens)
+            self.schedule.computed(chunk)
+        self.step = []
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        if self.jobs:
+            self.schedule.abort(data.draw(st.sampled_from(self.jobs)).key)
+
+    @rule(data=st.data())
+    def quiet(self, data: st.DataObject) -> None:
+        busy = {chunk.job for chunk in self.step}
+        some = [j for j in self.jobs if j.state is S.ABORTING and j not in busy]
+        if some:
+            self.schedule.quiet(data.draw(st.sampled_from(some)))
+
+    @rule(data=st.data())
+    def acknowledged(self, data: st.DataObject) -> None:
+        if some := [j for j in self.jobs if j.state is S.HANDING_OFF]:
+            self.schedule.acknowledged(data.draw(st.sampled_from(some)))
+
+    @invariant()
+    def the_ledger_balances(self) -> None:
+        self.ledger.check()
+        held = sum(len(j.blocks) for j in self.jobs if j.state not in (S.QUEUED, S.CLOSED))
+        assert self.ledger.free == TOTAL - held
+
+    @invariant()
+    def every_job_is_computed_token_by_token_once(self) -> None:
+        for one, tokens in self.done.items():
+            assert tokens == one.prompt[: len(tokens)]
+            if one.state is S.HANDING_OFF:
+                assert tokens == one.prompt
+
+    @invariant()
+    def queued_tokens_are_what_is_left(self) -> None:
+        left = [j for j in self.jobs if j.state in (S.QUEUED, S.COMPUTING)]
+        assert self.schedule.queued_tokens == sum(len(j.prompt) - j.computed for j in left)
+
+    def teardown(self) -> None:
+        """Whatever has been accepted and not aborted is served in the end."""
+        self.step_ends()
+        for _ in range(200):
+            for one in self.jobs:
+                if one.state is S.ABORTING:
+                    self.schedule.quiet(one)
+                elif one.state is S.HANDING_OFF:
+                    assert self.done[one] == one.prompt
+                    self.schedule.acknowledged(one)
+            self.step_begins()
+            self.step_ends()
+        assert {one.state for one in self.jobs} <= {S.CLOSED}
+        self.ledger.check()
+        assert self.ledger.free == TOTAL
+        assert len(self.schedule) == 0
+
+
+TestScheduleMachine = ScheduleMachine.TestCase
+TestScheduleMachine.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)

@@ -1,0 +1,839 @@
+"""The dispatcher driven event by event; `Bench` plays the workers and keeps what clients saw."""
+
+import itertools
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvrelay.config import RouterConfig
+from kvrelay.wire import transfer_pb2
+from kvrelay.wire import worker_pb2 as pb
+from router.admission import Sampling
+from router.dispatcher import (
+    Command,
+    Deliver,
+    Dispatcher,
+    DuplicateRequestError,
+    ExhaustedTrouble,
+    Failed,
+    Finished,
+    InvalidTrouble,
+    QueueFullError,
+    ToDecode,
+    ToPrefill,
+    Trouble,
+    UnavailableTrouble,
+)
+from router.request import (
+    TRANSITIONS,
+    Ending,
+    IllegalTransitionError,
+    Request,
+    RequestEvent,
+    RequestState,
+    Times,
+)
+
+S = RequestState
+EOS = 999
+EXHAUSTED = pb.FAILURE_CODE_EXHAUSTED
+PEER_LOST = pb.FAILURE_CODE_PEER_LOST
+
+
+def make(name: str = "r1", prompt: int = 8, max_tokens: int = 4, now: float = 0) -> Request:
+    sampling = Sampling(0.0, 0, 1.0, 0, max_tokens, (), (EOS,))
+    return Request(name, list(range(prompt)), sampling, Times(now))
+
+
+def ending_of(ending: Ending | None) -> int:
+    return ending.value if ending else 0
+
+
+@dataclass
+class Client:
+    """What one client has seen."""
+
+    tokens: list[int] = field(default_factory=list)
+    end: Ending | Trouble | None = None
+
+
+class Bench:
+    """A dispatcher whose commands pile up in `sent`, and whose clients note what they get."""
+
+    def __init__(self, *workers: str, blocks: int = 100, **config: Any) -> None:
+        settings_ = {"attempts_max": 3, "queue_max": 4, "prefill_backlog_tokens": 50, **config}
+        self.dispatcher = Dispatcher(
+            RouterConfig(
+                model_path=Path("none"),
+                model_name="tiny",
+                cluster_key="k" * 16,
+                control_socket=Path("none"),
+                **settings_,
+            )
+        )
+        self.blocks = blocks
+        self.now = 0.0
+        self.sent: list[ToPrefill | ToDecode] = []
+        self.clients: dict[Request, Client] = {}
+        for worker in workers or ("p1", "d1"):
+            self.up(worker)
+
+    # ---- what happens
+
+    def up(self, worker: str) -> None:
+        layout = transfer_pb2.KvLayout(block_size=4)
+        info = pb.WorkerInfo(instance_id=worker, layout=layout, blocks_total=self.blocks)
+        up = self.dispatcher.prefill_up if worker[0] == "p" else self.dispatcher.decode_up
+        self.take(up(worker, info, self.now))
+
+    def down(self, worker: str) -> None:
+        self.take(self.dispatcher.worker_down(worker, self.now))
+
+    def submit(self, *args: Any, **kwargs: Any) -> Request:
+        request = make(*args, now=self.now, **kwargs)
+        commands = self.dispatcher.submit(request)
+        self.clients[request] = Client()
+        self.take(commands)
+        return request
+
+    def let_go(self, request: Request) -> None:
+        self.take(self.dispatcher.let_go(request, self.now))
+
+    def expire(self, now: float) -> None:
+        self.now = now
+        self.take(self.dispatcher.expire(now))
+
+    def d(self, worker: str = "d1", free: int | None = None, **event: Any) -> None:
+        load = pb.DecodeLoad(blocks_free=self.blocks if free is None else free)
+        message = pb.DecodeEvent(load=load, **event)
+        self.take(self.dispatcher.on_decode_event(worker, message, self.now))
+
+    def p(self, worker: str = "p1", queued: int = 0, **event: Any) -> None:
+        message = pb.PrefillEvent(load=pb.PrefillLoad(queued_tokens=queued), **event)
+        self.take(self.dispatcher.on_prefill_event(worker, message, self.now))
+
+    def reserved(self, request: Request, free: int | None = None) -> None:
+        ticket = transfer_pb2.Ticket(request_id=request.request_id)
+        self.d(request.decode_id, free, reserved=pb.Reserved(key=request.key, ticket=ticket))
+
+    def first_token(self, request: Request, token: int) -> None:
+        self.p(request.prefill_id, first_token=pb.FirstToken(key=request.key, token_id=token))
+
+    def handed_off(self, request: Request, **numbers: Any) -> None:
+        self.p(request.prefill_id, handed_off=pb.HandedOff(key=request.key, **numbers))
+
+    def step(self, request: Request, offset: int, *tokens: int, ending: int = 0) -> None:
+        output = pb.SequenceOutput(
+            key=request.key, offset=offset, token_ids=tokens, ending=pb.Ending.ValueType(ending)
+        )
+        self.d(request.decode_id, step=pb.StepOutput(outputs=[output]))
+
+    def d_fails(self, request: Request, code: int = PEER_LOST, **load: Any) -> None:
+        failed = pb.Failed(key=request.key, code=pb.FailureCode.ValueType(code), message="boom")
+        self.d(request.decode_id, failed=failed, **load)
+
+    def p_fails(self, request: Request, code: int = PEER_LOST) -> None:
+        failed = pb.Failed(key=request.key, code=pb.FailureCode.ValueType(code), message="boom")
+        self.p(request.prefill_id, failed=failed)
+
+    def bring(self, request: Request, state: RequestState) -> Request:
+        """On from RESERVING; DECODING has tokens 10 and 11."""
+        assert request.state is S.RESERVING
+        if state is not S.RESERVING:
+            self.reserved(request)
+        if state is S.DECODING:
+            self.first_token(request, 10)
+            self.step(request, 0, 10)
+            self.step(request, 1, 11)
+        assert request.state is state
+        return request
+
+    # ---- what came of it
+
+    def take(self, commands: list[Command]) -> None:
+        for command in commands:
+            match command:
+                case Deliver(request, offset, tokens):
+                    client = self.clients[request]
+                    assert client.end is None, "tokens after the end"
+                    assert offset == len(client.tokens), "a gap or a repeat"
+                    client.tokens.extend(tokens)
+                case Finished(request, end) | Failed(request, end):
+                    assert self.clients[request].end is None, "ended twice"
+                    self.clients[request].end = end
+                case _:
+                    self.sent.append(command)
+
+    def reserves(self) -> list[tuple[str, pb.Reserve]]:
+        return [
+            (c.worker_id, c.command.reserve)
+            for c in self.sent
+            if c.command.WhichOneof("command") == "reserve"
+        ]
+
+    def prefills(self) -> list[tuple[str, pb.Prefill]]:
+        return [
+            (c.worker_id, c.command.prefill)
+            for c in self.sent
+            if c.command.WhichOneof("command") == "prefill"
+        ]
+
+    def cancels(self) -> list[tuple[str, int]]:
+        return [
+            (c.worker_id, c.command.cancel.key)
+            for c in self.sent
+            if c.command.WhichOneof("command") == "cancel"
+        ]
+
+    def seen(self, request: Request) -> list[int]:
+        return self.clients[request].tokens
+
+    def end(self, request: Request) -> Ending | Trouble | None:
+        return self.clients[request].end
+
+
+def names(value: object) -> str:
+    return getattr(value, "name", str(value))
+
+
+@pytest.mark.parametrize(("state", "event"), list(itertools.product(S, RequestEvent)), ids=names)
+def test_every_event_in_every_state_is_in_the_table_or_raises(state, event):
+    request = make()
+    request.state = state
+    if (state, event) in TRANSITIONS:
+        request.on(event)
+        assert request.state is TRANSITIONS[state, event]
+    else:
+        with pytest.raises(IllegalTransitionError, match=f"{event.name} while {state.name}"):
+            request.on(event)
+        assert request.state is state
+
+
+# ---- one request when all goes well
+
+
+def test_a_request_goes_from_reserve_to_prefill_to_its_tokens_to_its_end():
+    bench = Bench()
+    request = bench.submit(prompt=8, max_tokens=3)
+    ((worker, reserve),) = bench.reserves()
+    assert (worker, reserve.request_id, reserve.attempt) == ("d1", "r1", 1)
+    assert (reserve.prompt_tokens, reserve.sampling.max_tokens) == (8, 3)
+    bench.reserved(request)
+    ((worker, prefill),) = bench.prefills()
+    assert (worker, prefill.key, prefill.ticket.request_id) == ("p1", reserve.key, "r1")
+    assert list(prefill.prompt_token_ids) == request.prompt
+    bench.first_token(request, 10)
+    assert bench.seen(request) == [10]  # before the decode worker has said a word
+    bench.step(request, 0, 10)
+    bench.handed_off(request)
+    bench.step(request, 1, 11)
+    bench.step(request, 2, 12, ending=2)
+    assert bench.seen(request) == [10, 11, 12]
+    assert bench.end(request) is Ending.LENGTH
+    assert bench.cancels() == []
+    assert len(bench.dispatcher) == 0
+
+
+def test_the_first_token_is_delivered_once_whoever_names_it_first():
+    bench = Bench()
+    request = bench.bring(bench.submit(), S.PREFILLING)
+    bench.step(request, 0, 10)
+    assert bench.seen(request) == [10]
+    bench.first_token(request, 10)
+    assert bench.seen(request) == [10]
+
+
+def test_an_answer_is_finished_only_after_its_ending_and_its_hand_off():
+    bench = Bench()
+    one = bench.bring(bench.submit("r1"), S.DECODING)
+    bench.handed_off(one)
+    assert bench.end(one) is None
+    bench.step(one, 2, EOS, ending=1)
+    assert bench.end(one) is Ending.EOS
+    other = bench.bring(bench.submit("r2"), S.DECODING)
+    bench.step(other, 2, EOS, ending=1)
+    assert bench.end(other) is None
+    bench.handed_off(other, kv_bytes=7, transport="shm")
+    assert bench.end(other) is Ending.EOS
+    assert (other.times.kv_bytes, other.times.transport) == (7, "shm")
+
+
+def test_times_are_those_of_the_first_and_the_last_token():
+    bench = Bench()
+    request = bench.bring(bench.submit(), S.PREFILLING)
+    bench.now = 5
+    bench.p(started=pb.PrefillStarted(key=request.key))
+    bench.now = 9
+    bench.first_token(request, 10)
+    bench.now = 12
+    bench.step(request, 0, 10)  # known: no news
+    assert request.times.last_token_at_ms == 9
+    bench.step(request, 1, 11)
+    times = request.times
+    assert (times.prefill_began_at_ms, times.first_token_at_ms, times.last_token_at_ms) == (
+        5,
+        9,
+        12,
+    )
+
+
+# ---- the queue
+
+
+def test_requests_wait_without_workers_and_go_when_they_come():
+    bench = Bench("p1")
+    request = bench.submit()
+    assert request.state is S.QUEUED
+    bench.up("d1")
+    assert request.state is S.RESERVING
+
+
+def test_a_running_id_is_not_taken_again_until_it_has_ended():
+    bench = Bench()
+    request = bench.submit("same")
+    with pytest.raises(DuplicateRequestError, match="same"):
+        bench.submit("same")
+    bench.let_go(request)
+    bench.submit("same")
+
+
+def test_a_full_queue_is_a_typed_refusal_and_changes_nothing():
+    bench = Bench("p1", queue_max=2)
+    bench.submit("r1")
+    first_two = [bench.submit("r2"), len(bench.dispatcher)]
+    with pytest.raises(QueueFullError, match="2 requests are waiting"):
+        bench.submit("r3")
+    assert len(bench.dispatcher) == first_two[1] == 2
+
+
+def test_the_head_of_the_line_waits_and_nobody_overtakes_it():
+    bench = Bench(blocks=10)
+    bench.d(free=3)
+    large = bench.submit("large", prompt=30, max_tokens=8)
+    small = bench.submit("small", prompt=4, max_tokens=1)
+    assert (large.state, small.state) == (S.QUEUED, S.QUEUED)
+    bench.d(free=10)
+    assert (large.state, small.state) == (S.RESERVING, S.QUEUED)
+    bench.reserved(large, free=0)
+    assert small.state is S.QUEUED
+    bench.d(free=1)
+    assert small.state is S.RESERVING
+
+
+def test_blocks_asked_for_and_not_yet_answered_count_as_taken():
+    bench = Bench(blocks=5)
+    one = bench.submit("r1", prompt=8, max_tokens=4)  # 3 blocks
+    two = bench.submit("r2", prompt=8, max_tokens=4)
+    assert two.state is S.QUEUED
+    bench.reserved(one, free=2)
+    assert two.state is S.QUEUED
+    bench.d(free=3)
+    assert two.state is S.RESERVING
+
+
+def test_prompts_under_way_to_a_prefill_worker_count_as_its_backlog():
+    bench = Bench(prefill_backlog_tokens=20)
+    one = bench.submit("r1", prompt=15)
+    two = bench.submit("r2", prompt=15)
+    assert (one.state, two.state) == (S.RESERVING, S.QUEUED)
+    bench.reserved(one)
+    bench.first_token(one, 10)  # computed: no backlog any more
+    assert two.state is S.RESERVING
+
+
+def test_requests_spread_over_the_workers():
+    bench = Bench("p1", "p2", "d1", "d2")
+    requests = [bench.submit(f"r{n}") for n in range(4)]
+    assert sorted(r.prefill_id for r in requests) == ["p1", "p1", "p2", "p2"]
+    assert sorted(r.decode_id for r in requests) == ["d1", "d1", "d2", "d2"]
+
+
+def test_context_tokens_are_what_the_largest_worker_of_the_smaller_role_holds():
+    bench = Bench("p1")
+    assert bench.dispatcher.context_tokens is None
+    bench.blocks = 50
+    bench.up("d1")
+    assert bench.dispatcher.context_tokens == 200
+
+
+# ---- workers are lost or fail
+
+
+@pytest.mark.parametrize("state", [S.RESERVING, S.PREFILLING, S.DECODING], ids=names)
+def test_a_lost_decode_worker_is_replaced_and_the_client_sees_no_gap(state):
+    bench = Bench("p1", "d1")
+    request = bench.bring(bench.submit(prompt=8, max_tokens=4), state)
+    seen, key = list(bench.seen(request)), request.key
+    bench.down("d1")
+    assert request.state is S.QUEUED
+    assert bench.cancels() == ([] if state is S.RESERVING else [("p1", key)])
+    bench.up("d2")
+    worker, reserve = bench.reserves()[-1]
+    assert (worker, reserve.attempt) == ("d2", 2)
+    assert reserve.prompt_tokens == 8 + len(seen)
+    assert reserve.sampling.max_tokens == 4 - len(seen)
+    assert reserve.key != key
+    bench.reserved(request)
+    assert list(bench.prefills()[-1][1].prompt_token_ids) == [*request.prompt, *seen]
+    bench.first_token(request, 50)
+    bench.step(request, 0, 50)
+    bench.step(request, 1, 51)
+    assert bench.seen(request) == [*seen, 50, 51]
+
+
+@pytest.mark.parametrize("state", [S.RESERVING, S.PREFILLING], ids=names)
+def test_a_lost_prefill_worker_is_replaced_and_the_reservation_cancelled(state):
+    bench = Bench("p1", "d1")
+    request = bench.bring(bench.submit(), state)
+    key = request.key
+    bench.down("p1")
+    assert request.state is S.QUEUED
+    assert bench.cancels() == [("d1", key)]
+    bench.up("p2")
+    bench.reserved(request)
+    assert bench.prefills()[-1][0] == "p2"
+
+
+def test_a_prefill_worker_lost_after_its_first_token_loses_no_token():
+    bench = Bench("p1", "d1")
+    request = bench.bring(bench.submit(prompt=8), S.PREFILLING)
+    bench.first_token(request, 10)
+    bench.down("p1")
+    bench.up("p2")
+    assert bench.reserves()[-1][1].prompt_tokens == 9
+    bench.reserved(request)
+    bench.first_token(request, 11)
+    assert bench.seen(request) == [10, 11]
+
+
+@pytest.mark.parametrize("how", ["down", "failed"])
+def test_a_prefill_worker_is_not_missed_once_the_decode_worker_has_the_kv(how):
+    bench = Bench()
+    request = bench.bring(bench.submit(), S.DECODING)
+    if how == "down":
+        bench.down("p1")
+    else:
+        bench.p_fails(request)
+    assert request.state is S.DECODING
+    bench.step(request, 2, EOS, ending=1)
+    assert bench.end(request) is Ending.EOS
+    assert bench.cancels() == []
+
+
+@pytest.mark.parametrize("state", [S.RESERVING, S.PREFILLING, S.DECODING], ids=names)
+def test_a_failure_at_the_decode_worker_is_tried_again(state):
+    bench = Bench()
+    request = bench.bring(bench.submit(), state)
+    key = request.key
+    bench.d_fails(request)
+    assert request.state is S.RESERVING  # again
+    assert (request.attempt, request.key) == (2, key + 1)
+
+
+def test_a_failure_at_the_prefill_worker_is_tried_again():
+    bench = Bench()
+    request = bench.bring(bench.submit(), S.PREFILLING)
+    bench.p_fails(request)
+    assert (request.state, request.attempt) == (S.RESERVING, 2)
+
+
+def test_events_of_an_attempt_that_was_given_up_change_nothing():
+    bench = Bench()
+    request = bench.bring(bench.submit(), S.DECODING)
+    old = request.key
+    bench.d_fails(request)
+    seen = list(bench.seen(request))
+    bench.d(step=pb.StepOutput(outputs=[pb.SequenceOutput(key=old, offset=2, token_ids=[77])]))
+    bench.d(reserved=pb.Reserved(key=old))
+    bench.d(failed=pb.Failed(key=old, code=PEER_LOST))
+    bench.p(first_token=pb.FirstToken(key=old, token_id=77))
+    bench.p(failed=pb.Failed(key=old, code=PEER_LOST))
+    bench.p(handed_off=pb.HandedOff(key=old))
+    assert (request.state, request.attempt, bench.seen(request)) == (S.RESERVING, 2, seen)
+    assert not request.handed_off
+
+
+@pytest.mark.parametrize(("offset", "token"), [(0, 66), (1, 66), (3, 12)])
+def test_a_token_that_contradicts_the_log_or_leaves_a_gap_is_tried_again(offset, token):
+    bench = Bench()
+    request = bench.bring(bench.submit(), S.DECODING)
+    bench.step(request, offset, token)
+    assert bench.seen(request) == [10, 11]
+    assert (request.state, request.attempt) == (S.RESERVING, 2)
+
+
+def test_workers_that_disagree_on_the_first_token_are_tried_again():
+    bench = Bench()
+    request = bench.bring(bench.submit(), S.PREFILLING)
+    bench.first_token(request, 10)
+    bench.step(request, 0, 66)
+    assert (request.state, request.attempt, bench.seen(request)) == (S.RESERVING, 2, [10])
+
+
+def test_a_request_fails_after_attempts_max():
+    bench = Bench(attempts_max=3)
+    request = bench.submit()
+    for _ in range(3):
+        assert bench.end(request) is None
+        bench.d_fails(request)
+    trouble = bench.end(request)
+    assert isinstance(trouble, UnavailableTrouble)
+    assert "failed 3 times, last: boom" in str(trouble)
+    assert len(bench.reserves()) == 3
+    assert len(bench.dispatcher) == 0
+
+
+def test_no_room_does_not_count_as_an_attempt():
+    bench = Bench(attempts_max=1)
+    request = bench.submit()
+    for _ in range(5):
+        bench.d_fails(request, EXHAUSTED, free=0)
+        assert (request.state, request.attempt) == (S.QUEUED, 0)
+        bench.d(free=100)
+    assert (request.state, request.attempt) == (S.RESERVING, 1)
+
+
+@pytest.mark.parametrize("role", ["decode", "prefill"])
+def test_what_no_worker_can_serve_fails_at_once(role):
+    bench = Bench()
+    request = bench.bring(bench.submit(), S.PREFILLING)
+    key = request.key
+    (bench.d_fails if role == "decode" else bench.p_fails)(request, pb.FAILURE_CODE_INVALID)
+    assert isinstance(bench.end(request), InvalidTrouble)
+    assert set(bench.cancels()) == {("d1", key), ("p1", key)}
+    assert len(bench.dispatcher) == 0
+
+
+@pytest.mark.parametrize("how", ["down", "failed"])
+def test_an_answer_that_is_complete_needs_no_worker(how):
+    bench = Bench()
+    request = bench.bring(bench.submit(), S.DECODING)
+    bench.step(request, 2, EOS)  # its ending is lost with the worker
+    if how == "down":
+        bench.down("d1")
+    else:
+        bench.d_fails(request)
+    assert bench.end(request) is Ending.EOS
+    assert bench.seen(request) == [10, 11, EOS]
+
+
+def test_an_answer_of_full_length_needs_no_worker():
+    bench = Bench()
+    request = bench.bring(bench.submit(max_tokens=2), S.DECODING)
+    bench.down("d1")
+    assert bench.end(request) is Ending.LENGTH
+
+
+def test_a_first_token_that_ends_the_answer_survives_the_prefill_worker():
+    bench = Bench()
+    request = bench.bring(bench.submit(), S.PREFILLING)
+    bench.first_token(request, EOS)
+    bench.down("p1")
+    assert bench.end(request) is Ending.EOS
+
+
+def test_requests_that_lost_their_worker_keep_their_order():
+    bench = Bench("p1", "d1", prefill_backlog_tokens=1000)
+    requests = [bench.bring(bench.submit(f"r{n}"), S.DECODING) for n in range(3)]
+    bench.down("d1")
+    bench.up("d2")
+    again = [reserve.request_id for _, reserve in bench.reserves()[-3:]]
+    assert again == [r.request_id for r in requests]
+
+
+# ---- waits have an end
+
+
+def test_a_request_that_waited_too_long_is_told_that_there_was_no_room():
+    bench = Bench("p1", queue_wait_ms=100)
+    request = bench.submit()
+    bench.expire(100)
+    assert bench.end(request) is None
+    bench.expire(101)
+    assert isinstance(bench.end(request), ExhaustedTrouble)
+    assert len(bench.dispatcher) == 0
+
+
+def test_a_running_request_does_not_expire():
+    bench = Bench(queue_wait_ms=100)
+    request = bench.bring(bench.submit(), S.DECODING)
+    bench.expire(1e6)
+    assert request.state is S.DECODING
+
+
+def test_a_request_placed_again_late_gets_the_whole_wait_again():
+    bench = Bench(queue_wait_ms=100)
+    request = bench.bring(bench.submit(), S.DECODING)
+    bench.now = 500  # has been streaming for longer than a queue wait
+    bench.down("d1")
+    bench.expire(501)
+    assert bench.end(request) is None
+    bench.up("d2")
+    assert request.state is S.RESERVING
+
+
+def test_a_decode_worker_that_does_not_answer_reserve_is_given_up():
+    bench = Bench("p1", "d1", reserve_ms=50)
+    request = bench.submit()
+    key = request.key
+    bench.expire(50)
+    assert request.attempt == 1
+    bench.expire(51)
+    assert bench.cancels() == [("d1", key)]
+    assert (request.state, request.attempt) == (S.RESERVING, 2)
+
+
+# ---- the client lets go
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [(S.RESERVING, ["d1"]), (S.PREFILLING, ["d1", "p1"]), (S.DECODING, ["d1", "p1"])],
+    ids=names,
+)
+def test_letting_go_cancels_at_every_worker_that_has_it(state, told):
+    bench = Bench()
+    request = bench.bring(bench.submit(), state)
+    key = request.key
+    bench.let_go(request)
+    assert bench.cancels() == [(worker, key) for worker in told]
+    assert request.state is S.ENDED
+    assert len(bench.dispatcher) == 0
+    bench.let_go(request)
+    assert len(bench.cancels()) == len(told)
+
+
+def test_letting_go_in_the_queue_tells_nobody_and_lets_the_next_one_pass():
+    bench = Bench(blocks=10)
+    first = bench.submit("large", prompt=60)
+    second = bench.submit("small")
+    assert (first.state, second.state) == (S.QUEUED, S.QUEUED)
+    bench.let_go(first)
+    assert bench.cancels() == []
+    assert second.state is S.RESERVING
+
+
+def test_nothing_is_delivered_after_letting_go():
+    bench = Bench()
+    request = bench.bring(bench.submit(), S.DECODING)
+    bench.let_go(request)
+    bench.step(request, 2, 12, ending=2)
+    bench.handed_off(request)
+    assert bench.seen(request) == [10, 11]
+    assert bench.end(request) is None
+
+
+# ---- all of it at random
+
+
+def right_answer(request: Request) -> list[int]:
+    """What any worker computes: each token follows from those before it."""
+    tokens = list(request.prompt)
+    while len(tokens) - len(request.prompt) < request.sampling.max_tokens:
+        token = (sum(tokens) * 31 + len(tokens)) % 7
+        tokens.append(EOS if token == 6 else token)
+        if tokens[-1] == EOS:
+            break
+    return tokens[len(request.prompt) :]
+
+
+@dataclass
+class Attempt:
+    """An attempt as its two workers have it."""
+
+    request: Request
+    key: int
+    decode: str
+    base: int
+    prefill: str = ""
+    first_token_sent: bool = False
+    handed_off: bool = False
+    sent: int = 0
+
+
+class World(Bench):
+    """Workers that do their work, fail and die when the dice say so."""
+
+    def __init__(self, dice: random.Random) -> None:
+        super().__init__("p1", "p2", "d1", "d2", blocks=8, attempts_max=1000, queue_max=50)
+        self.dice = dice
+        self.alive = {"p1", "p2", "d1", "d2"}
+        self.attempts: dict[int, Attempt] = {}
+        self.free = dict.fromkeys(("d1", "d2"), self.blocks)
+        self.held: dict[int, tuple[str, int]] = {}
+        self.left: set[Request] = set()  # whose clients went away
+        self.count = 0
+
+    def read_commands(self) -> None:
+        while self.sent:
+            sent, self.sent = self.sent, []
+            self.read(sent)
+            for worker in sorted(self.alive & {"d1", "d2"}):  # a cancel may have made room
+                self.d(worker, free=self.free[worker])
+
+    def read(self, sent: list[ToPrefill | ToDecode]) -> None:
+        for command in sent:
+            assert command.worker_id in self.alive, "a command to a worker that is gone"
+            kind = command.command.WhichOneof("command")
+            body = getattr(command.command, kind)
+            if kind == "reserve":
+                request = next(r for r in self.clients if r.request_id == body.request_id)
+                base = body.prompt_tokens - len(request.prompt)
+                self.attempts[body.key] = Attempt(request, body.key, command.worker_id, base)
+            elif kind == "prefill":
+                self.attempts[body.key].prefill = command.worker_id
+                answer = body.prompt_token_ids[len(self.attempts[body.key].request.prompt) :]
+                assert list(answer) == self.seen(self.attempts[body.key].request)
+            elif command.worker_id[0] == "d":
+                self.release(body.key)
+
+    def release(self, key: int) -> None:
+        worker, blocks = self.held.pop(key, ("", 0))
+        if worker in self.alive:
+            self.free[worker] += blocks
+        self.attempts.pop(key, None)
+
+    def act(self, kills: bool = True) -> None:
+        actions = [self.work] * 12
+        if kills:
+            actions += [self.new, self.new, self.kill, self.revive, self.fail, self.quit]
+        self.dice.choice(actions)()
+        self.read_commands()
+
+    def new(self) -> None:
+        if len(self.dispatcher) < 8:
+            self.count += 1
+            self.submit(
+                f"r{self.count}",
+                prompt=self.dice.randint(1, 12),
+                max_tokens=self.dice.randint(1, 9),
+            )
+
+    def kill(self) -> None:
+        if self.alive:
+            worker = self.dice.choice(sorted(self.alive))
+            self.alive.remove(worker)
+            for key, attempt in list(self.attempts.items()):
+                if attempt.decode == worker:
+                    self.release(key)
+                elif attempt.prefill == worker:
+                    attempt.prefill = "dead"
+            self.down(worker)
+
+    def revive(self) -> None:
+        for worker in sorted({"p1", "p2", "d1", "d2"} - self.alive)[:1]:
+            self.alive.add(worker)
+            self.free[worker] = self.blocks
+            self.up(worker)
+
+    def quit(self) -> None:
+        if self.dice.random() < 0.3 and self.clients:
+            request = self.dice.choice(list(self.clients))
+            if self.end(request) is None:
+                self.left.add(request)
+            self.let_go(request)
+
+    def fail(self) -> None:
+        if self.attempts:
+            attempt = self.dice.choice(list(self.attempts.values()))
+            failed = pb.Failed(key=attempt.key, code=PEER_LOST)
+            if attempt.prefill in self.alive and self.dice.random() < 0.5:
+                attempt.prefill = "dead"
+                self.p(self.dice.choice(sorted(self.alive & {"p1", "p2"})), failed=failed)
+            else:
+                self.release(attempt.key)
+                self.d(attempt.decode, free=self.free[attempt.decode], failed=failed)
+
+    def work(self) -> None:
+        """One worker does the next thing for one attempt."""
+        if self.attempts:
+            attempt = self.dice.choice(list(self.attempts.values()))
+            if attempt.key not in self.held:
+                self.answer_reserve(attempt)
+            elif attempt.prefill == "dead" and not attempt.sent:
+                self.release(attempt.key)  # the writer is lost before it has committed
+                failed = pb.Failed(key=attempt.key, code=PEER_LOST)
+                self.d(attempt.decode, free=self.free[attempt.decode], failed=failed)
+            elif attempt.prefill in self.alive and not attempt.first_token_sent:
+                attempt.first_token_sent = True
+                token = right_answer(attempt.request)[attempt.base]
+                self.p(attempt.prefill, first_token=pb.FirstToken(key=attempt.key, token_id=token))
+            elif attempt.prefill in self.alive and not attempt.handed_off:
+                if self.dice.random() < 0.5:
+                    attempt.handed_off = True
+                    self.p(attempt.prefill, handed_off=pb.HandedOff(key=attempt.key))
+                else:
+                    self.decode_one(attempt)  # its word may come before the prefill worker's
+            elif attempt.first_token_sent:
+                self.decode_one(attempt)
+
+    def answer_reserve(self, attempt: Attempt) -> None:
+        request, worker = attempt.request, attempt.decode
+        needed = -(-(len(request.prompt) + request.sampling.max_tokens - 1) // 4)
+        if needed > self.free[worker] or self.dice.random() < 0.1:
+            del self.attempts[attempt.key]
+            failed = pb.Failed(key=attempt.key, code=EXHAUSTED)
+            self.d(worker, free=self.free[worker], failed=failed)
+            return
+        self.free[worker] -= needed
+        self.held[attempt.key] = (worker, needed)
+        reserved = pb.Reserved(key=attempt.key, ticket=transfer_pb2.Ticket())
+        self.d(worker, free=self.free[worker], reserved=reserved)
+
+    def decode_one(self, attempt: Attempt) -> None:
+        answer = right_answer(attempt.request)[attempt.base :]
+        if attempt.sent >= len(answer):
+            return
+        token, offset = answer[attempt.sent], attempt.sent
+        attempt.sent += 1
+        done = attempt.sent == len(answer)
+        output = pb.SequenceOutput(
+            key=attempt.key,
+            offset=offset,
+            token_ids=[token],
+            ending=(pb.ENDING_EOS if token == EOS else pb.ENDING_LENGTH)
+            if done
+            else pb.ENDING_NONE,
+        )
+        if done:
+            worker, blocks = self.held[attempt.key]
+            self.free[worker] += blocks
+            self.held[attempt.key] = (worker, 0)
+        step = pb.StepOutput(outputs=[output])
+        self.d(attempt.decode, free=self.free[attempt.decode], step=step)
+
+    def check(self) -> None:
+        for request, client in self.clients.items():
+            answer = right_answer(request)
+            assert client.tokens == answer[: len(client.tokens)]
+            if isinstance(client.end, Ending):
+                assert client.tokens == answer
+                assert client.end is (Ending.EOS if answer[-1] == EOS else Ending.LENGTH)
+            else:
+                assert client.end is None
+
+
+@given(dice=st.randoms(use_true_random=False))
+@settings(max_examples=30, deadline=None)
+def test_whatever_happens_clients_see_a_prefix_of_the_right_answer_and_in_the_end_all_of_it(dice):
+    world = World(random.Random(dice.getrandbits(64)))
+    for _ in range(250):
+        world.act()
+        world.check()
+    for _ in range(4):
+        world.revive()
+        world.read_commands()
+    for _ in range(4000):
+        if not len(world.dispatcher):
+            break
+        world.act(kills=False)
+    world.check()
+    assert len(world.dispatcher) == 0
+    for request, client in world.clients.items():
+        assert request.state is S.ENDED
+        assert (client.end is None) == (request in world.left)
