@@ -5,15 +5,18 @@ method takes and returns short strings only.
 """
 
 import asyncio
+import importlib
 from typing import Any
 
 import ray
 
-from decode_worker.service import DecodeService
 from kvrelay.config import WorkerConfig
-from prefill_worker.service import PrefillService
 
-SERVICES: dict[str, Any] = {"prefill": PrefillService, "decode": DecodeService}
+# Named, not imported: torch is for the workers' processes, not for the one that starts them.
+SERVICES = {
+    "prefill": ("prefill_worker.service", "PrefillService"),
+    "decode": ("decode_worker.service", "DecodeService"),
+}
 
 
 @ray.remote
@@ -27,7 +30,9 @@ class WorkerActor:
 
     async def start(self) -> str:
         """Loads the model and serves; returns the address routers connect to."""
-        self._service = await SERVICES[self._role].start(self._config)
+        module, name = SERVICES[self._role]
+        service = getattr(importlib.import_module(module), name)
+        self._service = await service.start(self._config)
         return self._service.address
 
     async def stop(self) -> None:

@@ -27,7 +27,7 @@ os.environ.update(
 )
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from cluster.actors import WorkerActor
 from cluster.options import ServeError
@@ -35,6 +35,7 @@ from cluster.options import ServeError
 log = logging.getLogger(__name__)
 
 _OBJECT_STORE_BYTES = 80 << 20  # the least Ray takes: nothing of ours goes through it
+_START_S = 600.0  # large models load for minutes
 _STOP_S = 5.0
 _RESTART_BACKOFF_S = (0.0, 1.0, 5.0, 15.0, 30.0)
 _STEADY_S = 60.0  # a worker that lived this long starts with no backoff again
@@ -70,19 +71,30 @@ class Pools:
     _failures: dict[str, int] = field(default_factory=dict)
 
     def start_ray(self) -> None:
+        """Raises ServeError when Ray does not start, or has not the GPUs that are needed."""
         # Ray puts handlers of its own on these signals; what they do is for the command to say.
         handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-        ray.init(
-            num_cpus=self.config.threads * sum(self.sizes.values()),
-            include_dashboard=False,
-            log_to_driver=False,
-            configure_logging=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            _temp_dir=str(self.ray_dir),
-            _node_ip_address="127.0.0.1",
-        )
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        # Inherited by the workers; torch makes this folder when it is imported.
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.ray_dir / "inductor")
+        workers = sum(self.sizes.values())
+        try:
+            ray.init(
+                num_cpus=self.config.threads * workers,
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=str(self.ray_dir),
+                _node_ip_address="127.0.0.1",
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ServeError(f"Ray did not start: {_one_line(error)}") from error
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        if self.config.device == "cuda" and gpus < workers:
+            raise ServeError(f"--device cuda: {workers} workers need a GPU each, {gpus} found here")
 
     def start_workers(self) -> Iterator[int]:
         """Yields how many have started, from 0 up; raises ServeError when one cannot."""
@@ -128,9 +140,13 @@ class Pools:
 
     def _add(self, role: str, actor: Any, address: Any) -> None:
         try:
-            member = _Member(role, actor, ray.get(address), None, time.monotonic())
+            where = ray.get(address, timeout=_START_S)
+            member = _Member(role, actor, where, None, time.monotonic())
         except RayTaskError as error:
             raise ServeError(f"{role} worker: {_one_line(error.cause)}") from None
+        except GetTimeoutError:
+            ray.kill(actor)
+            raise ServeError(f"{role} worker did not start within {_START_S:g} s") from None
         except RayActorError as error:
             raise ServeError(f"{role} worker died while starting: {_one_line(error)}") from None
         member.end = actor.wait_for_end.remote()

@@ -69,7 +69,7 @@ def serve(model: str, verbose: bool, **options: Any) -> None:
     )
     chosen = ServeOptions(**options)
     with _errors_in_one_line(), _Interrupts() as stop, _serving(model, chosen, stop) as cluster:
-        print(f"ready grpc={cluster.address}", flush=True)
+        print(f"ready grpc={cluster.address}", file=sys.__stdout__, flush=True)
         stop.polite = True
         cluster.watch(stop.stopping)
         console.print("finishing what is running ...")
@@ -120,23 +120,27 @@ def _serving(model: str, options: ServeOptions, interrupts: _Interrupts) -> "Ite
     from cluster.serving import Serving  # brings Ray and torch: seconds, so only now
 
     cluster = Serving(prepared, options)
-    try:
-        with reporting() as report:
-            cluster.start(report)
-        yield cluster
-    finally:
-        interrupts.stopping.set()
-        cluster.stop(interrupts.hurry)
+    # Ray prints what it has to say of dead workers; stdout is for what was asked for.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            with reporting() as report:
+                cluster.start(report)
+            yield cluster
+        finally:
+            interrupts.stopping.set()
+            cluster.stop(interrupts.hurry)
 
 
 def _ask(client: Client, question: str) -> None:
-    print(f"\n> {question}")
+    out = Console(file=sys.__stdout__, highlight=False, markup=False)
+    out.print(f"\n> {question}")
     with client.chat(question, max_tokens=_DEMO_MAX_TOKENS) as stream:
         for text in stream:
-            print(text, end="", flush=True)
+            out.file.write(text)
+            out.file.flush()
         completion = stream.result()
-    print("\n")
-    Console().print(phase_table(completion))
+    out.print("\n")
+    out.print(phase_table(completion))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,9 @@ no shared memory and no socket: everything lives in one run folder and in proces
 """
 
 import contextlib
+import fcntl
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -29,8 +31,10 @@ log = logging.getLogger(__name__)
 
 READY_S = 30.0
 _WATCH_S = 0.5
-# The longest path of a unix socket is about 100 bytes, so the run folder must have a short one.
-_RUN_DIR_CHARS_MAX = 40
+_RUN_DIR_PREFIX = "kvr-"
+_OWNER_LOCK = "owner.lock"
+# A unix socket's path may have 107 bytes; the run folder and Ray's names in it take some 84.
+_TEMP_DIR_CHARS_MAX = 20
 
 
 class Serving:
@@ -72,10 +76,11 @@ class Serving:
         Raises:
             ServeError: the router's port is taken, a worker cannot load the model, ...
         """
-        report("starting the router and Ray", None)
+        report("starting the router", None)
         self._router = self._start_router()
-        self._pools.start_ray()
         self.address = self._router_address(self._router)
+        report("starting Ray", None)
+        self._pools.start_ray()
         total = self._options.prefill + self._options.decode
         for loaded in self._pools.start_workers():
             report(f"loading the model into {total} workers", loaded / total)
@@ -156,10 +161,28 @@ class Serving:
 
 
 def _make_run_dir() -> Path:
-    folder = tempfile.gettempdir()
-    if len(folder) > _RUN_DIR_CHARS_MAX:
-        folder = "/tmp"
-    return Path(tempfile.mkdtemp(prefix="kvr-", dir=folder))
+    """A folder that belongs to this process for as long as it holds the lock in it."""
+    folder = Path(tempfile.gettempdir())
+    if len(str(folder)) > _TEMP_DIR_CHARS_MAX:
+        folder = Path("/tmp")
+    for lock in folder.glob(f"{_RUN_DIR_PREFIX}*/{_OWNER_LOCK}"):
+        with contextlib.suppress(OSError):  # held: its run is alive
+            os.close(_lock(lock))
+            shutil.rmtree(lock.parent)  # left by a run that was killed outright
+    run_dir = Path(tempfile.mkdtemp(prefix=_RUN_DIR_PREFIX, dir=folder))
+    _lock(run_dir / _OWNER_LOCK)
+    return run_dir
+
+
+def _lock(path: Path) -> int:
+    """The descriptor that holds the lock, or OSError."""
+    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        raise
+    return held
 
 
 def _end_children() -> None:
@@ -167,7 +190,7 @@ def _end_children() -> None:
     children = psutil.Process().children(recursive=True)
     _, alive = psutil.wait_procs(children, timeout=5)
     for child in alive:
-        log.warning("ending %s (%d), which did not end by itself", child.name(), child.pid)
+        log.info("ending %d, which did not end by itself", child.pid)
         with contextlib.suppress(psutil.NoSuchProcess):
             child.kill()
     psutil.wait_procs(alive, timeout=5)

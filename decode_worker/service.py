@@ -93,6 +93,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             instance_id=self.instance_id,
             layout=self._layout.to_wire(),
             blocks_total=self.ledger.total,
+            max_model_tokens=self._engine.max_model_tokens,
         )
         self._send(session, DecodeEvent(info=info))
         await serve_session(session, request_iterator, context, self._command, self._closed)

@@ -85,6 +85,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             instance_id=self.instance_id,
             layout=self._layout.to_wire(),
             blocks_total=self.ledger.total,
+            max_model_tokens=self._engine.max_model_tokens,
         )
         self._send(session, PrefillEvent(info=info))
         await serve_session(session, request_iterator, context, self._command, self._closed)

@@ -81,9 +81,14 @@ def check_text(
         )
 
 
-def check_token_ids(token_ids: Sequence[int], *, vocab_size: int) -> None:
+def check_token_ids(token_ids: Sequence[int], *, vocab_size: int, max_model_tokens: int) -> None:
     if not token_ids:
         raise InvalidRequest("token_ids: empty, needs at least one token")
+    if len(token_ids) >= max_model_tokens:  # before a look at millions of them
+        raise InvalidRequest(
+            f"token_ids: {len(token_ids)} tokens, at most {max_model_tokens - 1} allowed so that "
+            f"one of an answer fits"
+        )
     for index, token_id in enumerate(token_ids):
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(

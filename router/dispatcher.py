@@ -85,6 +85,7 @@ Command = ToPrefill | ToDecode | Deliver | Finished | Failed
 class _Prefill:
     block_size: int
     blocks_total: int
+    max_model_tokens: int
     queued_tokens: int = 0
 
 
@@ -92,6 +93,7 @@ class _Prefill:
 class _Decode:
     block_size: int
     blocks_total: int
+    max_model_tokens: int
     blocks_free: int
     running: int = 0
 
@@ -130,8 +132,8 @@ class Dispatcher:
     @property
     def context_tokens(self) -> int | None:
         """Longest prompt and answer that the connected workers can hold; None without workers."""
-        prefill = [p.blocks_total * p.block_size for p in self._prefill.values()]
-        decode = [d.blocks_total * d.block_size for d in self._decode.values()]
+        prefill = [p.max_model_tokens for p in self._prefill.values()]
+        decode = [d.max_model_tokens for d in self._decode.values()]
         return min(max(prefill), max(decode)) if prefill and decode else None
 
     def __len__(self) -> int:
@@ -140,12 +142,16 @@ class Dispatcher:
     # ---- what workers do
 
     def prefill_up(self, worker_id: str, info: worker_pb2.WorkerInfo, now: float) -> list[Command]:
-        self._prefill[worker_id] = _Prefill(info.layout.block_size, info.blocks_total)
+        self._prefill[worker_id] = _Prefill(
+            info.layout.block_size, info.blocks_total, info.max_model_tokens
+        )
         return self._pump(now)
 
     def decode_up(self, worker_id: str, info: worker_pb2.WorkerInfo, now: float) -> list[Command]:
         total = info.blocks_total
-        self._decode[worker_id] = _Decode(info.layout.block_size, total, total)
+        self._decode[worker_id] = _Decode(
+            info.layout.block_size, total, info.max_model_tokens, blocks_free=total
+        )
         return self._pump(now)
 
     def worker_down(self, worker_id: str, now_ms: float) -> list[Command]:

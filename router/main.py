@@ -24,6 +24,7 @@ from router.malformed import MalformedRequests
 from router.model_files import ModelFiles
 from router.service import InferenceService
 
+_GOODBYE_S = 0.2  # for the last status messages to leave
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
 
@@ -63,9 +64,12 @@ class Router:
 
     async def stop(self) -> None:
         """Finishes what runs, at most drain_ms, and closes."""
-        self._inference.draining = True
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        await self._public.stop(grace=self._config.drain_ms / 1000)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.drain_ms / 1000):
+                await self._inference.drain()
+        # What is open now, a health watch for one, would stay open for ever.
+        await self._public.stop(grace=_GOODBYE_S)
         await self.fleet.close()
         await self._control.stop(grace=None)
         self._config.control_socket.unlink(missing_ok=True)

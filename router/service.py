@@ -55,7 +55,10 @@ class RefusalError(Exception):
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     def __init__(self, files: ModelFiles, fleet: Fleet) -> None:
-        self.draining = False
+        self._draining = False
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._files = files
         self._fleet = fleet
         self._detokenizer = Detokenizer(files.tokenizer)
@@ -71,7 +74,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
         async def prompt() -> list[int]:
             if request.WhichOneof("prompt") == "token_ids":
-                check_token_ids(request.token_ids.ids, vocab_size=self._files.vocab_size)
+                check_token_ids(
+                    request.token_ids.ids,
+                    vocab_size=self._files.vocab_size,
+                    max_model_tokens=self._max_model_tokens(),
+                )
                 return list(request.token_ids.ids)
             self._check_text(request.text)
             return await self._tokenize(request.text, add_special_tokens=True)
@@ -118,6 +125,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         )
         return inference_pb2.ListModelsResponse(models=[model])
 
+    async def drain(self) -> None:
+        """Refuses new requests from now on; returns when none is running."""
+        self._draining = True
+        await self._idle.wait()
+
     # ---- one request
 
     async def _serve(
@@ -128,8 +140,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     ) -> None:
         arrived_at_ms = now_ms()
         request: Request | None = None
+        self._running += 1
+        self._idle.clear()
         try:
-            if self.draining:
+            if self._draining:
                 raise RefusalError(grpc.StatusCode.UNAVAILABLE, "the router is shutting down")
             check_request_id(message.request_id)
             self._check_model(message.model)
@@ -149,6 +163,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         finally:
             if request is not None:
                 self._fleet.let_go(request)
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
 
     def _request(
         self,

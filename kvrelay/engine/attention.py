@@ -204,6 +204,32 @@ class PagedStep:
         return self._masks[window]
 
 
+@torch.inference_mode()
+def run_paged(model: Any, step: PagedStep, wanted: Sequence[bool]) -> torch.Tensor:
+    """Runs `step` through a transformers model that has our attention.
+
+    Returns the logits `[number wanted, vocab]`, float32, of the last token of each slice wanted.
+    """
+    tokens: list[int] = []
+    rows: list[int] = []
+    for s, want in zip(step.slices, wanted, strict=True):
+        tokens.extend(s.tokens)
+        if want:
+            rows.append(len(tokens) - 1)
+    device = step.positions.device
+    reset = active_step.set(step)
+    try:
+        output = model(
+            input_ids=torch.tensor([tokens], device=device),
+            position_ids=step.positions.unsqueeze(0),
+            logits_to_keep=torch.tensor(rows, dtype=torch.long, device=device),
+            use_cache=False,
+        )
+    finally:
+        active_step.reset(reset)
+    return output.logits[0].float()
+
+
 class LayerProbe:
     """Notes what each layer would store, and attends as if there were no cache."""
 

@@ -28,6 +28,12 @@ class EngineHost:
         self._runner = runner
         self._thread = thread
 
+    @property
+    def max_model_tokens(self) -> int:
+        """Longest sequence that the pool can hold and the model can do."""
+        held = self.pool.blocks * self.pool.layout.block_size
+        return min(held, self._runner.context_limit or held)
+
     @classmethod
     async def load(cls, config: WorkerConfig, *, shared_pool: bool) -> "EngineHost":
         """Reads the weights and maps the pool.

@@ -259,15 +259,17 @@ class WriterPool:
 
     async def _connect(self, instance_id: str, endpoint: transfer_pb2.Endpoint) -> WriterLink:
         stall_s = self._config.link_reply_ms / 1000
-        sock = _socket_for(endpoint, stall_s)
+        frames = FrameSocket(_socket_for(endpoint, stall_s), stall_s)
         try:
             async with asyncio.timeout(self._config.link_connect_ms / 1000):
-                await _dial(sock, endpoint)
-                frames = FrameSocket(sock, stall_s)
+                await _dial(frames.sock, endpoint)
                 return await self._shake_hands(frames, instance_id, endpoint.transport)
         except (OSError, TimeoutError, LinkError) as error:
-            sock.close()
+            frames.close()
             raise LinkError(f"{endpoint.address}: {str(error) or 'no answer in time'}") from error
+        except asyncio.CancelledError:
+            frames.close()
+            raise
 
     async def _shake_hands(
         self, frames: FrameSocket, instance_id: str, transport: str

@@ -33,16 +33,18 @@ ENDING_EOS: Ending
 ENDING_LENGTH: Ending
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("protocol_version", "instance_id", "layout", "blocks_total")
+    __slots__ = ("protocol_version", "instance_id", "layout", "blocks_total", "max_model_tokens")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     instance_id: str
     layout: _transfer_pb2.KvLayout
     blocks_total: int
-    def __init__(self, protocol_version: _Optional[int] = ..., instance_id: _Optional[str] = ..., layout: _Optional[_Union[_transfer_pb2.KvLayout, _Mapping]] = ..., blocks_total: _Optional[int] = ...) -> None: ...
+    max_model_tokens: int
+    def __init__(self, protocol_version: _Optional[int] = ..., instance_id: _Optional[str] = ..., layout: _Optional[_Union[_transfer_pb2.KvLayout, _Mapping]] = ..., blocks_total: _Optional[int] = ..., max_model_tokens: _Optional[int] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "seed", "max_tokens", "eos_token_ids")

@@ -120,13 +120,15 @@ def test_text() -> None:
 
 
 def test_token_ids() -> None:
-    check_token_ids([0, 9], vocab_size=10)
+    check_token_ids([0, 9], vocab_size=10, max_model_tokens=8)
     with pytest.raises(InvalidRequest, match="token_ids: empty"):
-        check_token_ids([], vocab_size=10)
+        check_token_ids([], vocab_size=10, max_model_tokens=8)
     with pytest.raises(InvalidRequest, match=r"token_ids\[1\]: 10, .* 0 to 9 .*vocabulary of 10"):
-        check_token_ids([9, 10, 11], vocab_size=10)
+        check_token_ids([9, 10, 11], vocab_size=10, max_model_tokens=8)
     with pytest.raises(InvalidRequest, match=r"token_ids\[0\]: -1"):
-        check_token_ids([-1], vocab_size=10)
+        check_token_ids([-1], vocab_size=10, max_model_tokens=8)
+    with pytest.raises(InvalidRequest, match="token_ids: 8 tokens, at most 7 allowed"):
+        check_token_ids([99] * 8, vocab_size=10, max_model_tokens=8)
 
 
 @pytest.mark.parametrize(

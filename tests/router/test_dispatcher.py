@@ -87,7 +87,12 @@ class Bench:
 
     def up(self, worker: str) -> None:
         layout = transfer_pb2.KvLayout(block_size=4)
-        info = pb.WorkerInfo(instance_id=worker, layout=layout, blocks_total=self.blocks)
+        info = pb.WorkerInfo(
+            instance_id=worker,
+            layout=layout,
+            blocks_total=self.blocks,
+            max_model_tokens=self.blocks * layout.block_size,
+        )
         up = self.dispatcher.prefill_up if worker[0] == "p" else self.dispatcher.decode_up
         self.take(up(worker, info, self.now))
 

@@ -1,0 +1,109 @@
+"""Whether a model works over a paged KV pool, found out by running it. Called by ModelRunner.load.
+
+There is no list of architectures. A model is refused when its configuration asks for attention that
+ours does not do, or when its logits through the pool, chunk by chunk, are not its own.
+"""
+
+from typing import Any
+
+import torch
+
+from kvrelay.engine import attention
+from kvrelay.engine.attention import LayerProbe, PagedStep, Slice, run_paged
+from kvrelay.kv.layout import KVLayout
+from kvrelay.kv.pool import KVPool
+
+_TOKENS = 7  # over two blocks of the probe's size, and odd
+_BLOCK_SIZE = 4
+# Rounding is around 1e-6 of the logits' spread in fp32; a missing mask or position is around 1.
+_ERROR_MAX = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.2}
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Masks that transformers builds from the configuration alone, out of an attention function's sight.
+_MASK_SETTINGS = ("attention_chunk_size", "keep_window_size")
+
+
+class UnsupportedModelError(Exception):
+    """The architecture does not work over a paged KV pool; the message says why in one line."""
+
+
+def context_limit(config: Any) -> int | None:
+    """Positions up to which a token's KV depends on its own position alone; None: any.
+
+    Beyond it, dynamic and longrope scaling turn by the longest sequence seen, so that KV already
+    stored would be wrong and one request would change another.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    per_layer_type = [value for value in rope.values() if isinstance(value, dict)]
+    for parameters in (rope, *per_layer_type):
+        if parameters.get("rope_type") in ("dynamic", "longrope"):
+            trained = parameters.get("original_max_position_embeddings")
+            return trained or config.max_position_embeddings
+    return None
+
+
+@torch.inference_mode()
+def probe_layout(model: Any, model_fingerprint: str, dtype: str, block_size: int) -> KVLayout:
+    """The KV layout of a model loaded with its own attention; leaves it with ours.
+
+    Raises:
+        UnsupportedModelError: it cannot be served.
+    """
+    _check_config(model)
+    tokens = list(range(1, 1 + _TOKENS))
+    inputs = torch.tensor([tokens], device=model.device)
+    expected = model(input_ids=inputs, use_cache=False).logits[0].float()
+    probe = LayerProbe()
+    model.set_attn_implementation(attention.NAME)
+    reset = attention.active_step.set(probe)
+    try:
+        model(input_ids=inputs, use_cache=False)
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(f"{_name(model)}: {error}") from error
+    finally:
+        attention.active_step.reset(reset)
+    kv_heads, head_dim = _uniform_shape(model, probe)
+    shape = {"layers": len(probe.shapes), "kv_heads": kv_heads, "head_dim": head_dim}
+    scratch = KVLayout(model_fingerprint, dtype, block_size=_BLOCK_SIZE, **shape)
+    _check_logits(model, scratch, tokens, expected)
+    return KVLayout(model_fingerprint, dtype, block_size=block_size, **shape)
+
+
+def _check_config(model: Any) -> None:
+    config = model.config.get_text_config()
+    asked = [name for name in _MASK_SETTINGS if getattr(config, name, None)]
+    unknown = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if asked or unknown:
+        what = ", ".join([*asked, *sorted(unknown)])
+        raise UnsupportedModelError(f"{_name(model)}: attention with {what}")
+
+
+def _check_logits(model: Any, scratch: KVLayout, tokens: list[int], expected: torch.Tensor) -> None:
+    pool = KVPool(scratch, scratch.blocks_for(_TOKENS), device=model.device.type)
+    blocks = list(reversed(range(pool.blocks)))
+    cut = _TOKENS // 2
+    for chunk in (Slice(tokens[:cut], 0, blocks), Slice(tokens[cut:], cut, blocks)):
+        logits = run_paged(model, PagedStep(pool.kv, [chunk]), [True])[0]
+        own = expected[chunk.end - 1]
+        error = (logits - own).abs().max().item() / max(own.std().item(), 1e-6)
+        if not error <= _ERROR_MAX[scratch.dtype]:
+            raise UnsupportedModelError(
+                f"{_name(model)}: over a paged KV pool its logits are off by {error:.2g} deviations"
+            )
+
+
+def _uniform_shape(model: Any, probe: LayerProbe) -> tuple[int, int]:
+    if not probe.shapes:
+        raise UnsupportedModelError(f"{_name(model)}: it does not use the attention interface")
+    if sorted(probe.shapes) != list(range(len(probe.shapes))):
+        raise UnsupportedModelError(f"{_name(model)}: only some layers have attention")
+    shapes = set(probe.shapes.values())
+    if len(shapes) > 1:
+        raise UnsupportedModelError(f"{_name(model)}: layers differ in KV shape: {sorted(shapes)}")
+    kv_heads, k_dim, v_dim = min(shapes)
+    if k_dim != v_dim:
+        raise UnsupportedModelError(f"{_name(model)}: keys of {k_dim}, values of {v_dim} a head")
+    return kv_heads, k_dim
+
+
+def _name(model: Any) -> str:
+    return type(model).__name__

@@ -1,0 +1,447 @@
+"""`kvrelay serve` as a process: what it prints, how it runs, and that nothing outlives it."""
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from tiny_models import make_not_decoder_only, make_tiny
+
+from kvrelay.client import Client, Completion, KvrelayError
+from kvrelay.wire import inference_pb2 as pb
+from kvrelay.wire.inference_pb2_grpc import InferenceStub
+
+KVRELAY = Path(sys.executable).with_name("kvrelay")
+SHM = Path("/dev/shm")
+# Only a broken test waits so long: to be ready, for one answer, for the end.
+READY_S, ANSWER_S, END_S = 120.0, 90.0, 60.0
+DRAINED_TOKENS = 2000
+# Days of decoding: an answer of so many tokens never ends by itself.
+MODEL_TOKENS = 1 << 16
+ENDLESS_TOKENS = 50_000
+# torch makes an empty folder of this name when it is imported.
+NOT_OURS = {"torchinductor_root"}
+SAMPLED = {"temperature": 1.0, "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny model that never ends an answer by itself."""
+    folder = make_tiny("llama", tmp_path_factory.mktemp("models") / "endless")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = MODEL_TOKENS
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+class Server:
+    """One `kvrelay serve`, in a session and with a temp folder of its own."""
+
+    def __init__(self, model: Path | str, options: Sequence[str]) -> None:
+        # A short path: unix sockets are made in it.
+        self.temp_dir = Path(tempfile.mkdtemp(prefix="kvt-", dir="/tmp"))
+        self.printed: list[str] = []
+        self.address = ""
+        self._shm_before = set(SHM.iterdir())
+        self._family: set[psutil.Process] = set()
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._stderr_path = self.temp_dir.with_suffix(".err")
+        with self._stderr_path.open("w") as stderr:
+            self.process = subprocess.Popen(
+                [KVRELAY, "serve", str(model), "--kv-gib", "0.05", "--port", "0", *options],
+                env={**os.environ, "TMPDIR": str(self.temp_dir)},
+                start_new_session=True,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.printed.append(line)
+            self._lines.put(line)
+        self._lines.put(None)
+
+    @property
+    def stderr(self) -> str:
+        return self._stderr_path.read_text()
+
+    def wait_ready(self) -> None:
+        try:
+            line = self._lines.get(timeout=READY_S)
+        except queue.Empty:
+            pytest.fail(f"not ready in {READY_S} s: {self.stderr}")
+        assert line is not None, self.stderr
+        assert line.startswith("ready grpc="), line
+        self.address = line.removeprefix("ready grpc=").rstrip("\n")
+
+    def family(self) -> set[psutil.Process]:
+        """The server and all processes under it now; those seen before are remembered."""
+        server = psutil.Process(self.process.pid)
+        now = {server, *server.children(recursive=True)}
+        self._family |= now
+        return now
+
+    def alive(self) -> list[psutil.Process]:
+        """Of all that were ever seen, by pid and time of birth, those that run."""
+        return [p for p in self._family if p.is_running() and p.status() != "zombie"]
+
+    def router(self) -> psutil.Process:
+        [router] = [p for p in self.family() if p.cmdline()[-2:] == ["-m", "router"]]
+        return router
+
+    def workers(self) -> set[psutil.Process]:
+        return {p for p in self.family() if _name(p).startswith("ray::WorkerActor")}
+
+    def decode_workers(self) -> set[psutil.Process]:
+        """They alone listen for KV. Not to be had with --transport tcp."""
+        return {
+            worker
+            for worker in self.workers()
+            if any("/decode-" in c.laddr for c in worker.net_connections("unix"))
+        }
+
+    def client(self) -> Client:
+        return Client(self.address, timeout_s=ANSWER_S)
+
+    def wait_end(self) -> int:
+        code = self.process.wait(END_S)
+        self._reader.join(END_S)
+        return code
+
+    def assert_nothing_left(self) -> None:
+        assert _soon(lambda: not self.alive()), self.alive()
+        assert {entry.name for entry in self.temp_dir.iterdir()} <= NOT_OURS
+        # Others' Ray may be starting beside us: its file there has a name for a moment only.
+        assert _soon(lambda: set(SHM.iterdir()) <= self._shm_before)
+        host, port = self.address.rsplit(":", 1)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((host, int(port)), timeout=5)
+
+    def close(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.family()
+        for process in self.alive():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait(END_S)
+        self._reader.join(END_S)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        shutil.rmtree(self.temp_dir, ignore_errors=True)
+        self._stderr_path.unlink()
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.cmdline()[0]
+    except (psutil.Error, IndexError):
+        return ""
+
+
+def _soon(condition: Callable[[], bool], within_s: float = END_S) -> bool:
+    end = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@contextlib.contextmanager
+def starting(model: Path | str, *options: str) -> Iterator[Server]:
+    server = Server(model, options)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@contextlib.contextmanager
+def serving(model: Path, *options: str) -> Iterator[Server]:
+    with starting(model, *options) as server:
+        server.wait_ready()
+        server.family()
+        yield server
+
+
+@pytest.fixture(scope="module")
+def server(model) -> Iterator[Server]:
+    """Shared by the tests that leave it running."""
+    with serving(model) as started:
+        yield started
+
+
+class Answering(threading.Thread):
+    """A request that runs beside the test. `accepted` and `begun`, its first token, are set when
+    it ends as well."""
+
+    def __init__(self, server: Server, prompt: str, max_tokens: int) -> None:
+        super().__init__(daemon=True)
+        self.accepted, self.begun = threading.Event(), threading.Event()
+        self.token_ids: list[int] = []
+        self.finished: pb.Finished | None = None
+        self.error: grpc.RpcError | None = None
+        self._address = server.address
+        sampling = pb.SamplingParams(max_tokens=max_tokens, **SAMPLED)
+        self._request = pb.GenerateRequest(text=prompt, sampling=sampling)
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with grpc.insecure_channel(self._address) as channel:
+                for event in InferenceStub(channel).Generate(self._request, timeout=ANSWER_S):
+                    self._take(event)
+        except grpc.RpcError as error:
+            self.error = error
+        finally:
+            self.accepted.set()
+            self.begun.set()
+
+    def _take(self, event: pb.GenerateResponse) -> None:
+        self.accepted.set()
+        if event.HasField("finished"):
+            self.finished = event.finished
+        elif event.HasField("delta"):
+            self.token_ids += event.delta.token_ids
+            self.begun.set()
+
+    def wait(self, event: threading.Event) -> None:
+        assert event.wait(ANSWER_S)
+        assert self.is_running, (self.finished, self.error)
+
+    @property
+    def is_running(self) -> bool:
+        return self.finished is None and self.error is None
+
+    def whole_answer(self) -> list[int]:
+        self.join(ANSWER_S)
+        assert self.error is None, self.error
+        assert self.finished is not None
+        return self.token_ids
+
+    def status(self) -> grpc.StatusCode:
+        self.join(ANSWER_S)
+        assert self.error is not None
+        return self.error.code()
+
+
+# ---- running
+
+
+def test_it_prints_one_line(server):
+    assert server.printed == [f"ready grpc={server.address}\n"]
+
+
+def test_generate_json(server):
+    command = [KVRELAY, "generate", "--address", server.address, "--json", "--max-tokens", "9"]
+    done = subprocess.run(
+        [*command, "hello"], capture_output=True, text=True, timeout=ANSWER_S, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    [line] = done.stdout.splitlines()
+    answer = json.loads(line)
+    wanted = {"text", "token_ids", "finish_reason", "prompt_tokens", "ttft_ms", "tpot_ms"}
+    assert answer.keys() >= wanted | {"kv_bytes", "transport"}
+    assert len(answer["token_ids"]) == 9
+    assert answer["finish_reason"] == "length"
+    assert answer["transport"] == "shm"
+    assert answer["kv_bytes"] > 0
+    assert answer["ttft_ms"] > 0
+
+
+def test_the_router_has_neither_torch_nor_ray(server):
+    maps = Path(f"/proc/{server.router().pid}/maps").read_text()
+    assert "cygrpc" in maps, "these are the files it has loaded"
+    assert not [name for name in ("libtorch", "_raylet", "libnccl") if name in maps]
+
+
+def test_it_listens_on_loopback_alone(server):
+    listening = {
+        connection.laddr.ip
+        for process in server.family()
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN or connection.type == socket.SOCK_DGRAM
+    }
+    assert listening
+    assert [ip for ip in listening if not _is_loopback(ip)] == []
+
+
+def _is_loopback(ip: str) -> bool:
+    address = ip_address(ip)
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def test_its_folder_is_for_its_user_alone(server):
+    [folder] = server.temp_dir.glob("kvr-*")
+    assert folder.stat().st_mode & 0o077 == 0
+    sockets = [path for path in folder.glob("*.sock") if path.is_socket()]
+    assert "control.sock" in {path.name for path in sockets}
+
+
+@pytest.mark.parametrize("role", ["decode", "prefill"])
+def test_a_worker_that_is_killed(server, role):
+    """The request that ran is finished with the same tokens, and the worker is replaced."""
+    # The prompt is long so that the prefill worker can be met at it.
+    prompt = "word " * 1500 if role == "prefill" else "word "
+    with server.client() as client:
+        unfaulted = client.generate(prompt, max_tokens=600, **SAMPLED).result()
+    before = server.workers()
+    decoding = server.decode_workers()
+    assert (len(before), len(decoding)) == (2, 1)
+    [victim] = decoding if role == "decode" else before - decoding
+
+    answering = Answering(server, prompt, 600)
+    answering.wait(answering.begun if role == "decode" else answering.accepted)
+    victim.kill()
+    assert answering.whole_answer() == list(unfaulted.token_ids)
+
+    with server.client() as client:
+        again = client.generate(prompt, max_tokens=600, **SAMPLED).result()
+    assert again.token_ids == unfaulted.token_ids
+    after = server.workers()
+    assert len(after - before) == 1
+    assert victim not in after
+    assert server.printed == [f"ready grpc={server.address}\n"]
+
+
+# ---- several workers, and the end
+
+
+def test_many_workers_over_tcp_until_sigterm(server, model):
+    prompts = [[5 + at] * (1 + 37 * at) for at in range(12)]
+
+    def ask(client: Client, prompt: list[int]) -> Completion:
+        return client.generate(prompt, max_tokens=60, **SAMPLED).result()
+
+    with server.client() as client:
+        expected = [ask(client, prompt).token_ids for prompt in prompts]
+    options = ("--prefill", "2", "--decode", "3", "--transport", "tcp")
+    with serving(model, *options) as many:
+        assert len(many.workers()) == 5
+        with many.client() as client, ThreadPoolExecutor(len(prompts)) as threads:
+            answers = list(threads.map(lambda prompt: ask(client, prompt), prompts))
+        assert [answer.token_ids for answer in answers] == expected
+        assert {answer.timings.transport for answer in answers} == {"tcp"}
+        end_politely(many, lambda: many.process.send_signal(signal.SIGTERM))
+
+
+def test_sigint_to_the_process_group(model):
+    """Ctrl-C in a terminal reaches every process of the group."""
+    with serving(model, "--transport", "shm") as server:
+        end_politely(server, lambda: os.killpg(server.process.pid, signal.SIGINT))
+
+
+def end_politely(server: Server, send_signal: Callable[[], object]) -> None:
+    """What runs is finished, what is new is refused, and nothing is left."""
+    answering = Answering(server, "once", DRAINED_TOKENS)
+    answering.wait(answering.begun)
+    server.family()
+    send_signal()
+    assert _soon(lambda: "finishing what is running" in server.stderr)
+    # Written just before the router is told: a moment later nothing new gets in.
+    assert _soon(lambda: _refuses(server))
+    assert answering.is_running, "the answer was too short for this test"
+    assert server.process.poll() is None
+    assert len(answering.whole_answer()) == DRAINED_TOKENS
+    assert server.wait_end() == 0, server.stderr
+    assert len(server.printed) == 1
+    assert "Traceback" not in server.stderr
+    server.assert_nothing_left()
+
+
+def _refuses(server: Server) -> bool:
+    try:
+        with server.client() as client:
+            client.generate("hi", max_tokens=1).result()
+    except KvrelayError as error:
+        return error.code is grpc.StatusCode.UNAVAILABLE
+    return False
+
+
+def test_a_second_signal_does_not_wait(model):
+    with serving(model, "--drain-s", "600") as server:
+        answering = Answering(server, "once", ENDLESS_TOKENS)
+        answering.wait(answering.begun)
+        server.process.send_signal(signal.SIGINT)
+        assert _soon(lambda: "finishing what is running" in server.stderr)
+        server.process.send_signal(signal.SIGINT)
+        assert server.wait_end() == 0, server.stderr
+        assert answering.status() is grpc.StatusCode.UNAVAILABLE
+        assert "Traceback" not in server.stderr
+        server.assert_nothing_left()
+
+
+def test_sigkill_leaves_no_router_and_no_worker(model):
+    with serving(model, "--drain-s", "1") as server:
+        answering = Answering(server, "once", ENDLESS_TOKENS)
+        answering.wait(answering.begun)
+        server.family()
+        server.process.kill()
+        server.process.wait(END_S)
+        # Ray's two agents, small and of no use by then, take a minute to find out.
+        agents = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
+        assert _soon(lambda: {_name(p) for p in server.alive()} <= agents, 30), server.alive()
+        assert answering.status() is grpc.StatusCode.UNAVAILABLE
+
+
+# ---- what cannot start
+
+
+def assert_error(server: Server, *words: str) -> None:
+    assert server.wait_end() == 1
+    assert server.printed == []
+    assert "Traceback" not in server.stderr
+    errors = [line for line in server.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == server.stderr.splitlines()[-1:], server.stderr
+    assert [word for word in words if word not in errors[0]] == [], errors[0]
+    assert {entry.name for entry in server.temp_dir.iterdir()} <= NOT_OURS
+
+
+def test_a_path_that_is_not_there(tmp_path):
+    with starting(tmp_path / "nothing") as server:
+        assert_error(server, "nothing", "does not exist")
+
+
+def test_a_model_that_is_not_decoder_only(tmp_path):
+    with starting(make_not_decoder_only(tmp_path / "bert")) as server:
+        assert_error(server, "BertForMaskedLM", "not a decoder-only language model")
+
+
+def test_a_file_of_unknown_type(tmp_path):
+    file = tmp_path / "model.bin"
+    file.write_bytes(b"weights")
+    with starting(file) as server:
+        assert_error(server, "model.bin", "not a .gguf file")
+
+
+def test_a_port_that_is_taken(model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with starting(model, "--port", str(port)) as server:
+            assert_error(server, "router", str(port))
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU here")
+def test_a_device_that_is_not_there(model):
+    with starting(model, "--device", "cuda") as server:
+        assert_error(server, "cuda")
