@@ -4,7 +4,6 @@ Ray places, starts and supervises them. Requests, tokens and KV never pass throu
 method takes and returns short strings only.
 """
 
-import asyncio
 import importlib
 from typing import Any
 
@@ -40,5 +39,5 @@ class WorkerActor:
             await self._service.stop()
 
     async def wait_for_end(self) -> None:
-        """Never returns: whoever waits for it learns at once when the process ends."""
-        await asyncio.get_running_loop().create_future()
+        """Ends when the worker does; whoever waits for it learns at once when the process dies."""
+        await self._service.wait_for_end()

@@ -120,6 +120,7 @@ class Pools:
         for member in [m for m in self._members if m.end in ended]:
             log.error("a %s worker died; it will be replaced", member.role)
             self._members.remove(member)
+            ray.kill(member.actor)  # in case the process lives and only its loop has failed
             lived_s = time.monotonic() - member.started_s
             failures = 0 if lived_s > _STEADY_S else self._failures.get(member.role, 0)
             self._vacate(member.role, failures)

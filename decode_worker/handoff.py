@@ -12,6 +12,7 @@ from enum import Enum
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockEvent, BlockLedger, OutOfBlocksError
+from kvrelay.lifecycle import IllegalTransitionError, advance
 from kvrelay.transport.listener import RefusedError
 
 
@@ -48,10 +49,6 @@ TRANSITIONS: dict[tuple[ReservationState, ReservationEvent], ReservationState] =
 }
 
 
-class IllegalTransitionError(Exception):
-    """A bug in the caller: an event that TRANSITIONS does not have for this state."""
-
-
 class InvalidReservationError(Exception):
     """Can never be served by this worker; the message says why."""
 
@@ -79,10 +76,7 @@ class Reservation:
         return self.prompt_blocks + self.growth_blocks
 
     def on(self, event: ReservationEvent) -> None:
-        target = TRANSITIONS.get((self.state, event))
-        if target is None:
-            raise IllegalTransitionError(f"{event.name} while {self.state.name}")
-        self.state = target
+        self.state = advance(TRANSITIONS, self.state, event)
 
 
 class HandOff:

@@ -74,6 +74,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         ]
         return service
 
+    async def wait_for_end(self) -> None:
+        """Returns after `stop`; raises when a loop of this worker has failed, which no request
+        would survive: whoever waits here replaces the worker."""
+        await asyncio.gather(*self._tasks)
+
     async def stop(self) -> None:
         await self._server.stop(grace=None)
         for task in (*self._tasks, *self._adopting):

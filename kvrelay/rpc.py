@@ -6,11 +6,14 @@ with `dial`. The cluster key is a secret that only the processes of one cluster 
 
 import asyncio
 import hmac
+import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import grpc
+
+log = logging.getLogger(__name__)
 
 CLUSTER_KEY_HEADER = "kvrelay-cluster-key"
 MESSAGE_BYTES_MAX = 32 << 20
@@ -94,8 +97,11 @@ async def serve_session(
     """
 
     async def read() -> None:
-        async for command in commands:
-            on_command(session, command)
+        try:
+            async for command in commands:
+                on_command(session, command)
+        except Exception:  # the session ends; the router takes its requests elsewhere
+            log.exception("a router's session failed")
 
     reader = asyncio.create_task(read())
     pending: asyncio.Task[Event] | None = None

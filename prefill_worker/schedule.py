@@ -14,6 +14,7 @@ from kvrelay.engine.attention import Slice
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockEvent, BlockLedger
+from kvrelay.lifecycle import advance
 from kvrelay.wire.transfer_pb2 import Ticket
 
 
@@ -47,10 +48,6 @@ TRANSITIONS: dict[tuple[JobState, JobEvent], JobState] = {
 }
 
 
-class IllegalTransitionError(Exception):
-    """A bug in the caller: an event that TRANSITIONS does not have for this state."""
-
-
 class InvalidJobError(Exception):
     """Can never be served by this worker; the message says why."""
 
@@ -76,10 +73,7 @@ class Job:
     first_token: int | None = None
 
     def on(self, event: JobEvent) -> None:
-        target = TRANSITIONS.get((self.state, event))
-        if target is None:
-            raise IllegalTransitionError(f"{event.name} while {self.state.name}")
-        self.state = target
+        self.state = advance(TRANSITIONS, self.state, event)
 
 
 @dataclass(frozen=True)

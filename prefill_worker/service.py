@@ -65,6 +65,11 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         service._tasks = [asyncio.create_task(service._compute())]
         return service
 
+    async def wait_for_end(self) -> None:
+        """Returns after `stop`; raises when a loop of this worker has failed, which no request
+        would survive: whoever waits here replaces the worker."""
+        await asyncio.gather(*self._tasks)
+
     async def stop(self) -> None:
         await self._server.stop(grace=None)
         jobs = [progress.task for progress in self._running.values()]
@@ -216,13 +221,20 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             else:
                 ready = job.computed // self._layout.block_size
             if ready == transfer.blocks_sent:
-                progress.advanced.clear()
-                await progress.advanced.wait()
+                await self._wait_for_chunk(progress, transfer)
                 continue
             ready = min(ready, transfer.blocks_sent + self._config.push_blocks_max)
             blocks = job.blocks[transfer.blocks_sent : ready]
             await self._engine.publish(blocks)
             await transfer.push(blocks)
+
+    async def _wait_for_chunk(self, progress: "_Progress", transfer: Transfer) -> None:
+        progress.advanced.clear()
+        try:
+            async with asyncio.timeout(transfer.ticket.lease_ms / 3000):
+                await progress.advanced.wait()
+        except TimeoutError:
+            await transfer.push([])  # waiting its turn, not dead: renews the lease
 
     def _acknowledged(self, job: Job, transfer: Transfer) -> None:
         if job.state is not JobState.HANDING_OFF:

@@ -60,7 +60,7 @@ class Fleet:
         self._workers: dict[tuple[str, str], _Worker] = {}  # by role and address
         self._connected: dict[str, _Worker] = {}  # by instance id
         self._layout: KVLayout | None = None
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()  # set, and replaced, when workers come or go
         self._tasks: set[asyncio.Task[None]] = set()
         self._reaper = asyncio.create_task(self._reap())
 
@@ -91,8 +91,12 @@ class Fleet:
 
     async def wait_ready(self) -> None:
         """Returns when every worker of the last set is connected."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: len(self._connected) == len(self._workers))
+        while len(self._connected) != len(self._workers):
+            await self.next_change()
+
+    async def next_change(self) -> None:
+        """Returns when a worker has come or gone."""
+        await self._changed.wait()
 
     async def close(self) -> None:
         self.set_workers((), ())
@@ -142,11 +146,9 @@ class Fleet:
             answer.put(event)
 
     def _announce(self) -> None:
-        async def announce() -> None:
-            async with self._changed:
-                self._changed.notify_all()
-
-        self.keep(asyncio.create_task(announce()))
+        """Wakes everybody who waits for the next change."""
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
 
     async def _reap(self) -> None:
         while True:
@@ -182,6 +184,8 @@ class _Worker:
             except (grpc.aio.AioRpcError, ValueError) as error:
                 reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
                 log.warning("session with %s %s ended: %s", self.role, self._address, reason)
+            except Exception:
+                log.exception("session with %s %s failed", self.role, self._address)
             finally:
                 was_up = bool(self.instance_id)
                 self._fleet.worker_down(self)

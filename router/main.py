@@ -24,6 +24,8 @@ from router.malformed import MalformedRequests
 from router.model_files import ModelFiles
 from router.service import InferenceService
 
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _GOODBYE_S = 0.2  # for the last status messages to leave
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
@@ -59,12 +61,13 @@ class Router:
         reflection.enable_server_reflection(names, self._public)
         port = self._public.add_insecure_port(f"{self._config.host}:{self._config.port}")
         self.address = f"{self._config.host}:{port}"
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
         await self._public.start()
+        self._health_task = asyncio.create_task(self._keep_health())
 
     async def stop(self) -> None:
         """Finishes what runs, at most drain_ms, and closes."""
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self._health_task.cancel()
+        await self._set_health(_NOT_SERVING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_ms / 1000):
                 await self._inference.drain()
@@ -73,6 +76,13 @@ class Router:
         await self.fleet.close()
         await self._control.stop(grace=None)
         self._config.control_socket.unlink(missing_ok=True)
+
+    async def _keep_health(self) -> None:
+        """SERVING for as long as both phases have a worker."""
+        while True:
+            able = self.fleet.connected("prefill") and self.fleet.connected("decode")
+            await self._set_health(_SERVING if able else _NOT_SERVING)
+            await self.fleet.next_change()
 
     async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
         for name in ("", SERVICE):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from kvrelay.lifecycle import advance
 from router.admission import Sampling
 
 
@@ -41,10 +42,6 @@ TRANSITIONS: dict[tuple[RequestState, RequestEvent], RequestState] = {
     (_S.DECODING, _E.RETRY): _S.QUEUED,
     (_S.DECODING, _E.END): _S.ENDED,
 }
-
-
-class IllegalTransitionError(Exception):
-    """A bug in the caller: an event that TRANSITIONS does not have for this state."""
 
 
 class TokenMismatchError(Exception):
@@ -93,10 +90,7 @@ class Request:
     handed_off: bool = False
 
     def on(self, event: RequestEvent) -> None:
-        target = TRANSITIONS.get((self.state, event))
-        if target is None:
-            raise IllegalTransitionError(f"{event.name} while {self.state.name}")
-        self.state = target
+        self.state = advance(TRANSITIONS, self.state, event)
 
     @property
     def prompt_now(self) -> list[int]:

@@ -44,6 +44,8 @@ class Transfer:
     async def push(self, source: Sequence[int]) -> None:
         """Sends the next len(source) blocks of the prompt out of these blocks of our pool.
 
+        None at all is fine, too: any frame renews the decode worker's lease.
+
         Raises:
             LinkError: the link broke, or the decode worker gave the transfer up.
         """

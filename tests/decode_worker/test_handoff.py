@@ -11,7 +11,6 @@ from kv_fixtures import LAYOUT, sampling
 from decode_worker.handoff import (
     TRANSITIONS,
     HandOff,
-    IllegalTransitionError,
     InvalidReservationError,
     Key,
     Reservation,
@@ -19,6 +18,7 @@ from decode_worker.handoff import (
     ReservationState,
 )
 from kvrelay.kv.ledger import BlockLedger, BlockState, OutOfBlocksError
+from kvrelay.lifecycle import IllegalTransitionError
 from kvrelay.transport.listener import RefusedError
 
 S, E, B = ReservationState, ReservationEvent, BlockState

@@ -17,6 +17,7 @@ from local_cluster import LocalCluster, local_cluster
 from tiny_models import make_tiny
 from waiting import until
 
+from cluster.model_store import prepare
 from kvrelay.client import AsyncClient, KvrelayError
 from kvrelay.transport import listener
 
@@ -181,6 +182,17 @@ async def test_a_cancelled_chunk_stops_between_layers(model: Path) -> None:
         gate.open()
         await until(cluster.all_free, within_s=FREED_S)
         assert (await client.generate(PROMPT, max_tokens=8).result()).completion_tokens == 8
+
+
+async def test_a_long_prompt_of_a_real_model_is_let_go_within_a_second() -> None:
+    model = prepare("smollm2").path
+    async with cluster_of(model, kv_bytes=1 << 28, chunk_tokens=256) as (cluster, client):
+        stream = client.generate([500] * 2000, max_tokens=8)
+        reader = asyncio.create_task(stream.result())
+        jobs = cluster.prefill[0]._schedule._jobs
+        await until(lambda: any(job.computed for job in jobs.values()), within_s=60)
+        await cancel(stream, reader)
+        await until(cluster.all_free, within_s=FREED_S)
 
 
 async def test_many_cancels_at_any_moment_leave_nothing_behind(model: Path) -> None:

@@ -10,11 +10,11 @@ from kv_fixtures import LAYOUT, sampling
 
 from kvrelay.engine.attention import Slice
 from kvrelay.kv.ledger import BlockLedger, BlockState
+from kvrelay.lifecycle import IllegalTransitionError
 from kvrelay.wire.transfer_pb2 import Ticket
 from prefill_worker.schedule import (
     TRANSITIONS,
     Chunk,
-    IllegalTransitionError,
     InvalidJobError,
     Job,
     JobEvent,

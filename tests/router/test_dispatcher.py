@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrelay.config import RouterConfig
+from kvrelay.lifecycle import IllegalTransitionError
 from kvrelay.wire import transfer_pb2
 from kvrelay.wire import worker_pb2 as pb
 from router.admission import Sampling
@@ -32,7 +33,6 @@ from router.dispatcher import (
 from router.request import (
     TRANSITIONS,
     Ending,
-    IllegalTransitionError,
     Request,
     RequestEvent,
     RequestState,
