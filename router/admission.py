@@ -84,11 +84,7 @@ def check_text(
 def check_token_ids(token_ids: Sequence[int], *, vocab_size: int, max_model_tokens: int) -> None:
     if not token_ids:
         raise InvalidRequest("token_ids: empty, needs at least one token")
-    if len(token_ids) >= max_model_tokens:  # before a look at millions of them
-        raise InvalidRequest(
-            f"token_ids: {len(token_ids)} tokens, at most {max_model_tokens - 1} allowed so that "
-            f"one of an answer fits"
-        )
+    _room(len(token_ids), max_model_tokens)  # before a look at what may be millions
     for index, token_id in enumerate(token_ids):
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(
@@ -158,12 +154,7 @@ def _max_tokens(
     max_model_tokens: int,
     limits: RequestLimits,
 ) -> int:
-    room = max_model_tokens - prompt_tokens
-    if room < 1:
-        raise InvalidRequest(
-            f"prompt: {prompt_tokens} tokens leave no room for an answer, prompt and answer "
-            f"together may have {max_model_tokens}"
-        )
+    room = _room(prompt_tokens, max_model_tokens)
     if not params.HasField("max_tokens"):
         return min(limits.max_tokens_default, room)
     if params.max_tokens < 1:
@@ -174,6 +165,17 @@ def _max_tokens(
             f"{max_model_tokens}, the limit of both together; allowed are 1 to {room}"
         )
     return params.max_tokens
+
+
+def _room(prompt_tokens: int, max_model_tokens: int) -> int:
+    """Tokens left for the answer, at least one."""
+    room = max_model_tokens - prompt_tokens
+    if room < 1:
+        raise InvalidRequest(
+            f"prompt: {prompt_tokens} tokens leave no room for an answer, prompt and answer "
+            f"together may have {max_model_tokens}"
+        )
+    return room
 
 
 def _stop(stop: Sequence[str], limits: RequestLimits) -> tuple[str, ...]:

@@ -127,7 +127,7 @@ def test_token_ids() -> None:
         check_token_ids([9, 10, 11], vocab_size=10, max_model_tokens=8)
     with pytest.raises(InvalidRequest, match=r"token_ids\[0\]: -1"):
         check_token_ids([-1], vocab_size=10, max_model_tokens=8)
-    with pytest.raises(InvalidRequest, match="token_ids: 8 tokens, at most 7 allowed"):
+    with pytest.raises(InvalidRequest, match="8 tokens leave no room"):
         check_token_ids([99] * 8, vocab_size=10, max_model_tokens=8)
 
 
