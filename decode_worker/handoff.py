@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from kvrelay.engine.sampling import SamplingParams
-from kvrelay.kv.layout import KVLayout
+from kvrelay.kv.layout import KVLayout, reserved_blocks
 from kvrelay.kv.ledger import BlockEvent, BlockLedger, OutOfBlocksError
 from kvrelay.lifecycle import IllegalTransitionError, advance
 from kvrelay.transport.listener import RefusedError
@@ -106,8 +106,7 @@ class HandOff:
             InvalidReservationError: no room ever.
         """
         prompt_blocks = self._layout.blocks_for(prompt_tokens)
-        # The last token of the answer is never read back, so its KV needs no room.
-        total = max(prompt_blocks, self._layout.blocks_for(prompt_tokens + sampling.max_tokens - 1))
+        total = reserved_blocks(prompt_tokens, sampling.max_tokens, self._layout.block_size)
         if total > self.ledger.total:
             raise InvalidReservationError(
                 f"{prompt_tokens} prompt tokens and {sampling.max_tokens} more need {total} KV "

@@ -16,7 +16,7 @@ from decode_worker.batch import Batch, Ending, Output, Running
 from decode_worker.handoff import HandOff, InvalidReservationError, Key
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
 from kvrelay.engine.host import EngineHost
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
 from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session
 from kvrelay.transport.listener import Listener
@@ -126,6 +126,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         except InvalidReservationError as error:
             self._fail(key, FailureCode.FAILURE_CODE_INVALID, str(error))
             return
+        self._announced_free = self.ledger.free
         ticket = transfer_pb2.Ticket(
             request_id=reserve.request_id,
             attempt=reserve.attempt,
@@ -156,19 +157,23 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         if not self._engine.pool.staged:
             self._join(sequence, first_token)
             return
+        self._in_step.add(sequence.key)  # the copy writes blocks, as a step does
         task = asyncio.create_task(self._adopt(sequence, reservation.prompt_blocks, first_token))
         self._adopting.add(task)
         task.add_done_callback(self._adopting.discard)
 
     async def _adopt(self, sequence: Running, blocks: Sequence[int], first_token: int) -> None:
-        self._in_step.add(sequence.key)  # the copy writes blocks, as a step does
-        await self._engine.adopt(blocks)
-        self._in_step.discard(sequence.key)
-        if self._handoff.is_aborting(sequence.key):
-            self._handoff.engine_idle(sequence.key)
-            self._announce_load()
-        else:
+        try:
+            await self._engine.adopt(blocks)
+        except Exception as error:
+            log.exception("copying received blocks to the device failed")
+            self._step_failed([sequence], error)
+            return
+        aborted = self._handoff.is_aborting(sequence.key)
+        self._engine_idle([sequence])
+        if not aborted:
             self._join(sequence, first_token)
+        self._announce_load()
 
     def _join(self, sequence: Running, first_token: int) -> None:
         self._publish([self._batch.join(sequence, first_token)])
@@ -203,9 +208,13 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             else:
                 self._step_done(step, tokens)
 
-    def _step_done(self, step: Sequence[Running], tokens: Sequence[int]) -> None:
+    def _step_done(self, step: Sequence[Running], tokens: Sequence[int | None]) -> None:
         self._engine_idle(step)
-        self._publish(self._batch.apply(step, tokens))
+        whole = [(s, token) for s, token in zip(step, tokens, strict=True) if token is not None]
+        for sequence in set(step) - {s for s, _ in whole}:
+            self._abort(sequence.key, NOT_A_NUMBER)
+            self._fail(sequence.key, FailureCode.FAILURE_CODE_INTERNAL, NOT_A_NUMBER)
+        self._publish(self._batch.apply([s for s, _ in whole], [token for _, token in whole]))
         self._announce_load()
 
     def _step_failed(self, step: Sequence[Running], error: Exception) -> None:

@@ -24,6 +24,7 @@ class WorkerConfig(_Frozen):
 
     model_path: Path
     cluster_key: str = Field(min_length=16, repr=False)
+    log_level: str = "WARNING"
     socket_dir: Path  # for the unix socket of the shm link
     host: str = "127.0.0.1"
     dtype: Dtype = "float32"
@@ -36,14 +37,14 @@ class WorkerConfig(_Frozen):
     # Prefill
     chunk_tokens: int = Field(default=256, ge=1)  # longest time a cancel waits for the engine
     jobs_max: int = 1024
-    push_blocks_max: int = 256  # in one frame
+    push_bytes_max: int = 8 << 20  # of blocks in one frame: others on the link wait for it
 
     # Decode
     batch_max: int = 64  # sequences in one step
     reservations_max: int = 4096
 
     # Waits, each with its end
-    lease_ms: int = 60_000  # a reservation that makes no progress
+    lease_ms: int = 120_000  # a reservation that makes no progress
     link_connect_ms: int = 5_000
     link_reply_ms: int = 15_000  # an answer on the KV link
     session_events_max: int = 65_536  # events a router has not read yet
@@ -55,13 +56,15 @@ class RouterConfig(_Frozen):
     model_path: Path
     model_name: str
     cluster_key: str = Field(min_length=16, repr=False)
+    log_level: str = "WARNING"
     control_socket: Path
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65_535)
 
+    rpcs_max: int = Field(default=4096, ge=1)  # calls at once, before any of their work is done
     queue_max: int = 1024  # requests waiting for a worker
     queue_wait_ms: int = 120_000
     reserve_ms: int = 10_000  # a decode worker's answer to Reserve
-    attempts_max: int = 3  # placements of one request, the first included
+    attempts_max: int = 3  # placements of one request that failed; no room is no failure
     prefill_backlog_tokens: int = 4096  # a prefill worker with more waiting gets no new request
     drain_ms: int = 30_000  # running requests at shutdown

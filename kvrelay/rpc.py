@@ -39,10 +39,13 @@ def new_cluster_key() -> str:
     return secrets.token_hex(32)
 
 
-def make_server(interceptors: Sequence[Any] = ()) -> grpc.aio.Server:
+def make_server(interceptors: Sequence[Any] = (), rpcs_max: int | None = None) -> grpc.aio.Server:
+    """More than rpcs_max calls at once are refused with RESOURCE_EXHAUSTED."""
     # Without SO_REUSEPORT a port in use is an error, not a silent share of somebody's traffic.
     options = [*_KEEPALIVE, *_SIZES, ("grpc.so_reuseport", 0)]
-    return grpc.aio.server(interceptors=interceptors, options=options)
+    return grpc.aio.server(
+        interceptors=interceptors, options=options, maximum_concurrent_rpcs=rpcs_max
+    )
 
 
 def dial(address: str) -> grpc.aio.Channel:
@@ -69,6 +72,7 @@ class RouterSession(Generic[Event]):
     def __init__(self, events_max: int) -> None:
         self.open = True
         self._events: asyncio.Queue[Event] = asyncio.Queue(events_max)
+        self._writer: asyncio.Task[Any] | None = None
 
     def send(self, event: Event) -> None:
         """Queues an event. A router that has stopped reading loses the session, not us memory."""
@@ -77,10 +81,27 @@ class RouterSession(Generic[Event]):
         try:
             self._events.put_nowait(event)
         except asyncio.QueueFull:
-            self.open = False
+            log.warning("a router does not read its events: its session ends")
+            self.end()
 
-    async def next(self) -> Event:
-        return await self._events.get()
+    def end(self) -> None:
+        """Ends the stream, wherever its writer is waiting."""
+        if self.open:
+            self.open = False
+            if self._writer is not None:
+                self._writer.cancel()
+
+    async def write_to(self, context: Any) -> None:
+        """Writes events until the session ends or gRPC cancels the call."""
+        writer = self._writer = asyncio.current_task()
+        assert writer is not None
+        try:
+            while self.open:
+                await context.write(await self._events.get())
+        except asyncio.CancelledError:
+            if self.open:
+                raise
+            writer.uncancel()  # by our own `end`: the call is over, and in order
 
 
 async def serve_session(
@@ -102,19 +123,13 @@ async def serve_session(
                 on_command(session, command)
         except Exception:  # the session ends; the router takes its requests elsewhere
             log.exception("a router's session failed")
+        finally:
+            session.end()
 
     reader = asyncio.create_task(read())
-    pending: asyncio.Task[Event] | None = None
     try:
-        while session.open:
-            pending = asyncio.create_task(session.next())
-            await asyncio.wait({reader, pending}, return_when=asyncio.FIRST_COMPLETED)
-            if not pending.done():
-                return
-            await context.write(pending.result())
+        await session.write_to(context)
     finally:
         session.open = False
         reader.cancel()
-        if pending is not None:
-            pending.cancel()
         on_close(session)

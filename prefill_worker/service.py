@@ -17,10 +17,10 @@ from typing import Any
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
 from kvrelay.engine.attention import StepCancelledError
 from kvrelay.engine.host import EngineHost
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
 from kvrelay.kv.ledger import BlockLedger
 from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session
-from kvrelay.transport.frames import LinkError
+from kvrelay.transport.frames import LinkError, to_end
 from kvrelay.transport.writer import Transfer, WriterPool
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
 from kvrelay.wire.worker_pb2 import FailureCode, PrefillCommand, PrefillEvent
@@ -45,8 +45,10 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             chunk_tokens=config.chunk_tokens,
             jobs_max=config.jobs_max,
         )
+        self._push_blocks_max = max(1, config.push_bytes_max // self._layout.block_bytes)
         self._writers = WriterPool(config, self.instance_id, engine.pool)
         self._work = asyncio.Event()
+        self._steps = 0  # ended
         self._step: Sequence[Chunk] = ()
         self._step_cancelled = threading.Event()
         self._running: dict[Job, _Progress] = {}
@@ -168,13 +170,18 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
                 started = worker_pb2.PrefillStarted(key=chunk.job.key[1])
                 self._send(chunk.job.key[0], PrefillEvent(started=started))
 
-    def _step_done(self, step: Sequence[Chunk], tokens: Sequence[int]) -> None:
+    def _step_done(self, step: Sequence[Chunk], tokens: Sequence[int | None]) -> None:
         remaining = iter(tokens)
+        self._steps += 1
         for chunk in step:
             self._schedule.computed(chunk)
             token = next(remaining) if chunk.is_last else None
-            if chunk.job.state is JobState.HANDING_OFF and token is not None:
-                self._first_token(chunk.job, token)
+            if chunk.job.state is JobState.HANDING_OFF:
+                if token is None:
+                    self._fail(chunk.job, FailureCode.FAILURE_CODE_INTERNAL, NOT_A_NUMBER)
+                    self._abort(chunk.job.key)
+                else:
+                    self._first_token(chunk.job, token)
             self._running[chunk.job].step_ended()
 
     def _first_token(self, job: Job, token: int) -> None:
@@ -209,8 +216,11 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             self._fail(job, FailureCode.FAILURE_CODE_PEER_LOST, str(error))
         except asyncio.CancelledError:
             log.debug("%s cancelled", job.ticket.request_id)
+        except Exception as error:
+            log.exception("handing off %s failed", job.ticket.request_id)
+            self._fail(job, FailureCode.FAILURE_CODE_INTERNAL, f"hand-off: {error}")
         finally:
-            await self._let_go(job, transfer)
+            await to_end(self._let_go(job, transfer))  # a cancel must not cut it short
 
     async def _push(self, job: Job, transfer: Transfer) -> None:
         """Sends every block as soon as the engine has filled it."""
@@ -223,18 +233,20 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             if ready == transfer.blocks_sent:
                 await self._wait_for_chunk(progress, transfer)
                 continue
-            ready = min(ready, transfer.blocks_sent + self._config.push_blocks_max)
+            ready = min(ready, transfer.blocks_sent + self._push_blocks_max)
             blocks = job.blocks[transfer.blocks_sent : ready]
             await self._engine.publish(blocks)
             await transfer.push(blocks)
 
     async def _wait_for_chunk(self, progress: "_Progress", transfer: Transfer) -> None:
         progress.advanced.clear()
+        steps = self._steps
         try:
             async with asyncio.timeout(transfer.ticket.lease_ms / 3000):
                 await progress.advanced.wait()
         except TimeoutError:
-            await transfer.push([])  # waiting its turn, not dead: renews the lease
+            if self._steps > steps:  # waiting its turn at an engine that moves
+                await transfer.push([])  # renews the lease
 
     def _acknowledged(self, job: Job, transfer: Transfer) -> None:
         if job.state is not JobState.HANDING_OFF:

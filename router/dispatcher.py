@@ -6,96 +6,31 @@ no clock, no socket and no task, so it can be driven by tests and by a simulator
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from kvrelay.config import RouterConfig
 from kvrelay.wire import worker_pb2
-from kvrelay.wire.worker_pb2 import DecodeCommand, FailureCode, PrefillCommand
-from router.policy import DecodeView, PrefillView, answer_blocks, place
+from kvrelay.wire.worker_pb2 import FailureCode
+from router.commands import (
+    Command,
+    Deliver,
+    DuplicateRequestError,
+    ExhaustedTrouble,
+    Failed,
+    Finished,
+    InvalidTrouble,
+    QueueFullError,
+    Trouble,
+    UnavailableTrouble,
+    cancel_decode,
+    cancel_prefill,
+    prefill,
+    reserve,
+)
+from router.policy import Placement, place
 from router.request import Ending, Request, RequestEvent, RequestState, TokenMismatchError
+from router.workers import Workers
 
-
-class DuplicateRequestError(Exception):
-    """A running request has this id."""
-
-
-class QueueFullError(Exception):
-    """`queue_max` requests are waiting."""
-
-
-# ---- commands
-
-
-@dataclass(frozen=True)
-class ToPrefill:
-    worker_id: str
-    command: PrefillCommand
-
-
-@dataclass(frozen=True)
-class ToDecode:
-    worker_id: str
-    command: DecodeCommand
-
-
-@dataclass(frozen=True)
-class Deliver:
-    """New tokens of an answer, in order, each once."""
-
-    request: Request
-    offset: int
-    tokens: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Finished:
-    request: Request
-    ending: Ending
-
-
-class Trouble(Exception):
-    """Why a request could not be finished; raised to its client."""
-
-
-class ExhaustedTrouble(Trouble):
-    """No room in time: try again later."""
-
-
-class UnavailableTrouble(Trouble):
-    """Workers failed it too often."""
-
-
-class InvalidTrouble(Trouble):
-    """No worker here can ever serve it."""
-
-
-@dataclass(frozen=True)
-class Failed:
-    request: Request
-    trouble: Trouble
-
-
-Command = ToPrefill | ToDecode | Deliver | Finished | Failed
-
-
-# ---- workers as the dispatcher knows them
-
-
-@dataclass
-class _Prefill:
-    block_size: int
-    blocks_total: int
-    max_model_tokens: int
-    queued_tokens: int = 0
-
-
-@dataclass
-class _Decode:
-    block_size: int
-    blocks_total: int
-    max_model_tokens: int
-    blocks_free: int
-    running: int = 0
+_NO_ROOM = FailureCode.FAILURE_CODE_EXHAUSTED
 
 
 class Dispatcher:
@@ -105,8 +40,7 @@ class Dispatcher:
         self._requests: dict[str, Request] = {}
         self._by_key: dict[int, Request] = {}
         self._next_key = 1
-        self._prefill: dict[str, _Prefill] = {}
-        self._decode: dict[str, _Decode] = {}
+        self._workers = Workers()
 
     # ---- what clients do
 
@@ -122,8 +56,11 @@ class Dispatcher:
         return self._pump(request.times.arrived_at_ms)
 
     def let_go(self, request: Request, now_ms: float) -> list[Command]:
-        """The client has all it wants, or is gone. Nothing more is delivered."""
-        if request.state is RequestState.ENDED:
+        """The client has all it wants, or is gone. Nothing more is delivered.
+
+        Changes nothing for a request that has ended or was never accepted.
+        """
+        if self._requests.get(request.request_id) is not request:
             return []
         commands = self._withdraw(request)
         self._end(request)
@@ -132,9 +69,7 @@ class Dispatcher:
     @property
     def context_tokens(self) -> int | None:
         """Longest prompt and answer that the connected workers can hold; None without workers."""
-        prefill = [p.max_model_tokens for p in self._prefill.values()]
-        decode = [d.max_model_tokens for d in self._decode.values()]
-        return min(max(prefill), max(decode)) if prefill and decode else None
+        return self._workers.context_tokens
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -142,39 +77,31 @@ class Dispatcher:
     # ---- what workers do
 
     def prefill_up(self, worker_id: str, info: worker_pb2.WorkerInfo, now: float) -> list[Command]:
-        self._prefill[worker_id] = _Prefill(
-            info.layout.block_size, info.blocks_total, info.max_model_tokens
-        )
+        self._workers.prefill_up(worker_id, info)
         return self._pump(now)
 
     def decode_up(self, worker_id: str, info: worker_pb2.WorkerInfo, now: float) -> list[Command]:
-        total = info.blocks_total
-        self._decode[worker_id] = _Decode(
-            info.layout.block_size, total, info.max_model_tokens, blocks_free=total
-        )
+        self._workers.decode_up(worker_id, info)
         return self._pump(now)
 
     def worker_down(self, worker_id: str, now_ms: float) -> list[Command]:
         """Every request that needs this worker is placed again."""
-        self._prefill.pop(worker_id, None)
-        self._decode.pop(worker_id, None)
+        self._workers.down(worker_id)
         commands: list[Command] = []
         # The newest first: each goes to the head of the queue, so they keep their order.
         for request in sorted(self._by_key.values(), key=lambda r: r.key, reverse=True):
             if request.decode_id == worker_id:
-                commands += self._retry(request, f"decode worker {worker_id} was lost", now_ms)
+                commands += self._lost(request, worker_id, "decode", now_ms)
             elif request.prefill_id == worker_id and request.state is RequestState.DECODING:
                 commands += self._handed_off(request)
             elif request.prefill_id == worker_id and not request.handed_off:
-                commands += self._retry(request, f"prefill worker {worker_id} was lost", now_ms)
+                commands += self._lost(request, worker_id, "prefill", now_ms)
         return commands + self._pump(now_ms)
 
     def on_prefill_event(
         self, worker_id: str, event: worker_pb2.PrefillEvent, now_ms: float
     ) -> list[Command]:
-        worker = self._prefill.get(worker_id)
-        if worker is not None:
-            worker.queued_tokens = event.load.queued_tokens
+        self._workers.prefill_load(worker_id, event.load, refused=event.failed.code == _NO_ROOM)
         kind = event.WhichOneof("event")
         commands: list[Command] = []
         request = self._by_key.get(getattr(event, kind).key) if kind else None
@@ -185,7 +112,7 @@ class Dispatcher:
                 request.times.prefill_ms += event.first_token.prefill_ms
                 commands = self._tokens(request, 0, [event.first_token.token_id], now_ms)
             elif kind == "handed_off":
-                _note_hand_off(request, event.handed_off)
+                request.times.note_hand_off(event.handed_off)
                 commands = self._handed_off(request)
             elif kind == "failed" and request.state is RequestState.DECODING:
                 commands = self._handed_off(request)  # the decode worker has it all the same
@@ -196,10 +123,7 @@ class Dispatcher:
     def on_decode_event(
         self, worker_id: str, event: worker_pb2.DecodeEvent, now_ms: float
     ) -> list[Command]:
-        worker = self._decode.get(worker_id)
-        if worker is not None:
-            worker.blocks_free = event.load.blocks_free
-            worker.running = event.load.running
+        self._workers.decode_load(worker_id, event.load, refused=event.failed.code == _NO_ROOM)
         kind = event.WhichOneof("event")
         commands: list[Command] = []
         if kind == "reserved":
@@ -213,12 +137,11 @@ class Dispatcher:
 
     def expire(self, now_ms: float) -> list[Command]:
         """Ends the waits whose time is up; called about once a second."""
+        self._workers.forget_refusals()
         commands: list[Command] = []
         for request in list(self._requests.values()):
-            waited_ms = now_ms - request.queued_at_ms
-            if request.state is RequestState.QUEUED and waited_ms > self._config.queue_wait_ms:
-                trouble = f"no worker had room for it in {self._config.queue_wait_ms / 1000:g} s"
-                commands += self._fail(request, ExhaustedTrouble(trouble))
+            if request.state is RequestState.QUEUED:
+                commands += self._end_wait(request, now_ms)
             elif (
                 request.state is RequestState.RESERVING
                 and now_ms - request.placed_at_ms > self._config.reserve_ms
@@ -234,46 +157,57 @@ class Dispatcher:
         commands: list[Command] = []
         while self._queue:
             request = self._queue[0]
+            if self._never_fits(request):
+                tokens = len(request.prompt) + request.sampling.max_tokens
+                most = self._workers.context_tokens_seen
+                trouble = f"prompt and answer may need {tokens} tokens, the workers hold {most}"
+                commands += self._fail(request, InvalidTrouble(trouble))
+                continue
             placement = place(
-                self._prefill_views(),
-                self._decode_views(),
-                prompt_tokens=len(request.prompt) + len(request.answer),
+                self._workers.prefill_views(),
+                self._workers.decode_views(),
+                prompt_tokens=request.prompt_tokens_now,
                 max_tokens=request.max_tokens_now,
                 backlog_tokens_max=self._config.prefill_backlog_tokens,
+                avoid=frozenset(request.failed_pairs),
             )
             if placement is None:
                 break
             self._queue.popleft()
-            request.on(RequestEvent.PLACE)
-            request.attempt += 1
-            request.key, self._next_key = self._next_key, self._next_key + 1
-            request.base = len(request.answer)
-            request.prefill_id, request.decode_id = placement.prefill, placement.decode
-            request.placed_at_ms = now_ms
-            request.handed_off = False
-            self._by_key[request.key] = request
-            reserve = worker_pb2.Reserve(
-                key=request.key,
-                request_id=request.request_id,
-                attempt=request.attempt,
-                prompt_tokens=len(request.prompt) + len(request.answer),
-                sampling=_sampling(request),
-            )
-            commands.append(ToDecode(request.decode_id, DecodeCommand(reserve=reserve)))
+            commands.append(self._place(request, placement, now_ms))
         return commands
+
+    def _never_fits(self, request: Request) -> bool:
+        """Longer than anything that was ever connected.
+
+        Not than what is connected now: a larger worker that died is being replaced. Until then
+        its requests wait, and others behind them, at most queue_wait_ms. And nothing is known
+        while a role has no worker.
+        """
+        tokens = len(request.prompt) + request.sampling.max_tokens
+        return self.context_tokens is not None and tokens > self._workers.context_tokens_seen
+
+    def _place(self, request: Request, placement: Placement, now_ms: float) -> Command:
+        request.on(RequestEvent.PLACE)
+        request.attempt += 1
+        request.key, self._next_key = self._next_key, self._next_key + 1
+        request.base = len(request.answer)
+        request.prefill_id, request.decode_id = placement.prefill, placement.decode
+        request.placed_at_ms = now_ms
+        request.handed_off = False
+        self._by_key[request.key] = request
+        self._workers.claim(
+            request.key, placement, request.prompt_tokens_now, request.max_tokens_now
+        )
+        return reserve(request)
 
     def _reserved(self, reserved: worker_pb2.Reserved) -> list[Command]:
         request = self._by_key.get(reserved.key)
         if request is None or request.state is not RequestState.RESERVING:
             return []
         request.on(RequestEvent.RESERVED)
-        prefill = worker_pb2.Prefill(
-            key=request.key,
-            prompt_token_ids=request.prompt_now,
-            sampling=_sampling(request),
-            ticket=reserved.ticket,
-        )
-        return [ToPrefill(request.prefill_id, PrefillCommand(prefill=prefill))]
+        self._workers.reserved(request.key)
+        return [prefill(request, reserved.ticket)]
 
     def _output(self, output: worker_pb2.SequenceOutput, now_ms: float) -> list[Command]:
         request = self._by_key.get(output.key)
@@ -297,10 +231,12 @@ class Dispatcher:
             return self._retry(request, str(error), now_ms)
         if not new:
             return []
+        self._workers.computed(request.key)
         return [Deliver(request, len(request.answer) - len(new), new)]
 
     def _handed_off(self, request: Request) -> list[Command]:
         request.handed_off = True
+        self._workers.computed(request.key)
         return self._finish_if_complete(request)
 
     def _finish_if_complete(self, request: Request) -> list[Command]:
@@ -315,11 +251,27 @@ class Dispatcher:
     def _failed(self, request: Request, failed: worker_pb2.Failed, now_ms: float) -> list[Command]:
         if failed.code == FailureCode.FAILURE_CODE_INVALID:
             return self._withdraw(request) + self._fail(request, InvalidTrouble(failed.message))
-        if failed.code == FailureCode.FAILURE_CODE_EXHAUSTED and (
-            request.state is RequestState.RESERVING
-        ):
-            request.attempt -= 1  # nothing has failed: there was only no room
+        begun = request.state is RequestState.DECODING or len(request.answer) > request.base
+        if failed.code == _NO_ROOM and not begun:
+            return self._refused(request, now_ms)
+        if failed.code == FailureCode.FAILURE_CODE_PEER_LOST:
+            request.suspects = {request.prefill_id, request.decode_id}
         return self._retry(request, failed.message, now_ms)
+
+    def _refused(self, request: Request, now_ms: float) -> list[Command]:
+        """A worker had no room. Nothing has failed: no attempt is counted, the wait goes on."""
+        commands = self._withdraw(request)
+        request.attempt -= 1
+        request.on(RequestEvent.RETRY)
+        self._queue.appendleft(request)
+        return commands + self._end_wait(request, now_ms)
+
+    def _lost(self, request: Request, worker_id: str, role: str, now_ms: float) -> list[Command]:
+        if worker_id in request.suspects:
+            # Its peer knew before us, and the attempt since then met the same death.
+            request.suspects.clear()
+            request.attempt -= 1
+        return self._retry(request, f"{role} worker {worker_id} was lost", now_ms)
 
     def _retry(self, request: Request, why: str, now_ms: float) -> list[Command]:
         commands = self._withdraw(request)
@@ -330,21 +282,29 @@ class Dispatcher:
         if request.attempt >= self._config.attempts_max:
             trouble = UnavailableTrouble(f"failed {request.attempt} times, last: {why}")
             return commands + self._fail(request, trouble)
+        request.failed_pairs.add((request.prefill_id, request.decode_id))
         request.on(RequestEvent.RETRY)
         request.queued_at_ms = now_ms
         self._queue.appendleft(request)
         return commands
 
+    def _end_wait(self, request: Request, now_ms: float) -> list[Command]:
+        """Fails a queued request whose time is up."""
+        if now_ms - request.queued_at_ms <= self._config.queue_wait_ms:
+            return []
+        trouble = f"no worker had room for it in {self._config.queue_wait_ms / 1000:g} s"
+        return self._fail(request, ExhaustedTrouble(trouble))
+
     def _withdraw(self, request: Request) -> list[Command]:
         """Takes the present attempt back from both workers."""
-        if self._by_key.pop(request.key, None) is None:
+        if not self._release(request):
             return []
-        cancel = worker_pb2.Cancel(key=request.key)
         commands: list[Command] = []
-        if request.decode_id in self._decode:
-            commands.append(ToDecode(request.decode_id, DecodeCommand(cancel=cancel)))
-        if request.state is not RequestState.RESERVING and request.prefill_id in self._prefill:
-            commands.append(ToPrefill(request.prefill_id, PrefillCommand(cancel=cancel)))
+        if request.decode_id in self._workers.decode:
+            commands.append(cancel_decode(request))
+        asked_prefill = request.state is not RequestState.RESERVING
+        if asked_prefill and request.prefill_id in self._workers.prefill:
+            commands.append(cancel_prefill(request))
         return commands
 
     def _fail(self, request: Request, trouble: Trouble) -> list[Command]:
@@ -355,62 +315,16 @@ class Dispatcher:
         if request.state is RequestState.QUEUED:
             self._queue.remove(request)
         request.on(RequestEvent.END)
-        self._by_key.pop(request.key, None)
+        self._release(request)
         del self._requests[request.request_id]
 
-    # ---- snapshots for the policy
+    def _release(self, request: Request) -> bool:
+        """Ends the present attempt here; false when there is none."""
+        if self._by_key.pop(request.key, None) is None:
+            return False
+        self._workers.release(request.key)
+        return True
 
-    def _prefill_views(self) -> list[PrefillView]:
-        mine: dict[str, int] = dict.fromkeys(self._prefill, 0)
-        for request in self._by_key.values():
-            if request.prefill_id in mine and len(request.answer) == request.base:
-                mine[request.prefill_id] += len(request.prompt) + request.base
-        # The worker's own figure knows of other routers, ours of what is still under way.
-        return [
-            PrefillView(
-                worker_id, max(p.queued_tokens, mine[worker_id]), p.blocks_total, p.block_size
-            )
-            for worker_id, p in self._prefill.items()
-        ]
-
-    def _decode_views(self) -> list[DecodeView]:
-        asked = dict.fromkeys(self._decode, 0)
-        sequences = dict.fromkeys(self._decode, 0)
-        for request in self._by_key.values():
-            if request.decode_id not in asked:
-                continue
-            sequences[request.decode_id] += 1
-            if request.state is RequestState.RESERVING:  # not in the worker's figure yet
-                size = self._decode[request.decode_id].block_size
-                prompt = len(request.prompt) + len(request.answer)
-                asked[request.decode_id] += answer_blocks(prompt, request.max_tokens_now, size)
-        return [
-            DecodeView(
-                worker_id,
-                d.blocks_free - asked[worker_id],
-                d.blocks_total,
-                max(sequences[worker_id], d.running),
-                d.block_size,
-            )
-            for worker_id, d in self._decode.items()
-        ]
-
-
-def _sampling(request: Request) -> worker_pb2.Sampling:
-    sampling = request.sampling
-    return worker_pb2.Sampling(
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-        max_tokens=request.max_tokens_now,
-        eos_token_ids=sampling.eos_token_ids,
-    )
-
-
-def _note_hand_off(request: Request, handed_off: worker_pb2.HandedOff) -> None:
-    times = request.times
-    times.kv_bytes += handed_off.kv_bytes
-    times.kv_transfer_ms += handed_off.kv_transfer_ms
-    times.kv_exposed_ms += handed_off.kv_exposed_ms
-    times.transport = handed_off.transport
+    def check(self) -> None:
+        """Asserts that the sums kept for each worker are those of its requests. For tests."""
+        self._workers.check(self._by_key.values())

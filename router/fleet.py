@@ -17,16 +17,16 @@ from kvrelay.config import PROTOCOL_VERSION, RouterConfig
 from kvrelay.kv.layout import KVLayout
 from kvrelay.rpc import credentials, dial
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
-from router.dispatcher import (
+from router.commands import (
     Command,
     Deliver,
-    Dispatcher,
     Failed,
     Finished,
     ToDecode,
     ToPrefill,
     Trouble,
 )
+from router.dispatcher import Dispatcher
 from router.request import Ending, Request
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Answer:
         self._events.put_nowait(event)  # bounded by the request's max_tokens
 
     async def next(self) -> list[int] | Ending:
-        """All tokens that have come since, or the ending; raises Trouble."""
+        """The next event: some tokens, or the ending; raises Trouble."""
         event = await self._events.get()
         if isinstance(event, Trouble):
             raise event
@@ -92,11 +92,11 @@ class Fleet:
     async def wait_ready(self) -> None:
         """Returns when every worker of the last set is connected."""
         while len(self._connected) != len(self._workers):
-            await self.next_change()
+            await self.next_change().wait()
 
-    async def next_change(self) -> None:
-        """Returns when a worker has come or gone."""
-        await self._changed.wait()
+    def next_change(self) -> asyncio.Event:
+        """Set when a worker comes or goes after this call: take it before looking at them."""
+        return self._changed
 
     async def close(self) -> None:
         self.set_workers((), ())
@@ -112,10 +112,11 @@ class Fleet:
         layout = KVLayout.from_wire(info.layout)
         if self._connected and self._layout and layout != self._layout:
             raise ValueError(f"KV layouts differ: {self._layout.differences(layout)}")
+        up = self.dispatcher.prefill_up if worker.role == "prefill" else self.dispatcher.decode_up
+        commands = up(info.instance_id, info, now_ms())
         self._layout = layout
         self._connected[info.instance_id] = worker
-        up = self.dispatcher.prefill_up if worker.role == "prefill" else self.dispatcher.decode_up
-        self.carry_out(up(info.instance_id, info, now_ms()))
+        self.carry_out(commands)
         self._announce()
 
     def worker_down(self, worker: "_Worker") -> None:
@@ -125,16 +126,22 @@ class Fleet:
 
     def carry_out(self, commands: Iterable[Command]) -> None:
         for command in commands:
-            match command:
-                case ToPrefill(worker_id, message) | ToDecode(worker_id, message):
-                    self._connected[worker_id].send(message)
-                case Deliver(request, _, tokens):
-                    self._answer(request, list(tokens))
-                case Finished(request, ending):
-                    self._answer(request, ending)
-                case Failed(request, trouble):
-                    log.warning("request %s: %s", request.request_id, trouble)
-                    self._answer(request, trouble)
+            try:
+                self._carry_out(command)
+            except Exception:  # the other commands are other requests'
+                log.exception("not carried out: %s", command)
+
+    def _carry_out(self, command: Command) -> None:
+        match command:
+            case ToPrefill(worker_id, message) | ToDecode(worker_id, message):
+                self._connected[worker_id].send(message)
+            case Deliver(request, _, tokens):
+                self._answer(request, list(tokens))
+            case Finished(request, ending):
+                self._answer(request, ending)
+            case Failed(request, trouble):
+                log.warning("request %s: %s", request.request_id, trouble)
+                self._answer(request, trouble)
 
     def keep(self, task: "asyncio.Task[None]") -> None:
         self._tasks.add(task)
@@ -153,7 +160,10 @@ class Fleet:
     async def _reap(self) -> None:
         while True:
             await asyncio.sleep(_REAP_EVERY_S)
-            self.carry_out(self.dispatcher.expire(now_ms()))
+            try:
+                self.carry_out(self.dispatcher.expire(now_ms()))
+            except Exception:  # without the reaper no wait would end
+                log.exception("looking for waits to end failed")
 
 
 class _Worker:
@@ -180,7 +190,6 @@ class _Worker:
         while True:
             try:
                 await self._session()
-                failures = 0
             except (grpc.aio.AioRpcError, ValueError) as error:
                 reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
                 log.warning("session with %s %s ended: %s", self.role, self._address, reason)
@@ -203,8 +212,8 @@ class _Worker:
             with contextlib.closing(_Cancel(call)):
                 async for event in call:
                     if event.WhichOneof("event") == "info":
-                        self.instance_id = event.info.instance_id
                         self._fleet.worker_up(self, event.info)
+                        self.instance_id = event.info.instance_id  # only then it counts as up
                     else:
                         self._fleet.carry_out(handle(self.instance_id, event, now_ms()))
 

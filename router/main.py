@@ -39,7 +39,7 @@ class Router:
         self.fleet = Fleet(config)
         self._inference = InferenceService(files, self.fleet)
         self._health = health.aio.HealthServicer()
-        self._public = make_server(interceptors=(MalformedRequests(),))
+        self._public = make_server(interceptors=(MalformedRequests(),), rpcs_max=config.rpcs_max)
         self._control = make_server()
 
     @classmethod
@@ -73,6 +73,7 @@ class Router:
                 await self._inference.drain()
         # What is open now, a health watch for one, would stay open for ever.
         await self._public.stop(grace=_GOODBYE_S)
+        self._inference.close()
         await self.fleet.close()
         await self._control.stop(grace=None)
         self._config.control_socket.unlink(missing_ok=True)
@@ -80,9 +81,10 @@ class Router:
     async def _keep_health(self) -> None:
         """SERVING for as long as both phases have a worker."""
         while True:
+            change = self.fleet.next_change()
             able = self.fleet.connected("prefill") and self.fleet.connected("decode")
             await self._set_health(_SERVING if able else _NOT_SERVING)
-            await self.fleet.next_change()
+            await change.wait()
 
     async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
         for name in ("", SERVICE):
@@ -108,8 +110,8 @@ def _watch_parent(stopping: asyncio.Event) -> None:
 
 
 def main() -> int:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     config = RouterConfig.model_validate_json(sys.stdin.readline())
+    logging.basicConfig(level=config.log_level, format="%(levelname)s %(name)s: %(message)s")
     try:
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(serve(config))

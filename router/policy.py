@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
+
+from kvrelay.kv.layout import blocks_for, reserved_blocks
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,13 @@ def place(
     prompt_tokens: int,
     max_tokens: int,
     backlog_tokens_max: int,
+    avoid: frozenset[tuple[str, str]] = frozenset(),
 ) -> Placement | None:
     """The least busy pair that can take the request now, or None: it waits in the queue.
 
     A prefill worker that is idle takes any prompt; a busy one only up to backlog_tokens_max, so
-    that what cannot start soon stays where it can still go elsewhere.
+    that what cannot start soon stays where it can still go elsewhere. A pair (prefill, decode) in
+    `avoid` is chosen only when no other is able.
     """
     able_p = [
         p
@@ -51,19 +56,13 @@ def place(
         and (not p.queued_tokens or p.queued_tokens + prompt_tokens <= backlog_tokens_max)
     ]
     able_d = [
-        d for d in decode if answer_blocks(prompt_tokens, max_tokens, d.block_size) <= d.blocks_free
+        d
+        for d in decode
+        if reserved_blocks(prompt_tokens, max_tokens, d.block_size) <= d.blocks_free
     ]
     if not able_p or not able_d:
         return None
-    best_p = min(able_p, key=lambda p: (p.queued_tokens, p.worker_id))
-    best_d = min(able_d, key=lambda d: (d.sequences, -d.blocks_free, d.worker_id))
-    return Placement(best_p.worker_id, best_d.worker_id)
-
-
-def answer_blocks(prompt_tokens: int, max_tokens: int, block_size: int) -> int:
-    """Blocks a decode worker reserves: the KV of the last answer token is never read."""
-    return blocks_for(max(prompt_tokens, prompt_tokens + max_tokens - 1), block_size)
-
-
-def blocks_for(tokens: int, block_size: int) -> int:
-    return -(-tokens // block_size)
+    ranked_p = sorted(able_p, key=lambda p: (p.queued_tokens, p.worker_id))
+    ranked_d = sorted(able_d, key=lambda d: (d.sequences, -d.blocks_free, d.worker_id))
+    pairs = [(p.worker_id, d.worker_id) for p, d in product(ranked_p, ranked_d)]
+    return Placement(*next((pair for pair in pairs if pair not in avoid), pairs[0]))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvrelay.lifecycle import advance
+from kvrelay.wire import worker_pb2
 from router.admission import Sampling
 
 
@@ -68,6 +69,12 @@ class Times:
     kv_exposed_ms: float = 0.0
     transport: str = ""
 
+    def note_hand_off(self, handed_off: worker_pb2.HandedOff) -> None:
+        self.kv_bytes += handed_off.kv_bytes
+        self.kv_transfer_ms += handed_off.kv_transfer_ms
+        self.kv_exposed_ms += handed_off.kv_exposed_ms
+        self.transport = handed_off.transport
+
 
 @dataclass(eq=False)
 class Request:
@@ -78,6 +85,10 @@ class Request:
     state: RequestState = RequestState.QUEUED
     answer: list[int] = field(default_factory=list)  # the token log
     ending: Ending | None = None  # the decode worker's word, before all is wound up
+
+    # What earlier attempts have taught
+    failed_pairs: set[tuple[str, str]] = field(default_factory=set)  # (prefill, decode)
+    suspects: set[str] = field(default_factory=set)  # one of them is gone, by word of its peer
 
     # The present attempt
     attempt: int = 0
@@ -96,6 +107,10 @@ class Request:
     def prompt_now(self) -> list[int]:
         """What a new attempt must prefill: the prompt and the answer so far."""
         return [*self.prompt, *self.answer]
+
+    @property
+    def prompt_tokens_now(self) -> int:
+        return len(self.prompt) + len(self.answer)
 
     @property
     def max_tokens_now(self) -> int:

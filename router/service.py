@@ -5,16 +5,18 @@ the request, which takes it back from the workers.
 """
 
 import asyncio
+import contextlib
 import secrets
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import grpc
 from tokenizers import Tokenizer
 
 from kvrelay.wire import inference_pb2, inference_pb2_grpc
-from kvrelay.wire.inference_pb2 import Delta, GenerateResponse
+from kvrelay.wire.inference_pb2 import GenerateResponse
 from router.admission import (
     DEFAULT_LIMITS,
     InvalidRequest,
@@ -24,22 +26,24 @@ from router.admission import (
     check_text,
     check_token_ids,
 )
+from router.answer_stream import AnswerStream
 from router.chat import ChatTemplate, ChatTemplateError
-from router.detokenize import Detokenizer, TextStream
-from router.dispatcher import (
+from router.commands import (
     DuplicateRequestError,
     ExhaustedTrouble,
     InvalidTrouble,
     QueueFullError,
     Trouble,
 )
-from router.fleet import Fleet, now_ms
+from router.detokenize import Detokenizer
+from router.fleet import Answer, Fleet, now_ms
 from router.model_files import ModelFiles
-from router.request import Ending, Request, Times
+from router.request import Request, Times
 
 RETRY_HINT_MS = 1000
 # Shorter texts are tokenized faster than a thread could be told to.
 _INLINE_CHARS = 4096
+_TEXT_THREADS = 2  # for longer ones
 _UNBOUNDED_TOKENS = 1 << 20
 
 T = TypeVar("T")
@@ -55,6 +59,7 @@ class RefusalError(Exception):
 
 class InferenceService(inference_pb2_grpc.InferenceServicer):
     def __init__(self, files: ModelFiles, fleet: Fleet) -> None:
+        self._texts = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="texts")
         self._draining = False
         self._running = 0
         self._idle = asyncio.Event()
@@ -94,8 +99,8 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                 )
             messages = [(message.role, message.content) for message in request.messages]
             check_messages(messages, DEFAULT_LIMITS)
-            size = sum(len(content) for _, content in messages)
-            text = await _off_loop(size, self._template.render, messages)
+            size = sum(len(role) + len(content) for role, content in messages)
+            text = await self._off_loop(size, self._template.render, messages)
             self._check_text(text)
             # The template writes the special tokens itself.
             return await self._tokenize(text, add_special_tokens=False)
@@ -108,9 +113,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         try:
             self._check_model(request.model)
             self._check_text(request.text)
+            ids = await self._tokenize(request.text, add_special_tokens=True)
         except (RefusalError, InvalidRequest) as error:
             await _abort(context, error)
-        ids = await self._tokenize(request.text, add_special_tokens=True)
         tokens = [self._files.tokenizer.id_to_token(token) or "" for token in ids]
         return inference_pb2.TokenizeResponse(token_ids=ids, tokens=tokens)
 
@@ -130,6 +135,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self._draining = True
         await self._idle.wait()
 
+    def close(self) -> None:
+        self._texts.shutdown(wait=False, cancel_futures=True)
+
     # ---- one request
 
     async def _serve(
@@ -138,34 +146,45 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         prompt: Callable[[], Any],
         context: Any,
     ) -> None:
-        arrived_at_ms = now_ms()
         request: Request | None = None
+        with self._counted():
+            try:
+                arrived_at_ms = now_ms()
+                if self._draining:
+                    raise RefusalError(grpc.StatusCode.UNAVAILABLE, "the router is shutting down")
+                check_request_id(message.request_id)
+                self._check_model(message.model)
+                request = self._request(message, await prompt(), arrived_at_ms)
+                answer = self._fleet.submit(request)
+                await context.write(GenerateResponse(accepted=self._accepted(request)))
+                await self._stream(request, answer, context)
+            except (RefusalError, InvalidRequest, ChatTemplateError) as error:
+                await _abort(context, error)
+            except (DuplicateRequestError, QueueFullError, Trouble) as error:
+                await _abort(context, error)
+            finally:
+                if request is not None:
+                    self._fleet.let_go(request)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Whatever happens inside, `drain` waits for its end and no longer."""
         self._running += 1
         self._idle.clear()
         try:
-            if self._draining:
-                raise RefusalError(grpc.StatusCode.UNAVAILABLE, "the router is shutting down")
-            check_request_id(message.request_id)
-            self._check_model(message.model)
-            request = self._request(message, await prompt(), arrived_at_ms)
-            answer = self._fleet.submit(request)
-            await context.write(GenerateResponse(accepted=self._accepted(request)))
-            stream = AnswerStream(request, self._detokenizer)
-            while stream.finished is None:
-                response = stream.on(await answer.next())
-                if response is not None:
-                    await context.write(GenerateResponse(delta=response))
-            await context.write(GenerateResponse(finished=stream.finished))
-        except (RefusalError, InvalidRequest, ChatTemplateError) as error:
-            await _abort(context, error)
-        except (DuplicateRequestError, QueueFullError, Trouble) as error:
-            await _abort(context, error)
+            yield
         finally:
-            if request is not None:
-                self._fleet.let_go(request)
             self._running -= 1
             if not self._running:
                 self._idle.set()
+
+    async def _stream(self, request: Request, answer: Answer, context: Any) -> None:
+        stream = AnswerStream(request, self._detokenizer)
+        while stream.finished is None:
+            response = stream.on(await answer.next())
+            if response is not None:
+                await context.write(GenerateResponse(delta=response))
+        await context.write(GenerateResponse(finished=stream.finished))
 
     def _request(
         self,
@@ -218,65 +237,18 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         return min((limit for limit in limits if limit is not None), default=_UNBOUNDED_TOKENS)
 
     async def _tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        ids = await _off_loop(len(text), _encode, self._files.tokenizer, text, add_special_tokens)
+        ids = await self._off_loop(
+            len(text), _encode, self._files.tokenizer, text, add_special_tokens
+        )
         if not ids:
             raise InvalidRequest("text: no token comes of it")
         return ids
 
-
-class AnswerStream:
-    """Turns the tokens of one answer into what its client sees. Pure."""
-
-    def __init__(self, request: Request, detokenizer: Detokenizer) -> None:
-        self.finished: inference_pb2.Finished | None = None
-        self._request = request
-        self._text = TextStream(detokenizer, request.sampling.stop)
-        self._offset = 0
-
-    def on(self, event: list[int] | Ending) -> Delta | None:
-        """The next Delta, if there is anything to show. Sets `finished` at the end."""
-        if isinstance(event, Ending):
-            text = self._text.finish()
-            self._finish(Ending.STOP_STRING if self._text.stopped else event)
-            return Delta(offset=self._offset, text=text) if text else None
-        text, shown = "", 0
-        for token in event:
-            shown += 1
-            if token not in self._request.sampling.eos_token_ids:
-                text += self._text.push([token])
-            if self._text.stopped:
-                break
-        delta = Delta(offset=self._offset, token_ids=event[:shown], text=text)
-        self._offset += shown
-        if self._text.stopped:
-            self._finish(Ending.STOP_STRING)
-        return delta
-
-    def _finish(self, ending: Ending) -> None:
-        length = inference_pb2.FINISH_REASON_LENGTH
-        stop = inference_pb2.FINISH_REASON_STOP
-        self.finished = inference_pb2.Finished(
-            reason=length if ending is Ending.LENGTH else stop,
-            prompt_tokens=len(self._request.prompt),
-            completion_tokens=self._offset,
-            timings=_timings(self._request.times, self._offset),
-        )
-
-
-def _timings(times: Times, tokens: int) -> inference_pb2.Timings:
-    first = times.first_token_at_ms or times.arrived_at_ms
-    last = times.last_token_at_ms or first
-    began = times.prefill_began_at_ms or first
-    return inference_pb2.Timings(
-        queue_ms=began - times.arrived_at_ms,
-        prefill_ms=times.prefill_ms,
-        ttft_ms=first - times.arrived_at_ms,
-        tpot_ms=(last - first) / (tokens - 1) if tokens > 1 else 0.0,
-        kv_bytes=times.kv_bytes,
-        kv_transfer_ms=times.kv_transfer_ms,
-        kv_exposed_ms=times.kv_exposed_ms,
-        transport=times.transport,
-    )
+    async def _off_loop(self, size: int, work: Callable[..., T], *args: Any) -> T:
+        """Runs what may take long on a thread, so that nobody's stream waits for it."""
+        if size <= _INLINE_CHARS:
+            return work(*args)
+        return await asyncio.get_running_loop().run_in_executor(self._texts, work, *args)
 
 
 async def _abort(context: Any, error: Exception) -> None:
@@ -294,13 +266,6 @@ async def _abort(context: Any, error: Exception) -> None:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, message, hint)
         case _:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-
-
-async def _off_loop(size: int, work: Callable[..., T], *args: Any) -> T:
-    """Runs what may take long on a thread, so that nobody's stream waits for it."""
-    if size <= _INLINE_CHARS:
-        return work(*args)
-    return await asyncio.to_thread(work, *args)
 
 
 def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:

@@ -105,7 +105,8 @@ class PagedStep:
         self._clear_tails()
         self._decode = all(len(s.tokens) == 1 for s in self.slices)
         if self._decode:
-            self._tables = [self._padded_table()]
+            self._groups = self._by_length()
+            self._tables = [self._padded_table(rows) for rows in self._groups]
         else:
             self._tables = [self._table(s) for s in self.slices]
 
@@ -125,9 +126,12 @@ class PagedStep:
         keys[self._write_block, self._write_slot] = k.to(keys.dtype)
         values[self._write_block, self._write_slot] = v.to(values.dtype)
         masks = self._masks_for(window)
-        if self._decode:
-            return self._attend_decode(q, keys, values, masks[0], scale, softcap)
         out = torch.empty_like(q)
+        if self._decode:
+            for group, table, mask in zip(self._groups, self._tables, masks, strict=True):
+                k_v = keys[table], values[table]
+                out[group] = self._attend_decode(q[group], *k_v, mask, scale, softcap)
+            return out
         row = 0
         for s, table, mask in zip(self.slices, self._tables, masks, strict=True):
             rows = slice(row, row + len(s.tokens))
@@ -143,25 +147,22 @@ class PagedStep:
     def _attend_decode(
         self,
         q: torch.Tensor,  # [B, q_heads, head_dim]
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        k: torch.Tensor,  # [B, blocks, block_size, kv_heads, head_dim]
+        v: torch.Tensor,
         mask: torch.Tensor,  # [B, 1, 1, S]
         scale: float,
         softcap: float | None,
     ) -> torch.Tensor:
         batch, q_heads, head_dim = q.shape
-        kv_heads = keys.shape[2]
+        kv_heads = k.shape[3]
         # The query heads of one KV head stand in for query positions: no KV head is repeated.
         grouped = q.view(batch, kv_heads, q_heads // kv_heads, head_dim)
-        table = self._tables[0]
-        k = keys[table].flatten(1, 2).transpose(1, 2)  # [B, kv_heads, S, head_dim]
-        v = values[table].flatten(1, 2).transpose(1, 2)
+        k, v = (x.flatten(1, 2).transpose(1, 2) for x in (k, v))  # [B, kv_heads, S, head_dim]
         out = _sdpa(grouped, k, v, mask, scale, softcap)
         return out.reshape(batch, q_heads, head_dim)
 
     def _table(self, s: Slice) -> torch.Tensor:
-        used = -(-s.end // self._block_size)
-        return torch.tensor(list(s.blocks[:used]), device=self.pool.device)
+        return torch.tensor(list(s.blocks[: self._blocks_used(s)]), device=self.pool.device)
 
     def _clear_tails(self) -> None:
         """Zeroes a block that this step enters and does not fill.
@@ -173,30 +174,44 @@ class PagedStep:
             if s.end % self._block_size and s.end - s.end % self._block_size >= s.start:
                 self.pool[s.blocks[s.end // self._block_size]].zero_()
 
-    def _padded_table(self) -> torch.Tensor:
-        """`[B, M]`: every sequence's blocks, the shorter ones filled up with their last."""
-        used = [-(-s.end // self._block_size) for s in self.slices]
-        longest = max(used)
-        rows = [
-            list(s.blocks[:n]) + [s.blocks[n - 1]] * (longest - n)
-            for s, n in zip(self.slices, used, strict=True)
-        ]
-        return torch.tensor(rows, device=self.pool.device)
+    def _by_length(self) -> list[list[int]]:
+        """Rows whose sequences are within a factor of two: a long one must not make the short
+        ones beside it as expensive as itself."""
+        groups: dict[int, list[int]] = {}
+        for row, s in enumerate(self.slices):
+            groups.setdefault(self._blocks_used(s).bit_length(), []).append(row)
+        return list(groups.values())
+
+    def _padded_table(self, rows: list[int]) -> torch.Tensor:
+        """`[B, M]`: these sequences' blocks, the shorter ones filled up with their last."""
+        used = [self._blocks_used(self.slices[row]) for row in rows]
+        table = []
+        for row, count in zip(rows, used, strict=True):
+            blocks = self.slices[row].blocks
+            table.append([*blocks[:count], *[blocks[count - 1]] * (max(used) - count)])
+        return torch.tensor(table, device=self.pool.device)
+
+    def _blocks_used(self, s: Slice) -> int:
+        return -(-s.end // self._block_size)
 
     def _masks_for(self, window: int | None) -> list[torch.Tensor]:
-        """True where a query may look: one `[B, 1, 1, S]` for decode, else `[T, S]` a slice."""
+        """True where a query may look: `[B, 1, 1, S]` a decode group, `[T, S]` a slice."""
         if window not in self._masks:
+            device = self.pool.device
             if self._decode:
-                ends = self.positions.view(-1, 1)
-                reach = torch.arange(
-                    self._tables[0].shape[1] * self._block_size, device=ends.device
-                )
-                self._masks[window] = [_visible(ends, reach, window)[:, None, None]]
+                self._masks[window] = [
+                    _visible(
+                        self.positions[group].view(-1, 1),
+                        torch.arange(table.shape[1] * self._block_size, device=device),
+                        window,
+                    )[:, None, None]
+                    for group, table in zip(self._groups, self._tables, strict=True)
+                ]
             else:
                 self._masks[window] = [
                     _visible(
-                        torch.arange(s.start, s.end, device=self.pool.device).view(-1, 1),
-                        torch.arange(s.end, device=self.pool.device),
+                        torch.arange(s.start, s.end, device=device).view(-1, 1),
+                        torch.arange(s.end, device=device),
                         window,
                     )
                     for s in self.slices

@@ -75,8 +75,8 @@ class EngineHost:
         params: Sequence[SamplingParams | None],
         positions: Sequence[int],
         cancelled: threading.Event | None = None,
-    ) -> list[int]:
-        """One step; a new token for each slice that has params, in order.
+    ) -> list[int | None]:
+        """One step; a new token for each slice that has params, in order (see `sample`).
 
         Raises:
             StepCancelledError: `cancelled` was set meanwhile.
@@ -91,7 +91,7 @@ class EngineHost:
         params: Sequence[SamplingParams | None],
         positions: Sequence[int],
         cancelled: threading.Event | None,
-    ) -> list[int]:
+    ) -> list[int | None]:
         logits = self._runner.step(slices, [p is not None for p in params], cancelled)
         chosen = [
             (p, position) for p, position in zip(params, positions, strict=True) if p is not None

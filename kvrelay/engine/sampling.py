@@ -12,6 +12,8 @@ import torch
 
 from kvrelay.wire import worker_pb2
 
+NOT_A_NUMBER = "the model's output is not a number; is the dtype too narrow for this request?"
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -38,11 +40,17 @@ class SamplingParams:
 
 def sample(
     logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
-) -> list[int]:
-    """One token for each row of `logits` `[N, vocab]`; positions are those of the new tokens."""
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
+) -> list[int | None]:
+    """One token for each row of `logits` `[N, vocab]`; positions are those of the new tokens.
+
+    None for a row with NaN in it: that request has failed, and the others have not.
+    """
+    tokens: list[int | None] = logits.argmax(dim=-1).tolist()
+    failed = logits.isnan().any(dim=-1).tolist()
     for row, (p, position) in enumerate(zip(params, positions, strict=True)):
-        if p.temperature > 0:
+        if failed[row]:
+            tokens[row] = None
+        elif p.temperature > 0:
             tokens[row] = _draw(logits[row], p, position)
     return tokens
 

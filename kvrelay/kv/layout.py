@@ -33,7 +33,7 @@ class KVLayout:
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold the KV of `tokens` positions."""
-        return -(-tokens // self.block_size)
+        return blocks_for(tokens, self.block_size)
 
     def to_wire(self) -> transfer_pb2.KvLayout:
         return transfer_pb2.KvLayout(**asdict(self))
@@ -57,3 +57,13 @@ class KVLayout:
             for field in ours
             if ours[field] != theirs[field]
         )
+
+
+def blocks_for(tokens: int, block_size: int) -> int:
+    """Blocks that hold the KV of `tokens` positions."""
+    return -(-tokens // block_size)
+
+
+def reserved_blocks(prompt_tokens: int, max_tokens: int, block_size: int) -> int:
+    """Blocks a decode worker reserves: the KV of the last answer token is never read."""
+    return blocks_for(max(prompt_tokens, prompt_tokens + max_tokens - 1), block_size)

@@ -28,7 +28,7 @@ class LinkError(Exception):
 class FrameSocket:
     """A connected non-blocking socket that carries frames. One reader, any number of writers.
 
-    A peer that takes nothing for `stall_s` loses the link: no sender waits longer.
+    A peer that does not take a frame within `stall_s` loses the link: no sender waits longer.
     """
 
     def __init__(self, sock: socket.socket, stall_s: float) -> None:
@@ -71,6 +71,17 @@ class FrameSocket:
                 raise LinkError("the peer closed the link")
             target = target[count:]
 
+    async def drain(self) -> None:
+        """Says that no more comes from here, and returns when the peer has ended its side."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+        rest = memoryview(bytearray(1 << 16))
+        with contextlib.suppress(LinkError):
+            while True:
+                with self._operation("receiving"):
+                    if not await asyncio.get_running_loop().sock_recv_into(self.sock, rest):
+                        return
+
     def close(self) -> None:
         """Ends every operation under way with a LinkError, and closes when they have ended:
         the event loop would not notice that a socket it waits for was closed."""
@@ -83,19 +94,16 @@ class FrameSocket:
             self.sock.close()
 
     async def _send(self, head: bytes, payload: Iterable[memoryview]) -> None:
+        loop = asyncio.get_running_loop()
         async with self._sending:
-            await self._send_part(memoryview(head))
-            for part in payload:
-                await self._send_part(part)
-
-    async def _send_part(self, part: memoryview) -> None:
-        with self._operation("sending"):
             try:
                 async with asyncio.timeout(self._stall_s):
-                    await asyncio.get_running_loop().sock_sendall(self.sock, part)
+                    for part in (memoryview(head), *payload):
+                        with self._operation("sending"):
+                            await loop.sock_sendall(self.sock, part)
             except TimeoutError:
                 self.close()
-                raise LinkError(f"the peer took nothing for {self._stall_s:g} s") from None
+                raise LinkError(f"a frame was not taken within {self._stall_s:g} s") from None
 
     @contextlib.contextmanager
     def _operation(self, what: str) -> Iterator[None]:

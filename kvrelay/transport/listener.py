@@ -78,6 +78,8 @@ class Listener:
         link = self._links[transfer_id]
         frame = transfer_pb2.Abort(transfer_id=transfer_id, reason=reason)
         self._spawn(link.send(Frame(abort=frame)))
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._config.link_reply_ms / 1000, link.give_up, transfer_id)
 
     def committed(self, transfer_id: int) -> None:
         link = self._links.pop(transfer_id)
@@ -126,6 +128,8 @@ class Listener:
         except (LinkError, TimeoutError, OSError) as error:
             reason = str(error) or "no handshake in time"
             log.info("link with %s ended: %s", link.peer, reason)
+            # What it may still write goes to its blocks until it has seen the end of the link.
+            await link.let_writer_stop()
         finally:
             link.close(reason)
 
@@ -193,6 +197,20 @@ class _Link:
             self._end(transfer_id, frame.abort.reason or "the prefill worker let go")
         else:
             raise LinkError(f"an unexpected {kind} frame")
+
+    def give_up(self, transfer_id: int) -> None:
+        """The writer should have said Aborted by now. On tcp its link ends: this side is the one
+        that writes. On shm it may be stopped in the middle of a copy and go on one day, so its
+        blocks stay in quarantine until it answers or dies."""
+        if transfer_id not in self.transfers:
+            return
+        log.warning("%s does not answer Abort", self.peer)
+        if self._transport == "tcp":
+            self._frames.close()
+
+    async def let_writer_stop(self) -> None:
+        if self._transport == "shm" and self.transfers:
+            await self._frames.drain()
 
     def close(self, reason: str) -> None:
         self._frames.close()

@@ -38,7 +38,10 @@ class Sender(Protocol):
         target: Sequence[int],
     ) -> None: ...
 
-    def close(self) -> None: ...
+    async def close(self) -> None:
+        """Starts no more writes, and returns when none is under way: only then may the socket
+        end, since its end is what tells the peer that nobody writes to its pool."""
+        ...
 
 
 class TcpSender:
@@ -59,8 +62,8 @@ class TcpSender:
         payload = (pool.bytes[block].data for block in source)
         await frames.send(transfer_pb2.Frame(blocks=header), payload)
 
-    def close(self) -> None:
-        pass
+    async def close(self) -> None:
+        """Nothing to wait for: the peer itself writes to its pool."""
 
 
 class ShmSender:
@@ -77,6 +80,9 @@ class ShmSender:
             os.close(fd)
         peer = np.frombuffer(mapped, dtype=np.uint8).reshape(-1, block_bytes)
         self._peer: np.ndarray | None = peer
+        self._writes = 0  # under way
+        self._quiet = asyncio.Event()
+        self._quiet.set()
 
     async def send(
         self,
@@ -86,21 +92,32 @@ class ShmSender:
         source: Sequence[int],
         target: Sequence[int],
     ) -> None:
-        header.checksums.extend(await asyncio.to_thread(self._write, pool, source, target))
+        if self._peer is None:
+            raise LinkError("the link is closed")
+        self._writes += 1
+        self._quiet.clear()
+        try:
+            write = asyncio.to_thread(self._write, self._peer, pool, source, target)
+            header.checksums.extend(await write)
+        finally:
+            self._writes -= 1
+            if not self._writes:
+                self._quiet.set()
         await frames.send(transfer_pb2.Frame(blocks=header))
 
-    def _write(self, pool: KVPool, source: Sequence[int], target: Sequence[int]) -> list[int]:
-        peer = self._peer
-        if peer is None:
-            raise LinkError("the link is closed")
+    @staticmethod
+    def _write(
+        peer: np.ndarray, pool: KVPool, source: Sequence[int], target: Sequence[int]
+    ) -> list[int]:
         sums = []
         for mine, theirs in zip(source, target, strict=True):
             np.copyto(peer[theirs], pool.bytes[mine])  # lets go of the interpreter lock
             sums.append(checksum(pool.bytes[mine]))
         return sums
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._peer = None  # the mapping goes with its last user
+        await self._quiet.wait()
 
 
 async def receive_tcp(frames: FrameSocket, pool: KVPool, blocks: Sequence[int]) -> None:

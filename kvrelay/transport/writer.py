@@ -163,9 +163,8 @@ class WriterLink:
         self._transfers.pop(transfer_id, None)
 
     async def close(self) -> None:
-        self._reader.cancel()
-        await asyncio.gather(self._reader, *self._tasks, return_exceptions=True)
         self._lose(LinkError("the link is closed"))
+        await asyncio.gather(self._reader, *self._tasks, return_exceptions=True)
 
     async def _read(self) -> None:
         try:
@@ -199,22 +198,28 @@ class WriterLink:
         else:  # ours has ended already: nothing is being written
             frame = transfer_pb2.Aborted(transfer_id=transfer_id)
             answer = self.send(Frame(aborted=frame))
-        task = asyncio.ensure_future(_quietly(answer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._keep(_quietly(answer))
 
     def _lose(self, error: LinkError) -> None:
         if self.closed:
             return
         self.closed = True
-        self._reader.cancel()
-        self._frames.close()
-        self.sender.close()
+        self._keep(self._end())
         for waiting in list(self._begun.values()):
             if not waiting.done():
                 waiting.set_exception(error)
         for transfer in list(self._transfers.values()):
             transfer.fail(error)
+
+    async def _end(self) -> None:
+        await self.sender.close()
+        self._reader.cancel()
+        self._frames.close()
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
 class WriterPool:
@@ -224,8 +229,7 @@ class WriterPool:
         self._config = config
         self._instance_id = instance_id
         self._pool = pool
-        self._links: dict[tuple[str, str], WriterLink] = {}
-        self._connecting: dict[tuple[str, str], asyncio.Lock] = {}
+        self._links: dict[tuple[str, str], asyncio.Task[WriterLink]] = {}
 
     async def begin(self, ticket: Ticket) -> Transfer:
         """A transfer over the first of the ticket's endpoints that works from here.
@@ -247,17 +251,19 @@ class WriterPool:
 
     async def close(self) -> None:
         links, self._links = list(self._links.values()), {}
-        for link in links:
-            await link.close()
+        for connecting in links:
+            connecting.cancel()
+        for link in await asyncio.gather(*links, return_exceptions=True):
+            if isinstance(link, WriterLink):
+                await link.close()
 
     async def _link(self, instance_id: str, endpoint: transfer_pb2.Endpoint) -> WriterLink:
+        """The one link there is, or the one attempt to make it, shared by all who need it."""
         key = (instance_id, endpoint.transport)
-        async with self._connecting.setdefault(key, asyncio.Lock()):
-            link = self._links.get(key)
-            if link is None or link.closed:
-                link = await self._connect(instance_id, endpoint)
-                self._links[key] = link
-            return link
+        if key not in self._links or not _usable(self._links[key]):
+            self._links = {k: link for k, link in self._links.items() if _usable(link)}
+            self._links[key] = asyncio.create_task(self._connect(instance_id, endpoint))
+        return await asyncio.shield(self._links[key])
 
     async def _connect(self, instance_id: str, endpoint: transfer_pb2.Endpoint) -> WriterLink:
         stall_s = self._config.link_reply_ms / 1000
@@ -292,6 +298,17 @@ class WriterPool:
         fd = await receive_fd(frames.sock)
         sender = ShmSender(fd, answer.welcome.pool_bytes, self._pool.layout.block_bytes)
         return WriterLink(frames, sender, self._pool)
+
+
+def _usable(connecting: asyncio.Task[WriterLink]) -> bool:
+    """Whether a link is there, or may still come."""
+    if not connecting.done():
+        return True
+    return (
+        not connecting.cancelled()
+        and not connecting.exception()
+        and (not connecting.result().closed)
+    )
 
 
 def _socket_for(endpoint: transfer_pb2.Endpoint, stall_s: float) -> socket.socket:

@@ -460,6 +460,20 @@ async def test_a_full_queue(model):
         assert [await stream.all() for stream in waiting] == [expected, expected]
 
 
+async def test_more_calls_at_once_than_are_allowed(model):
+    async with (
+        local_cluster(model, router={"rpcs_max": 1}) as cluster,
+        channel_to(cluster) as channel,
+    ):
+        stub = InferenceStub(channel)
+        running = Tokens(stub.Generate(sampled(max_tokens=1000)))
+        await running.more(1)
+        error = await refused(stub.Generate(sampled(max_tokens=1)))
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert running.finished is None
+        assert len(await running.all()) == 1000
+
+
 async def test_a_wait_that_takes_too_long(model):
     settings = {"worker": pool_of(64), "router": {"queue_wait_ms": 100}}
     async with local_cluster(model, **settings) as cluster, channel_to(cluster) as channel:

@@ -20,6 +20,7 @@ from waiting import until
 from cluster.model_store import prepare
 from kvrelay.client import AsyncClient, KvrelayError
 from kvrelay.transport import listener
+from kvrelay.transport.writer import Transfer
 
 FREED_S = 1.0
 PROMPT = list(range(20, 120))  # four chunks of 32
@@ -193,6 +194,35 @@ async def test_a_long_prompt_of_a_real_model_is_let_go_within_a_second() -> None
         await until(lambda: any(job.computed for job in jobs.values()), within_s=60)
         await cancel(stream, reader)
         await until(cluster.all_free, within_s=FREED_S)
+
+
+async def test_a_cancel_while_the_hand_off_is_letting_go_leaves_nothing(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decode worker's Abort and the router's Cancel of one request reach P together."""
+    entered, release = asyncio.Event(), asyncio.Event()
+    abort = Transfer.abort
+
+    async def held(self: Transfer, reason: str) -> None:
+        entered.set()
+        await release.wait()
+        await abort(self, reason)
+
+    async with cluster_of(model) as (cluster, client):
+        service = cluster.prefill[0]
+        gate = EngineGate(service, at_step=2)
+        monkeypatch.setattr(Transfer, "abort", held)
+        stream = client.generate(PROMPT, max_tokens=8)
+        reader = asyncio.create_task(stream.result())
+        await gate.entered.wait()
+        await cancel(stream, reader)
+        await entered.wait()
+        for progress in service._running.values():
+            progress.task.cancel()
+        release.set()
+        gate.open()
+        await until(cluster.all_free, within_s=FREED_S)
+        assert not service._running
 
 
 async def test_many_cancels_at_any_moment_leave_nothing_behind(model: Path) -> None:

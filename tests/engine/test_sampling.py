@@ -128,3 +128,12 @@ def test_uniform_looks_uniform_along_each_argument(varied):
     assert ((counts - draws / cells) ** 2 / (draws / cells)).sum() < 43.8  # 19 df, p = 0.001
     neighbours = np.corrcoef(values[:-1], values[1:])[0, 1]
     assert abs(neighbours) < 0.08
+
+
+def test_a_row_that_is_not_a_number_fails_alone():
+    logits = torch.randn(3, 50)
+    logits[1, 7] = float("nan")
+    hot = SamplingParams(0.9, 5, 0.5, 3, 10, frozenset())
+    tokens = sample(logits, [hot] * 3, [4, 4, 4])
+    assert tokens[1] is None
+    assert [tokens[0], tokens[2]] == sample(logits[[0, 2]], [hot] * 2, [4, 4])

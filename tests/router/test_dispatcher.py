@@ -15,10 +15,9 @@ from kvrelay.lifecycle import IllegalTransitionError
 from kvrelay.wire import transfer_pb2
 from kvrelay.wire import worker_pb2 as pb
 from router.admission import Sampling
-from router.dispatcher import (
+from router.commands import (
     Command,
     Deliver,
-    Dispatcher,
     DuplicateRequestError,
     ExhaustedTrouble,
     Failed,
@@ -30,6 +29,7 @@ from router.dispatcher import (
     Trouble,
     UnavailableTrouble,
 )
+from router.dispatcher import Dispatcher
 from router.request import (
     TRANSITIONS,
     Ending,
@@ -173,6 +173,7 @@ class Bench:
                     self.clients[request].end = end
                 case _:
                     self.sent.append(command)
+        self.dispatcher.check()
 
     def reserves(self) -> list[tuple[str, pb.Reserve]]:
         return [
@@ -316,6 +317,19 @@ def test_a_full_queue_is_a_typed_refusal_and_changes_nothing():
     assert len(bench.dispatcher) == first_two[1] == 2
 
 
+def test_letting_go_of_a_request_that_was_never_accepted_changes_nothing():
+    bench = Bench("p1", queue_max=1)
+    waiting = bench.submit("same")
+    for refusal, name in ((DuplicateRequestError, "same"), (QueueFullError, "other")):
+        refused = make(name)
+        with pytest.raises(refusal):
+            bench.dispatcher.submit(refused)
+        assert bench.dispatcher.let_go(refused, 0) == []
+    assert len(bench.dispatcher) == 1
+    bench.up("d1")
+    assert waiting.state is S.RESERVING
+
+
 def test_the_head_of_the_line_waits_and_nobody_overtakes_it():
     bench = Bench(blocks=10)
     bench.d(free=3)
@@ -328,6 +342,50 @@ def test_the_head_of_the_line_waits_and_nobody_overtakes_it():
     assert small.state is S.QUEUED
     bench.d(free=1)
     assert small.state is S.RESERVING
+
+
+@pytest.mark.parametrize("late", ["p1", "d1"])
+def test_what_can_never_fit_fails_at_the_head_and_holds_up_nobody(late):
+    bench = Bench("d1" if late == "p1" else "p1", blocks=10)  # 40 tokens
+    long = bench.submit("long", prompt=38, max_tokens=3)
+    fits = bench.submit("fits", prompt=37, max_tokens=3)
+    assert (long.state, fits.state) == (S.QUEUED, S.QUEUED)  # who knows what will come
+    bench.up(late)
+    assert isinstance(bench.end(long), InvalidTrouble)
+    assert "may need 41 tokens, the workers hold 40" in str(bench.end(long))
+    assert fits.state is S.RESERVING
+    assert len(bench.dispatcher) == 1
+    bench.let_go(long)
+    bench.down("p1")
+    bench.up("p1")
+    later = bench.submit("later", prompt=99)  # admission would not let it in
+    bench.d(free=10)
+    assert isinstance(bench.end(later), InvalidTrouble)
+
+
+def test_nothing_fails_for_being_long_while_a_role_has_no_worker():
+    bench = Bench(blocks=10)
+    bench.down("d1")
+    long = bench.submit(prompt=99)
+    assert long.state is S.QUEUED
+    bench.blocks = 100
+    bench.up("d2")
+    assert isinstance(bench.end(long), InvalidTrouble), "p1 holds 40"
+
+
+def test_a_request_waits_for_the_return_of_the_only_worker_that_could_hold_it():
+    bench = Bench("p1", "d1", queue_wait_ms=100)
+    bench.blocks = 2
+    bench.up("d2")
+    request = bench.bring(bench.submit(prompt=16), S.DECODING)
+    assert request.decode_id == "d1"
+    bench.down("d1")
+    assert (request.state, bench.dispatcher.context_tokens) == (S.QUEUED, 8)
+    waiting = bench.submit("waiting", prompt=16)
+    bench.blocks = 100
+    bench.up("d3")
+    assert (request.decode_id, request.state) == ("d3", S.RESERVING)
+    assert waiting.state is S.RESERVING
 
 
 def test_blocks_asked_for_and_not_yet_answered_count_as_taken():
@@ -503,6 +561,90 @@ def test_no_room_does_not_count_as_an_attempt():
     assert (request.state, request.attempt) == (S.RESERVING, 1)
 
 
+def test_no_room_at_the_prefill_worker_does_not_count_as_an_attempt_either():
+    bench = Bench(attempts_max=1)
+    request = bench.submit()
+    for _ in range(5):
+        bench.reserved(request)
+        bench.p_fails(request, EXHAUSTED)
+        assert (request.state, request.attempt) == (S.QUEUED, 0)
+        assert bench.cancels()[-2:] == [("d1", request.key), ("p1", request.key)]
+        bench.p()
+    assert (request.state, request.attempt) == (S.RESERVING, 1)
+
+
+@pytest.mark.parametrize("role", ["decode", "prefill"])
+def test_a_worker_that_had_no_room_is_not_asked_before_its_next_word(role):
+    bench = Bench("p1", "d1", prefill_backlog_tokens=1000)
+    one, two = bench.submit("r1"), bench.submit("r2")
+    for request in (one, two):
+        bench.bring(request, S.RESERVING if role == "decode" else S.PREFILLING)
+    refuse = bench.d_fails if role == "decode" else bench.p_fails
+    refuse(one, EXHAUSTED)  # though its load says that there is room
+    refuse(two, EXHAUSTED)
+    assert {one.state, two.state} == {S.QUEUED}
+    (bench.p if role == "decode" else bench.d)()  # the other one's word is nothing to it
+    assert {one.state, two.state} == {S.QUEUED}
+    (bench.d if role == "decode" else bench.p)()
+    assert {one.state, two.state} == {S.RESERVING}
+
+
+def test_a_worker_that_had_no_room_is_passed_over_for_one_that_may_have():
+    bench = Bench("p1", "d1", "d2")
+    request = bench.submit()
+    assert request.decode_id == "d1"
+    bench.d_fails(request, EXHAUSTED)
+    assert (request.decode_id, request.attempt) == ("d2", 1)
+
+
+def test_a_worker_that_had_no_room_and_says_no_more_is_asked_again_in_time():
+    bench = Bench()
+    request = bench.submit()
+    bench.d_fails(request, EXHAUSTED)
+    assert request.state is S.QUEUED
+    bench.expire(500)
+    assert request.state is S.RESERVING
+
+
+@pytest.mark.parametrize("role", ["decode", "prefill"])
+def test_no_room_again_and_again_ends_with_the_wait(role):
+    bench = Bench(queue_wait_ms=100)
+    request = bench.submit()
+    for now in (50, 100, 101):
+        assert bench.end(request) is None
+        bench.now = now
+        if role == "prefill":
+            bench.reserved(request)
+        (bench.d_fails if role == "decode" else bench.p_fails)(request, EXHAUSTED)
+        (bench.d if role == "decode" else bench.p)()
+    assert isinstance(bench.end(request), ExhaustedTrouble)
+    assert len(bench.dispatcher) == 0
+
+
+def test_a_retry_goes_to_another_pair_when_there_is_one():
+    bench = Bench("p1", "p2", "d1")
+    request = bench.bring(bench.submit(), S.PREFILLING)
+    assert (request.prefill_id, request.decode_id) == ("p1", "d1")
+    bench.d_fails(request)
+    assert (request.prefill_id, request.decode_id) == ("p2", "d1")
+    bench.down("p2")
+    assert (request.prefill_id, request.decode_id) == ("p1", "d1")  # there is no other
+
+
+@pytest.mark.parametrize("dies", ["p1", "d1"])
+def test_one_death_costs_one_attempt(dies):
+    """Its peer tells of it first, and the retry is on its way to the dead when that is known."""
+    bench = Bench(attempts_max=2)
+    request = bench.bring(bench.submit(), S.PREFILLING)
+    (bench.p_fails if dies == "d1" else bench.d_fails)(request)
+    assert (request.state, request.attempt) == (S.RESERVING, 2)
+    bench.down(dies)
+    bench.up(dies[0] + "2")
+    assert (request.state, request.attempt) == (S.RESERVING, 2)
+    bench.down(dies[0] + "2")  # another death
+    assert isinstance(bench.end(request), UnavailableTrouble)
+
+
 @pytest.mark.parametrize("role", ["decode", "prefill"])
 def test_what_no_worker_can_serve_fails_at_once(role):
     bench = Bench()
@@ -615,7 +757,8 @@ def test_letting_go_cancels_at_every_worker_that_has_it(state, told):
 
 def test_letting_go_in_the_queue_tells_nobody_and_lets_the_next_one_pass():
     bench = Bench(blocks=10)
-    first = bench.submit("large", prompt=60)
+    bench.d(free=5)
+    first = bench.submit("large", prompt=30)
     second = bench.submit("small")
     assert (first.state, second.state) == (S.QUEUED, S.QUEUED)
     bench.let_go(first)
@@ -678,8 +821,11 @@ class World(Bench):
         while self.sent:
             sent, self.sent = self.sent, []
             self.read(sent)
-            for worker in sorted(self.alive & {"d1", "d2"}):  # a cancel may have made room
-                self.d(worker, free=self.free[worker])
+            for worker in sorted(self.alive):  # a cancel may have made room
+                if worker[0] == "d":
+                    self.d(worker, free=self.free[worker])
+                else:
+                    self.p(worker)
 
     def read(self, sent: list[ToPrefill | ToDecode]) -> None:
         for command in sent:
@@ -746,7 +892,8 @@ class World(Bench):
     def fail(self) -> None:
         if self.attempts:
             attempt = self.dice.choice(list(self.attempts.values()))
-            failed = pb.Failed(key=attempt.key, code=PEER_LOST)
+            code = self.dice.choice((PEER_LOST, EXHAUSTED))
+            failed = pb.Failed(key=attempt.key, code=code)
             if attempt.prefill in self.alive and self.dice.random() < 0.5:
                 attempt.prefill = "dead"
                 self.p(self.dice.choice(sorted(self.alive & {"p1", "p2"})), failed=failed)

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.policy import DecodeView, Placement, PrefillView, answer_blocks, place
+from kvrelay.kv.layout import reserved_blocks
+from router.policy import DecodeView, Placement, PrefillView, place
 
 
 def p(name: str = "p1", queued: int = 0, total: int = 100) -> PrefillView:
@@ -37,6 +38,27 @@ def test_without_workers_of_either_role_nothing_is_placed():
     assert placed([p()], []) is None
 
 
+@pytest.mark.parametrize(
+    ("avoid", "chosen"),
+    [
+        ({("p2", "d1")}, ("p1", "d1")),
+        ({("p1", "d1")}, ("p1", "d2")),
+        ({("p1", "d1"), ("p1", "d2")}, ("p2", "d1")),
+        ({("p1", "d1"), ("p1", "d2"), ("p2", "d1"), ("p2", "d2")}, ("p1", "d1")),
+    ],
+)
+def test_a_pair_to_avoid_is_the_last_resort(avoid, chosen):
+    placement = place(
+        [p("p1"), p("p2")],
+        [d("d1"), d("d2")],
+        prompt_tokens=8,
+        max_tokens=4,
+        backlog_tokens_max=50,
+        avoid=frozenset(avoid),
+    )
+    assert placement == Placement(*chosen)
+
+
 def test_an_idle_prefill_worker_takes_a_prompt_longer_than_the_backlog():
     assert placed([p()], [d()], prompt=200) == Placement("p1", "d1")
 
@@ -65,7 +87,7 @@ def test_a_worker_with_room_is_preferred_to_a_less_busy_one_without():
     ("prompt", "answer", "blocks"), [(4, 1, 1), (4, 2, 2), (5, 4, 2), (5, 5, 3), (4, 0, 1)]
 )
 def test_the_last_token_of_an_answer_needs_no_room(prompt, answer, blocks):
-    assert answer_blocks(prompt, answer, 4) == blocks
+    assert reserved_blocks(prompt, answer, 4) == blocks
 
 
 @given(
@@ -79,7 +101,7 @@ def test_the_last_token_of_an_answer_needs_no_room(prompt, answer, blocks):
 @settings(max_examples=100, deadline=None)
 def test_whoever_is_chosen_can_take_it_and_none_means_nobody_can(prefill, decode, prompt, answer):
     fit_p = [x for x in prefill if not x.queued_tokens or x.queued_tokens + prompt <= 50]
-    fit_d = [x for x in decode if x.blocks_free >= answer_blocks(prompt, answer, 4)]
+    fit_d = [x for x in decode if x.blocks_free >= reserved_blocks(prompt, answer, 4)]
     chosen = placed(prefill, decode, prompt, answer)
     if chosen is None:
         assert not fit_p or not fit_d

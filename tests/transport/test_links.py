@@ -79,6 +79,11 @@ async def hand_over(decode: DecodeEnd, writers: WriterPool, blocks: int = 2) -> 
 # ---- when all goes well
 
 
+def link_of(writers):
+    (connecting,) = writers._links.values()
+    return connecting.result()
+
+
 async def test_blocks_arrive_bit_equal_in_the_right_places(decode, prefill):
     decode.ticket(3)  # so that blocks differ from their index
     before = decode.pool.bytes.copy()
@@ -399,7 +404,7 @@ async def test_a_writer_that_dies_is_lost_to_all_its_transfers_and_to_no_others(
         doomed = [await other.begin(decode.ticket(2)) for _ in range(3)]
         await doomed[1].push([0])
         living = await prefill.begin(decode.ticket(2))
-        (link,) = other._links.values()
+        link = link_of(other)
         link._frames.sock.shutdown(socket.SHUT_RDWR)
         await decode.book.until(lambda: len(decode.book.lost_transfers()) == 3)
         assert sorted(decode.book.lost_transfers()) == [1, 2, 3]
@@ -422,7 +427,7 @@ async def test_a_dead_decode_worker_fails_commit_and_the_next_begin_reconnects(p
 async def test_a_push_after_the_decode_worker_died_is_a_link_error(prefill, transport):
     async with decode_end(transport=transport) as end:
         transfer = await prefill.begin(end.ticket(2))
-    (link,) = prefill._links.values()
+    link = link_of(prefill)
     async with asyncio.timeout(DEADLINE_S):
         await asyncio.wait([link._reader])
     with pytest.raises(LinkError):
@@ -496,7 +501,7 @@ async def test_a_push_to_a_peer_that_reads_nothing_ends_in_time():
     async with stalled_peer() as (transfer, writers):
         push = asyncio.ensure_future(transfer.push(list(range(16))))
         ended = await finishes(push)
-        (link,) = writers._links.values()
+        link = link_of(writers)
         link._frames.close()  # or a broken test would hang here
         with contextlib.suppress(asyncio.CancelledError, LinkError):
             await push
@@ -507,7 +512,7 @@ async def test_a_push_under_way_ends_when_its_link_is_closed():
     async with stalled_peer() as (transfer, writers):
         push = asyncio.ensure_future(transfer.push(list(range(16))))
         await rounds(200)
-        (link,) = writers._links.values()
+        link = link_of(writers)
         await until(link._frames._sending.locked)
         await rounds()
         await writers.close()
@@ -727,12 +732,12 @@ async def test_a_byte_flipped_in_shared_memory_is_found(monkeypatch):
         transfer = await writers.begin(ticket)
         written = movers.ShmSender._write
 
-        def write_and_flip(self, pool, source, target):
-            sums = written(self, pool, source, target)
+        def write_and_flip(peer, pool, source, target):
+            sums = written(peer, pool, source, target)
             end.pool.bytes[target[0], 5] ^= 1
             return sums
 
-        monkeypatch.setattr(movers.ShmSender, "_write", write_and_flip)
+        monkeypatch.setattr(movers.ShmSender, "_write", staticmethod(write_and_flip))
         await transfer.push([0])
         with pytest.raises(LinkError):
             await transfer.commit(1, REPLY_S)
@@ -756,7 +761,7 @@ async def test_a_push_cancelled_in_the_middle_of_its_bytes_leaves_the_stream_who
         small_ticket = end.ticket(1)
         small = await writers.begin(small_ticket)
         push = asyncio.ensure_future(big.push(list(range(16))))
-        (link,) = writers._links.values()
+        link = link_of(writers)
         await until(link._frames._sending.locked)  # bytes are on their way
         await rounds(3)
         push.cancel()
@@ -775,7 +780,7 @@ async def test_a_commit_cancelled_in_the_middle_of_its_bytes_leaves_the_stream_w
     async with decode_end(transport="tcp") as end, prefill_end(transport="tcp") as writers:
         transfer = await writers.begin(end.ticket(1))
         await transfer.push([0])
-        (link,) = writers._links.values()
+        link = link_of(writers)
         sock, cut, go_on = link._frames.sock, asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
         whole = loop.sock_sendall
@@ -819,3 +824,28 @@ async def test_the_listener_survives_an_accept_that_fails():
             assert failed.is_set()
             writers._config = writers._config.model_copy(update={"link_connect_ms": 500})
             await hand_over(end, writers)
+
+
+async def test_a_link_ends_only_when_no_copy_into_the_peers_pool_is_under_way(monkeypatch):
+    async with decode_end(transport="shm") as end, prefill_end(transport="shm") as writers:
+        transfer = await writers.begin(end.ticket(1))
+        began, go_on = threading.Event(), threading.Event()
+        written = movers.ShmSender._write
+
+        def held(*args):
+            began.set()
+            assert go_on.wait(REPLY_S)
+            return written(*args)
+
+        monkeypatch.setattr(movers.ShmSender, "_write", staticmethod(held))
+        push = asyncio.ensure_future(transfer.push([0]))
+        await asyncio.to_thread(began.wait, REPLY_S)
+        closing = asyncio.ensure_future(link_of(writers).close())
+        await asyncio.sleep(0)
+        assert end.book.lost_transfers() == []
+        go_on.set()
+        with pytest.raises(LinkError):
+            await push
+        await closing
+        await end.book.until(lambda: end.book.lost_transfers() == [1])
+        end.check_all_free()

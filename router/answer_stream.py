@@ -1,0 +1,64 @@
+"""Owns the way from an answer's tokens to the messages its client sees: Deltas, then Finished.
+
+Pure. Made once per request by router/service.py.
+"""
+
+from kvrelay.wire import inference_pb2
+from kvrelay.wire.inference_pb2 import Delta
+from router.detokenize import Detokenizer, TextStream
+from router.request import Ending, Request, Times
+
+
+class AnswerStream:
+    """Turns the tokens of one answer into what its client sees."""
+
+    def __init__(self, request: Request, detokenizer: Detokenizer) -> None:
+        self.finished: inference_pb2.Finished | None = None
+        self._request = request
+        self._text = TextStream(detokenizer, request.sampling.stop)
+        self._offset = 0
+
+    def on(self, event: list[int] | Ending) -> Delta | None:
+        """The next Delta, if there is anything to show. Sets `finished` at the end."""
+        if isinstance(event, Ending):
+            text = self._text.finish()
+            self._finish(Ending.STOP_STRING if self._text.stopped else event)
+            return Delta(offset=self._offset, text=text) if text else None
+        text, shown = "", 0
+        for token in event:
+            shown += 1
+            if token not in self._request.sampling.eos_token_ids:
+                text += self._text.push([token])
+            if self._text.stopped:
+                break
+        delta = Delta(offset=self._offset, token_ids=event[:shown], text=text)
+        self._offset += shown
+        if self._text.stopped:
+            self._finish(Ending.STOP_STRING)
+        return delta
+
+    def _finish(self, ending: Ending) -> None:
+        length = inference_pb2.FINISH_REASON_LENGTH
+        stop = inference_pb2.FINISH_REASON_STOP
+        self.finished = inference_pb2.Finished(
+            reason=length if ending is Ending.LENGTH else stop,
+            prompt_tokens=len(self._request.prompt),
+            completion_tokens=self._offset,
+            timings=_timings(self._request.times, self._offset),
+        )
+
+
+def _timings(times: Times, tokens: int) -> inference_pb2.Timings:
+    first = times.first_token_at_ms or times.arrived_at_ms
+    last = times.last_token_at_ms or first
+    began = times.prefill_began_at_ms or first
+    return inference_pb2.Timings(
+        queue_ms=began - times.arrived_at_ms,
+        prefill_ms=times.prefill_ms,
+        ttft_ms=first - times.arrived_at_ms,
+        tpot_ms=(last - first) / (tokens - 1) if tokens > 1 else 0.0,
+        kv_bytes=times.kv_bytes,
+        kv_transfer_ms=times.kv_transfer_ms,
+        kv_exposed_ms=times.kv_exposed_ms,
+        transport=times.transport,
+    )

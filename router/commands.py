@@ -1,0 +1,120 @@
+"""What the dispatcher decides, as commands that the fleet carries out, and how it refuses.
+
+Made by router/dispatcher.py. Troubles and refusals reach clients as statuses in router/service.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvrelay.wire import transfer_pb2, worker_pb2
+from kvrelay.wire.worker_pb2 import DecodeCommand, PrefillCommand
+from router.request import Ending, Request
+
+
+class DuplicateRequestError(Exception):
+    """A running request has this id."""
+
+
+class QueueFullError(Exception):
+    """`queue_max` requests are waiting."""
+
+
+# ---- commands
+
+
+@dataclass(frozen=True)
+class ToPrefill:
+    worker_id: str
+    command: PrefillCommand
+
+
+@dataclass(frozen=True)
+class ToDecode:
+    worker_id: str
+    command: DecodeCommand
+
+
+@dataclass(frozen=True)
+class Deliver:
+    """New tokens of an answer, in order, each once."""
+
+    request: Request
+    offset: int
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Finished:
+    request: Request
+    ending: Ending
+
+
+class Trouble(Exception):
+    """Why a request could not be finished; raised to its client."""
+
+
+class ExhaustedTrouble(Trouble):
+    """No room in time: try again later."""
+
+
+class UnavailableTrouble(Trouble):
+    """Workers failed it too often."""
+
+
+class InvalidTrouble(Trouble):
+    """No worker here can ever serve it."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    request: Request
+    trouble: Trouble
+
+
+Command = ToPrefill | ToDecode | Deliver | Finished | Failed
+
+
+# ---- what workers are told of a request's present attempt
+
+
+def reserve(request: Request) -> ToDecode:
+    message = worker_pb2.Reserve(
+        key=request.key,
+        request_id=request.request_id,
+        attempt=request.attempt,
+        prompt_tokens=request.prompt_tokens_now,
+        sampling=_sampling(request),
+    )
+    return ToDecode(request.decode_id, DecodeCommand(reserve=message))
+
+
+def prefill(request: Request, ticket: transfer_pb2.Ticket) -> ToPrefill:
+    message = worker_pb2.Prefill(
+        key=request.key,
+        prompt_token_ids=request.prompt_now,
+        sampling=_sampling(request),
+        ticket=ticket,
+    )
+    return ToPrefill(request.prefill_id, PrefillCommand(prefill=message))
+
+
+def cancel_decode(request: Request) -> ToDecode:
+    cancel = worker_pb2.Cancel(key=request.key)
+    return ToDecode(request.decode_id, DecodeCommand(cancel=cancel))
+
+
+def cancel_prefill(request: Request) -> ToPrefill:
+    cancel = worker_pb2.Cancel(key=request.key)
+    return ToPrefill(request.prefill_id, PrefillCommand(cancel=cancel))
+
+
+def _sampling(request: Request) -> worker_pb2.Sampling:
+    sampling = request.sampling
+    return worker_pb2.Sampling(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        max_tokens=request.max_tokens_now,
+        eos_token_ids=sampling.eos_token_ids,
+    )

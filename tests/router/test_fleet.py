@@ -1,0 +1,125 @@
+"""Sessions with workers and the carrying out of commands, without any worker."""
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvrelay.config import PROTOCOL_VERSION, RouterConfig
+from kvrelay.wire import worker_pb2
+from router import fleet as fleet_module
+from router.admission import Sampling
+from router.commands import Deliver, Finished, ToDecode
+from router.fleet import Fleet
+from router.main import _NOT_SERVING, _SERVING, Router
+from router.request import Ending, Request, Times
+
+DEADLINE_S = 10.0  # only a broken test waits this long
+
+
+@contextlib.asynccontextmanager
+async def a_fleet(monkeypatch) -> AsyncIterator[Fleet]:
+    monkeypatch.setattr(fleet_module, "_REAP_EVERY_S", 0.001)
+    fleet = Fleet(
+        RouterConfig(
+            model_path=Path("none"),
+            model_name="tiny",
+            cluster_key="k" * 16,
+            control_socket=Path("none"),
+        )
+    )
+    yield fleet
+    await fleet.close()
+
+
+def request() -> Request:
+    return Request("r1", [1, 2], Sampling(0.0, 0, 1.0, 0, 4, (), ()), Times(fleet_module.now_ms()))
+
+
+async def test_a_command_that_fails_does_not_take_the_others_with_it(monkeypatch, caplog):
+    async with a_fleet(monkeypatch) as fleet, asyncio.timeout(DEADLINE_S):
+        asked = request()
+        answer = fleet.submit(asked)
+        lost = ToDecode("nobody", worker_pb2.DecodeCommand())
+        fleet.carry_out([lost, Deliver(asked, 0, [7]), lost, Finished(asked, Ending.EOS)])
+        assert await answer.next() == [7]
+        assert await answer.next() is Ending.EOS
+        assert caplog.text.count("not carried out") == 2
+
+
+async def test_the_reaper_goes_on_after_a_failure(monkeypatch, caplog):
+    async with a_fleet(monkeypatch) as fleet:
+        calls = itertools.count(1)
+        again = asyncio.Event()
+
+        def expire(_: float) -> list[Any]:
+            if next(calls) > 2:
+                again.set()
+                return []
+            raise RuntimeError("broken")
+
+        monkeypatch.setattr(fleet.dispatcher, "expire", expire)
+        async with asyncio.timeout(DEADLINE_S):
+            await again.wait()
+        assert caplog.text.count("RuntimeError: broken") == 2
+
+
+async def test_a_change_between_the_look_and_the_wait_is_not_missed(monkeypatch):
+    async with a_fleet(monkeypatch) as fleet, asyncio.timeout(DEADLINE_S):
+        change = fleet.next_change()
+        fleet._announce()
+        await change.wait()
+        assert not fleet.next_change().is_set()
+
+
+async def test_a_worker_that_comes_while_the_health_is_set_is_noticed(monkeypatch):
+    async with a_fleet(monkeypatch) as fleet, asyncio.timeout(DEADLINE_S):
+        told: asyncio.Queue[Any] = asyncio.Queue()
+
+        async def set_health(status: Any) -> None:
+            told.put_nowait(status)
+            if told.qsize() == 1:
+                monkeypatch.setattr(fleet, "connected", lambda role: 1)
+                fleet._announce()
+
+        router = SimpleNamespace(fleet=fleet, _set_health=set_health)
+        health = asyncio.create_task(Router._keep_health(router))
+        assert [await told.get(), await told.get()] == [_NOT_SERVING, _SERVING]
+        health.cancel()
+
+
+class _Call:
+    """A session whose worker says who it is, and then nothing."""
+
+    def __init__(self, info: worker_pb2.WorkerInfo) -> None:
+        self._info = info
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        yield worker_pb2.DecodeEvent(info=self._info)
+
+    def cancel(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("version", [PROTOCOL_VERSION, PROTOCOL_VERSION + 1])
+async def test_only_a_worker_that_was_up_is_called_again_at_once(monkeypatch, version):
+    sessions = asyncio.Semaphore(0)
+    info = worker_pb2.WorkerInfo(protocol_version=version, instance_id="d1")
+
+    def session(*_: Any, **__: Any) -> _Call:
+        sessions.release()
+        return _Call(info)
+
+    # Whoever comes to the wait for ever is never called again.
+    refused = version != PROTOCOL_VERSION
+    monkeypatch.setattr(fleet_module, "_RECONNECT_S", (3600.0, 0.0) if refused else (0.0, 3600.0))
+    monkeypatch.setattr(fleet_module._Worker, "_open", lambda *_: session)
+    async with a_fleet(monkeypatch) as fleet, asyncio.timeout(DEADLINE_S):
+        fleet.set_workers([], ["127.0.0.1:1"])
+        for _ in range(3):
+            await sessions.acquire()

@@ -1,0 +1,139 @@
+"""The public service's handlers, called as gRPC calls them; there are no workers."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from byte_tokenizer import byte_level_tokenizer
+from tokenizers import normalizers
+
+from kvrelay.config import RouterConfig
+from kvrelay.wire import inference_pb2 as pb
+from router.fleet import Fleet
+from router.model_files import ModelFiles
+from router.service import InferenceService
+
+DEADLINE_S = 10.0  # only a broken test waits this long
+
+
+class Aborted(Exception):
+    """What context.abort raises."""
+
+
+class Context:
+    def __init__(self) -> None:
+        self.accepted = asyncio.Event()
+        self.code: grpc.StatusCode | None = None
+        self.details = ""
+
+    async def write(self, message: pb.GenerateResponse) -> None:
+        self.accepted.set()
+
+    async def abort(self, code: grpc.StatusCode, details: str, *_: Any) -> None:
+        self.code, self.details = code, details
+        raise Aborted
+
+
+@contextlib.asynccontextmanager
+async def service_of(**config: Any) -> AsyncIterator[InferenceService]:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.normalizer = normalizers.Strip()
+    files = ModelFiles(
+        name="tiny",
+        vocab_size=tokenizer.get_vocab_size(),
+        max_position_embeddings=1000,
+        eos_token_ids=(),
+        tokenizer=tokenizer,
+        chat_template="{{ messages[0].content }}",
+        special_tokens={},
+        longest_token_bytes=100,
+    )
+    fleet = Fleet(
+        RouterConfig(
+            model_path=Path("none"),
+            model_name="tiny",
+            cluster_key="k" * 16,
+            control_socket=Path("none"),
+            **config,
+        )
+    )
+    service = InferenceService(files, fleet)
+    yield service
+    service.close()
+    await fleet.close()
+
+
+@pytest.mark.parametrize("refused", ["same", "other"])
+async def test_a_request_that_was_not_accepted_does_not_outlive_its_refusal(refused):
+    async with service_of(queue_max=1) as service, asyncio.timeout(DEADLINE_S):
+        first = Context()
+        waits = asyncio.create_task(
+            service.Generate(pb.GenerateRequest(text="a", request_id="same"), first)
+        )
+        await first.accepted.wait()
+        second = Context()
+        with pytest.raises(Aborted):
+            await service.Generate(pb.GenerateRequest(text="a", request_id=refused), second)
+        codes = {
+            "same": grpc.StatusCode.ALREADY_EXISTS,
+            "other": grpc.StatusCode.RESOURCE_EXHAUSTED,
+        }
+        assert second.code is codes[refused]
+        drained = asyncio.create_task(service.drain())
+        await asyncio.sleep(0)
+        assert not drained.done(), "the first one is still running"
+        waits.cancel()
+        await drained
+        with pytest.raises(asyncio.CancelledError):
+            await waits
+
+
+async def test_a_failure_while_letting_go_does_not_hold_up_the_drain(monkeypatch):
+    async with service_of() as service, asyncio.timeout(DEADLINE_S):
+        context = Context()
+        waits = asyncio.create_task(service.Generate(pb.GenerateRequest(text="a"), context))
+        await context.accepted.wait()
+
+        def broken(*_: Any) -> None:
+            raise RuntimeError("broken")
+
+        monkeypatch.setattr(service._fleet, "let_go", broken)
+        waits.cancel()
+        await service.drain()
+        with pytest.raises(RuntimeError, match="broken"):
+            await waits
+
+
+@pytest.mark.parametrize("method", ["Tokenize", "Generate"])
+async def test_a_text_of_which_no_token_comes_is_the_clients_mistake(method):
+    async with service_of() as service:
+        message = pb.TokenizeRequest if method == "Tokenize" else pb.GenerateRequest
+        context = Context()
+        with pytest.raises(Aborted):
+            await getattr(service, method)(message(text="  "), context)
+        assert context.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert context.details == "text: no token comes of it"
+
+
+@pytest.mark.parametrize(("role", "on_loop"), [("user", True), ("u" * 5000, False)])
+async def test_long_texts_and_roles_are_rendered_off_the_loop(role, on_loop):
+    async with service_of() as service:
+        threads = []
+
+        class Template:
+            def render(self, messages: list[tuple[str, str]]) -> str:
+                threads.append(threading.current_thread().name)
+                return ""
+
+        service._template = Template()
+        message = pb.ChatRequest(messages=[pb.ChatMessage(role=role, content="a")])
+        with pytest.raises(Aborted):
+            await service.Chat(message, Context())
+        [name] = threads
+        assert (threading.current_thread().name == name) == on_loop
+        assert name.startswith("texts") != on_loop
