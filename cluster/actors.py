@@ -5,10 +5,13 @@ method takes and returns short strings only.
 """
 
 import importlib
+import logging
+import os
 from typing import Any
 
 import ray
 
+from cluster.options import LOG_FORMAT
 from kvrelay.config import WorkerConfig
 
 # Named, not imported: torch is for the workers' processes, not for the one that starts them.
@@ -26,6 +29,8 @@ class WorkerActor:
         self._role = role
         self._config = WorkerConfig.model_validate_json(config_json)
         self._service: Any = None
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # they would end up in the user's terminal
+        logging.basicConfig(level=self._config.log_level, format=LOG_FORMAT)
 
     async def start(self) -> str:
         """Loads the model and serves; returns the address routers connect to."""

@@ -1,10 +1,19 @@
 """The `kvrelay` command. Each command lives with what it drives; heavy imports wait for it."""
 
-import click
+import signal
+
+# While the imports last, Ctrl-C ends the process without a traceback.
+_before = signal.getsignal(signal.SIGINT)
+if _before is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import click  # noqa: E402
 
 # First: it quiets gRPC's own log lines, which must happen before gRPC is loaded.
-from cluster.client_commands import chat, generate
-from cluster.serve_commands import demo, serve
+from cluster.client_commands import chat, generate  # noqa: E402
+from cluster.serve_commands import demo, serve  # noqa: E402
+
+signal.signal(signal.SIGINT, _before)
 
 
 @click.group()

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from kvrelay.config import Device, Dtype, Transport
 
+LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
+
 
 class ServeError(Exception):
     """The cluster cannot start or go on; the text is for the person, one line."""
@@ -29,6 +31,11 @@ class ServeOptions:
     chunk_tokens: int = 256
     block_size: int = 16
     drain_s: float = 30.0
+    verbose: bool = False
+
+    @property
+    def log_level(self) -> str:
+        return "INFO" if self.verbose else "WARNING"
 
     @property
     def threads_each(self) -> int:

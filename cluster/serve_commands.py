@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import signal
 import sys
 import threading
@@ -13,8 +14,9 @@ import click
 from rich.console import Console
 
 from cluster.model_store import BUILT_IN, ModelError, prepare
-from cluster.options import ServeError, ServeOptions
+from cluster.options import LOG_FORMAT, ServeError, ServeOptions
 from cluster.phase_table import phase_table
+from cluster.preparation import Progress as Report
 from cluster.progress import console, reporting
 from kvrelay.client import Client, KvrelayError
 
@@ -23,6 +25,18 @@ if TYPE_CHECKING:
 
 DEMO_QUESTIONS = ("What is the capital of France?", "Why is the sky blue? Answer in two sentences.")
 _DEMO_MAX_TOKENS = 96
+
+
+class _Finite(click.FloatRange):
+    """NaN is in no range, and click's own lets it pass."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail("nan is not a number.", param, ctx)
+        return number
 
 
 @click.command()
@@ -39,40 +53,41 @@ _DEMO_MAX_TOKENS = 96
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
 @click.option(
-    "--threads", type=click.IntRange(0), default=0, help="Per worker; 0 shares the cores out."
+    "--threads", type=click.IntRange(0, 1024), default=0, help="Per worker; 0 shares the cores out."
 )
 @click.option(
     "--kv-gib",
-    type=click.FloatRange(0, min_open=True),
+    type=_Finite(0.001, 65_536),
     default=1.0,
     help="KV pool of each worker, in GiB.",
 )
 @click.option(
-    "--chunk-tokens", type=click.IntRange(16), default=256, help="Prompt tokens a prefill step."
+    "--chunk-tokens",
+    type=click.IntRange(16, 1 << 20),
+    default=256,
+    help="Prompt tokens a prefill step.",
 )
 @click.option(
     "--drain-s",
-    type=click.FloatRange(0),
+    type=_Finite(0, 86_400),
     default=30.0,
     help="How long running requests may take to finish at shutdown.",
 )
 @click.option("--verbose", is_flag=True, help="Log what the cluster does, on stderr.")
-def serve(model: str, verbose: bool, **options: Any) -> None:
+def serve(model: str, **options: Any) -> None:
     """Serve MODEL: a Hugging Face id, a folder with safetensors, a .gguf file, or smollm2.
 
     Prints one line `ready grpc=HOST:PORT` when requests can be served. Ctrl-C finishes what is
     running; a second Ctrl-C does not wait for it.
     """
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(levelname)s %(name)s: %(message)s",
-    )
     chosen = ServeOptions(**options)
+    logging.basicConfig(level=chosen.log_level, format=LOG_FORMAT)
     with _errors_in_one_line(), _Interrupts() as stop, _serving(model, chosen, stop) as cluster:
         print(f"ready grpc={cluster.address}", file=sys.__stdout__, flush=True)
         stop.polite = True
         cluster.watch(stop.stopping)
-        console.print("finishing what is running ...")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            console.print("finishing what is running ...")
 
 
 @click.command()
@@ -87,8 +102,8 @@ def demo() -> None:
 
 
 class _Interrupts:
-    """What SIGINT and SIGTERM do. While `polite`, the first lets running requests finish; else it
-    raises KeyboardInterrupt where the program is. A second one is in a hurry."""
+    """What SIGINT, SIGTERM and SIGHUP do. While `polite`, the first lets running requests finish;
+    else it raises KeyboardInterrupt where the program is. A second one is in a hurry."""
 
     def __init__(self) -> None:
         self.polite = False
@@ -96,7 +111,9 @@ class _Interrupts:
         self.hurry = threading.Event()
 
     def __enter__(self) -> "_Interrupts":
-        signals = (signal.SIGINT, signal.SIGTERM)
+        signals = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup makes it
+            signals.append(signal.SIGHUP)
         self._before = {number: signal.signal(number, self._on_signal) for number in signals}
         return self
 
@@ -112,11 +129,21 @@ class _Interrupts:
         if not self.polite:
             raise KeyboardInterrupt
 
+    def watching(self, report: Report) -> Report:
+        """`report`, but where a library has swallowed the KeyboardInterrupt it comes again."""
+
+        def report_unless_stopping(stage: str, fraction: float | None) -> None:
+            if self.stopping.is_set():
+                raise KeyboardInterrupt
+            report(stage, fraction)
+
+        return report_unless_stopping
+
 
 @contextlib.contextmanager
 def _serving(model: str, options: ServeOptions, interrupts: _Interrupts) -> "Iterator[Serving]":
     with reporting() as report:
-        prepared = prepare(model, on_progress=report)
+        prepared = prepare(model, on_progress=interrupts.watching(report))
     from cluster.serving import Serving  # brings Ray and torch: seconds, so only now
 
     cluster = Serving(prepared, options)
@@ -124,7 +151,7 @@ def _serving(model: str, options: ServeOptions, interrupts: _Interrupts) -> "Ite
     with contextlib.redirect_stdout(sys.stderr):
         try:
             with reporting() as report:
-                cluster.start(report)
+                cluster.start(interrupts.watching(report))
             yield cluster
         finally:
             interrupts.stopping.set()

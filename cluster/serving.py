@@ -8,16 +8,21 @@ import contextlib
 import fcntl
 import logging
 import os
+import secrets
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import grpc
 import psutil
+from pydantic import ValidationError
 
 from cluster.model_store import PreparedModel
 from cluster.options import ServeError, ServeOptions
@@ -31,6 +36,8 @@ log = logging.getLogger(__name__)
 
 READY_S = 30.0
 _WATCH_S = 0.5
+_TELL_S = 2.0
+_END_S = 5.0
 _RUN_DIR_PREFIX = "kvr-"
 _OWNER_LOCK = "owner.lock"
 # A unix socket's path may have 107 bytes; the run folder and Ray's names in it take some 84.
@@ -43,29 +50,14 @@ class Serving:
     def __init__(self, model: PreparedModel, options: ServeOptions) -> None:
         self.address = ""
         self._options = options
-        self._run_dir = _make_run_dir()
-        cluster_key = new_cluster_key()
-        self._router_config = RouterConfig(
-            model_path=model.path,
-            model_name=model.name,
-            cluster_key=cluster_key,
-            control_socket=self._run_dir / "control.sock",
-            host=options.host,
-            port=options.port,
-            drain_ms=int(options.drain_s * 1000),
-        )
-        worker_config = WorkerConfig(
-            model_path=model.path,
-            cluster_key=cluster_key,
-            socket_dir=self._run_dir,
-            dtype=options.dtype,
-            device=options.device,
-            threads=options.threads_each,
-            block_size=options.block_size,
-            kv_bytes=int(options.kv_gib * (1 << 30)),
-            transport=options.transport,
-            chunk_tokens=options.chunk_tokens,
-        )
+        self._run_dir = _temp_dir() / f"{_RUN_DIR_PREFIX}{secrets.token_hex(4)}"
+        try:
+            self._router_config, worker_config = _configs(model, options, self._run_dir)
+        except ValidationError as error:
+            wrong = (f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
+            raise ServeError("; ".join(wrong)) from None
+        except (OverflowError, ValueError) as error:  # infinities and NaN have no int
+            raise ServeError(f"kv_gib or drain_s: {error}") from None
         sizes = {"prefill": options.prefill, "decode": options.decode}
         self._pools = Pools(worker_config, sizes, self._run_dir / "ray")
         self._router: subprocess.Popen[str] | None = None
@@ -76,6 +68,8 @@ class Serving:
         Raises:
             ServeError: the router's port is taken, a worker cannot load the model, ...
         """
+        _remove_abandoned(self._run_dir.parent)
+        _make_run_dir(self._run_dir)
         report("starting the router", None)
         self._router = self._start_router()
         self.address = self._router_address(self._router)
@@ -85,7 +79,7 @@ class Serving:
         for loaded in self._pools.start_workers():
             report(f"loading the model into {total} workers", loaded / total)
         report("connecting router and workers", None)
-        self._tell_router(wait=True)
+        self._tell_router(READY_S, ready_s=READY_S)
 
     def watch(self, stopping: threading.Event) -> None:
         """Replaces workers that die; returns when `stopping` is set.
@@ -94,19 +88,24 @@ class Serving:
             ServeError: the router died.
         """
         assert self._router is not None, "start first"
+        told = True
         while not stopping.is_set():
             if self._pools.replace_dead(_WATCH_S):
-                self._tell_router(wait=False)
+                told = False
             if self._router.poll() is not None:
                 raise ServeError(f"the router ended with status {self._router.returncode}")
+            if not told:
+                told = self._told_router()
 
     def stop(self, hurry: threading.Event | None = None) -> None:
         """Finishes running requests, at most drain_s (or until `hurry` is set), and ends all."""
         if self._router is not None:
             self._stop_router(self._router, hurry or threading.Event())
+        # Now, while the workers that Ray may leave behind are still below us.
+        processes = set(psutil.Process().children(recursive=True))
         with contextlib.suppress(Exception):
             self._pools.stop()
-        _end_children()
+        _end(processes | set(psutil.Process().children(recursive=True)))
         shutil.rmtree(self._run_dir, ignore_errors=True)
 
     def _start_router(self) -> "subprocess.Popen[str]":
@@ -125,6 +124,9 @@ class Serving:
 
     def _router_address(self, router: "subprocess.Popen[str]") -> str:
         assert router.stdout is not None
+        if not select.select([router.stdout], [], [], READY_S)[0]:
+            router.kill()
+            raise ServeError(f"the router did not start within {READY_S:g} s")
         line = router.stdout.readline()
         if not line.startswith("router grpc="):
             router.wait()
@@ -132,7 +134,17 @@ class Serving:
             raise ServeError(f"the router did not start: {reason}")
         return line.strip().removeprefix("router grpc=")
 
-    def _tell_router(self, *, wait: bool) -> None:
+    def _told_router(self) -> bool:
+        """False when the router could not be told now, which may pass."""
+        try:
+            self._tell_router(_TELL_S)
+        except ServeError as error:
+            log.error("%s; trying again", error)
+            return False
+        return True
+
+    def _tell_router(self, timeout_s: float, *, ready_s: float = 0.0) -> None:
+        """With ready_s, returns when the router is connected to workers of both roles."""
         workers = control_pb2.WorkerSet(
             prefill_addresses=self._pools.addresses("prefill"),
             decode_addresses=self._pools.addresses("decode"),
@@ -140,11 +152,12 @@ class Serving:
         with grpc.insecure_channel(f"unix:{self._router_config.control_socket}") as channel:
             stub = control_pb2_grpc.RouterControlStub(channel)
             try:
-                stub.SetWorkers(workers, timeout=READY_S, wait_for_ready=True)
-                if wait:
-                    stub.WaitReady(control_pb2.WaitReadyRequest(), timeout=READY_S)
+                stub.SetWorkers(workers, timeout=timeout_s, wait_for_ready=True)
+                if ready_s:
+                    stub.WaitReady(control_pb2.WaitReadyRequest(), timeout=ready_s)
             except grpc.RpcError as error:
-                raise ServeError(f"the router does not take the workers: {error}") from error
+                reason = " ".join(str(error.details()).split())
+                raise ServeError(f"the router does not take the workers: {reason}") from error
 
     def _stop_router(self, router: "subprocess.Popen[str]", hurry: threading.Event) -> None:
         router.send_signal(signal.SIGTERM)
@@ -157,21 +170,67 @@ class Serving:
             waited_s += 0.1
         for stream in (router.stdin, router.stdout):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(OSError):  # what a router that died has not read
+                    stream.close()
 
 
-def _make_run_dir() -> Path:
-    """A folder that belongs to this process for as long as it holds the lock in it."""
+def _configs(
+    model: PreparedModel, options: ServeOptions, run_dir: Path
+) -> tuple[RouterConfig, WorkerConfig]:
+    cluster_key = new_cluster_key()
+    router = RouterConfig(
+        model_path=model.path,
+        model_name=model.name,
+        cluster_key=cluster_key,
+        log_level=options.log_level,
+        control_socket=run_dir / "control.sock",
+        host=options.host,
+        port=options.port,
+        drain_ms=int(options.drain_s * 1000),
+    )
+    worker = WorkerConfig(
+        model_path=model.path,
+        cluster_key=cluster_key,
+        log_level=options.log_level,
+        socket_dir=run_dir,
+        dtype=options.dtype,
+        device=options.device,
+        threads=options.threads_each,
+        block_size=options.block_size,
+        kv_bytes=int(options.kv_gib * (1 << 30)),
+        transport=options.transport,
+        chunk_tokens=options.chunk_tokens,
+    )
+    return router, worker
+
+
+def _temp_dir() -> Path:
     folder = Path(tempfile.gettempdir())
-    if len(str(folder)) > _TEMP_DIR_CHARS_MAX:
-        folder = Path("/tmp")
+    return folder if len(str(folder)) <= _TEMP_DIR_CHARS_MAX else Path("/tmp")
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what runs that were killed outright have left."""
     for lock in folder.glob(f"{_RUN_DIR_PREFIX}*/{_OWNER_LOCK}"):
         with contextlib.suppress(OSError):  # held: its run is alive
             os.close(_lock(lock))
-            shutil.rmtree(lock.parent)  # left by a run that was killed outright
-    run_dir = Path(tempfile.mkdtemp(prefix=_RUN_DIR_PREFIX, dir=folder))
-    _lock(run_dir / _OWNER_LOCK)
-    return run_dir
+            shutil.rmtree(lock.parent)
+
+
+def _make_run_dir(run_dir: Path) -> None:
+    """A folder that belongs to this process for as long as it holds the lock in it.
+
+    It gets its name when the lock is held: another start never sees it without.
+    """
+    unnamed = run_dir.with_name(f"new-{run_dir.name}")
+    try:
+        unnamed.mkdir(mode=0o700)
+        _lock(unnamed / _OWNER_LOCK)
+        unnamed.rename(run_dir)
+    except OSError as error:
+        raise ServeError(f"no folder for this run: {error}") from error
+    finally:
+        shutil.rmtree(unnamed, ignore_errors=True)
 
 
 def _lock(path: Path) -> int:
@@ -185,12 +244,27 @@ def _lock(path: Path) -> int:
     return held
 
 
-def _end_children() -> None:
+def _end(processes: Iterable[psutil.Process]) -> None:
     """Ray ends its processes by itself; this is for one that did not."""
-    children = psutil.Process().children(recursive=True)
-    _, alive = psutil.wait_procs(children, timeout=5)
-    for child in alive:
-        log.info("ending %d, which did not end by itself", child.pid)
+    for process in _wait_for_end(processes):
+        log.info("ending %d, which did not end by itself", process.pid)
         with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    psutil.wait_procs(alive, timeout=5)
+            process.kill()
+    _wait_for_end(processes)
+
+
+def _wait_for_end(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that are alive after _END_S. A zombie is not: it may be for others to reap."""
+    deadline_s = time.monotonic() + _END_S
+    alive = [process for process in processes if _is_alive(process)]
+    while alive and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+        alive = [process for process in alive if _is_alive(process)]
+    return alive
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

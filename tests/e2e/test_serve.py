@@ -30,6 +30,7 @@ KVRELAY = Path(sys.executable).with_name("kvrelay")
 SHM = Path("/dev/shm")
 # Only a broken test waits so long: to be ready, for one answer, for the end.
 READY_S, ANSWER_S, END_S = 120.0, 90.0, 60.0
+INTERRUPTED_S = 20.0
 DRAINED_TOKENS = 2000
 # Days of decoding: an answer of so many tokens never ends by itself.
 MODEL_TOKENS = 1 << 16
@@ -63,7 +64,8 @@ class Server:
         with self._stderr_path.open("w") as stderr:
             self.process = subprocess.Popen(
                 [KVRELAY, "serve", str(model), "--kv-gib", "0.05", "--port", "0", *options],
-                env={**os.environ, "TMPDIR": str(self.temp_dir)},
+                # A Ray cluster of somebody else is not joined.
+                env={**os.environ, "TMPDIR": str(self.temp_dir), "RAY_ADDRESS": "127.0.0.1:1"},
                 start_new_session=True,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -248,6 +250,9 @@ class Answering(threading.Thread):
 
 def test_it_prints_one_line(server):
     assert server.printed == [f"ready grpc={server.address}\n"]
+    # On stderr the stages alone: no bar of a library, no chatter of Ray's.
+    stages = ("starting ", "loading ", "connecting ")
+    assert [line for line in server.stderr.splitlines() if not line.startswith(stages)] == []
 
 
 def test_generate_json(server):
@@ -400,6 +405,22 @@ def test_sigkill_leaves_no_router_and_no_worker(model):
         agents = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}
         assert _soon(lambda: {_name(p) for p in server.alive()} <= agents, 30), server.alive()
         assert answering.status() is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize("stage", ["starting Ray", "loading the model"])
+def test_ctrl_c_while_starting(model, stage):
+    with starting(model) as server:
+        assert _soon(lambda: stage in server.stderr)
+        server.family()
+        began = time.monotonic()
+        os.killpg(server.process.pid, signal.SIGINT)
+        assert server.wait_end() == 130, server.stderr
+        assert time.monotonic() - began < INTERRUPTED_S
+        assert server.printed == []
+        stages = ("starting ", "loading ")
+        assert [line for line in server.stderr.splitlines() if not line.startswith(stages)] == []
+        assert server.alive() == []
+        assert list(server.temp_dir.iterdir()) == []
 
 
 # ---- what cannot start

@@ -1,0 +1,197 @@
+"""The parts of Serving that need neither Ray nor a model: its folder, its router, its children."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from cluster import serving
+from cluster.cli import main
+from cluster.model_store import PreparedModel
+from cluster.options import ServeError, ServeOptions
+from cluster.serve_commands import _Interrupts
+from cluster.serving import Serving
+
+
+@pytest.fixture
+def temp_dir(monkeypatch):
+    with tempfile.TemporaryDirectory(prefix="kvt-", dir="/tmp") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+def new_serving(**options) -> Serving:
+    return Serving(PreparedModel("tiny", Path("/nowhere")), ServeOptions(**options))
+
+
+# ---- the run folder
+
+
+def test_a_temp_dir_too_long_for_sockets(monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "x" * 90)
+    assert serving._temp_dir() == Path("/tmp")
+
+
+def test_a_run_folder_has_its_name_only_when_it_is_locked(temp_dir):
+    run_dir = temp_dir / "kvr-1"
+    serving._make_run_dir(run_dir)
+    assert run_dir.stat().st_mode & 0o077 == 0
+    assert [path.name for path in temp_dir.iterdir()] == ["kvr-1"]
+    with pytest.raises(BlockingIOError):
+        serving._lock(run_dir / "owner.lock")
+
+
+def test_only_what_nobody_holds_is_removed(temp_dir):
+    serving._make_run_dir(temp_dir / "kvr-1")
+    (temp_dir / "kvr-2").mkdir()
+    (temp_dir / "kvr-2" / "owner.lock").touch()
+    serving._remove_abandoned(temp_dir)
+    assert [path.name for path in temp_dir.iterdir()] == ["kvr-1"]
+
+
+def test_a_run_folder_that_cannot_be_locked_is_not_left(temp_dir, monkeypatch):
+    def refuse(path: Path) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(serving, "_lock", refuse)
+    with pytest.raises(ServeError, match="No space left"):
+        serving._make_run_dir(temp_dir / "kvr-1")
+    assert list(temp_dir.iterdir()) == []
+
+
+# ---- odd numbers
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("kv_gib", 1e-10),
+        ("kv_gib", float("inf")),
+        ("kv_gib", float("nan")),
+        ("drain_s", float("inf")),
+        ("block_size", 0),
+    ],
+)
+def test_odd_options_are_refused_in_one_line_and_leave_nothing(temp_dir, option, value):
+    with pytest.raises(ServeError) as refused:
+        new_serving(**{option: value})
+    assert "\n" not in str(refused.value)
+    assert list(temp_dir.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--kv-gib", value) for value in ("1e-10", "0", "-1", "inf", "nan", "1e300")]
+    + [("--drain-s", value) for value in ("-1", "inf", "nan", "1e300")],
+)
+def test_the_command_refuses_odd_numbers(option, value):
+    done = CliRunner().invoke(main, ["serve", "no-model", option, value])
+    assert (done.exit_code, "Traceback" in done.output) == (2, False)
+    assert f"Invalid value for '{option}'" in done.output
+
+
+# ---- the router
+
+
+def test_a_router_that_says_nothing(temp_dir, monkeypatch):
+    monkeypatch.setattr(serving, "READY_S", 0.1)
+    quiet = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with subprocess.Popen(quiet, stdout=subprocess.PIPE, text=True) as router:
+        with pytest.raises(ServeError, match="did not start within"):
+            new_serving()._router_address(router)
+        assert router.wait(10) == -signal.SIGKILL
+
+
+def test_a_router_that_cannot_be_told_is_told_again(temp_dir, monkeypatch, caplog):
+    cluster = new_serving()
+    cluster._router = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    stopping, told = threading.Event(), []
+
+    class Refusal(grpc.RpcError):
+        def details(self) -> str:
+            return "not\nnow"
+
+    class Stub:
+        def __init__(self, channel: object) -> None: ...
+
+        def SetWorkers(self, workers, timeout, wait_for_ready):
+            told.append(workers)
+            if len(told) < 3:
+                raise Refusal
+            stopping.set()
+
+    deaths = iter([True])
+    monkeypatch.setattr(cluster._pools, "replace_dead", lambda wait_s: next(deaths, False))
+    monkeypatch.setattr(serving.control_pb2_grpc, "RouterControlStub", Stub)
+    try:
+        cluster.watch(stopping)
+        assert len(told) == 3
+        assert (
+            caplog.messages == ["the router does not take the workers: not now; trying again"] * 2
+        )
+
+        stopping.clear()
+        cluster._router.communicate(b"\n")
+        with pytest.raises(ServeError, match="the router ended with status 0"):
+            cluster.watch(stopping)
+    finally:
+        cluster._router.kill()
+
+
+# ---- the end
+
+
+def test_a_grandchild_whose_parent_is_gone_is_ended(monkeypatch):
+    monkeypatch.setattr(serving, "_END_S", 1.0)
+    start_another = (
+        "import subprocess, sys; "
+        "subprocess.Popen([sys.executable, '-c', 'print(1, flush=True); input()']); input()"
+    )
+    command = [sys.executable, "-c", start_another]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        parent.stdout.readline()
+        below = psutil.Process(parent.pid).children(recursive=True)
+        parent.kill()
+        parent.wait()
+        serving._end(below)
+    assert len(below) == 1
+    assert not serving._is_alive(below[0])
+
+
+def test_a_terminal_that_is_closed_is_a_polite_request_to_stop():
+    with _Interrupts() as interrupts:
+        interrupts.polite = True
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interrupts.stopping.wait(5)
+        assert not interrupts.hurry.is_set()
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with _Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupts.stopping.is_set()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_interrupt_that_a_library_swallowed_comes_again():
+    with _Interrupts() as interrupts:
+        said: list[str] = []
+        report = interrupts.watching(lambda stage, fraction: said.append(stage))
+        report("one", None)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            report("two", None)
+        assert said == ["one"]
