@@ -15,8 +15,9 @@ from kvrelay.kv.pool import KVPool
 
 _TOKENS = 7  # over two blocks of the probe's size, and odd
 _BLOCK_SIZE = 4
-# Rounding is around 1e-6 of the logits' spread in fp32; a missing mask or position is around 1.
-_ERROR_MAX = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.2}
+# As a part of the logits' spread. Rounding is around 1e-6 in fp32, and up to 0.12 in bf16 (between
+# transformers' own eager and sdpa attention, too); a missing mask or position is around 1.
+_ERROR_MAX = {"float32": 1e-3, "bfloat16": 0.4, "float16": 0.4}
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Masks that transformers builds from the configuration alone, out of an attention function's sight.
 _MASK_SETTINGS = ("attention_chunk_size", "keep_window_size")
@@ -84,10 +85,10 @@ def _check_logits(model: Any, scratch: KVLayout, tokens: list[int], expected: to
     for chunk in (Slice(tokens[:cut], 0, blocks), Slice(tokens[cut:], cut, blocks)):
         logits = run_paged(model, PagedStep(pool.kv, [chunk]), [True])[0]
         own = expected[chunk.end - 1]
-        error = (logits - own).abs().max().item() / max(own.std().item(), 1e-6)
+        error = ((logits - own).std() / own.std().clamp(min=1e-6)).item()
         if not error <= _ERROR_MAX[scratch.dtype]:
             raise UnsupportedModelError(
-                f"{_name(model)}: over a paged KV pool its logits are off by {error:.2g} deviations"
+                f"{_name(model)}: over a paged KV pool its logits differ by {error:.2g} of their spread"
             )
 
 

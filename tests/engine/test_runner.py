@@ -336,6 +336,13 @@ def test_layout_is_learned_from_the_model(family, name):
     assert (layout.block_size, layout.dtype) == (16, "float32")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_narrow_types_are_served(family, name, dtype):
+    runner = ModelRunner.load(family(name), dtype=dtype, device="cpu", block_size=16)
+    assert runner.layout.dtype == dtype
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_unsupported_models_are_refused_in_one_line(name, tmp_path):
     config_class, settings, reason = REFUSED[name]
