@@ -88,7 +88,7 @@ def _check_logits(model: Any, scratch: KVLayout, tokens: list[int], expected: to
         error = ((logits - own).std() / own.std().clamp(min=1e-6)).item()
         if not error <= _ERROR_MAX[scratch.dtype]:
             raise UnsupportedModelError(
-                f"{_name(model)}: over a paged KV pool its logits differ by {error:.2g} of their spread"
+                f"{_name(model)}: over a paged KV pool its logits are {error:.2g} of a spread off"
             )
 
 
