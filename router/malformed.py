@@ -17,7 +17,7 @@ class _Malformed:
     """Stands in for a request that could not be read."""
 
 
-class MalformedRequests(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+class MalformedRequests(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
