@@ -75,7 +75,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         return service
 
     async def wait_for_end(self) -> None:
-        """Returns after `stop`; raises when a loop of this worker has failed, which no request
+        """Does not return while the worker lives. Raises what ended its loops, which no request
         would survive: whoever waits here replaces the worker."""
         await asyncio.gather(*self._tasks)
 

@@ -18,6 +18,7 @@ from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
 from kvrelay.engine.attention import StepCancelledError
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
+from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockLedger
 from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session
 from kvrelay.transport.frames import LinkError, to_end
@@ -68,7 +69,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         return service
 
     async def wait_for_end(self) -> None:
-        """Returns after `stop`; raises when a loop of this worker has failed, which no request
+        """Does not return while the worker lives. Raises what ended its loop, which no request
         would survive: whoever waits here replaces the worker."""
         await asyncio.gather(*self._tasks)
 
@@ -116,6 +117,11 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             sampling=SamplingParams.from_wire(prefill.sampling),
             ticket=prefill.ticket,
         )
+        differences = self._layout.differences(KVLayout.from_wire(prefill.ticket.layout))
+        if differences:
+            message = f"KV layouts of prefill and decode worker differ: {differences}"
+            self._fail(job, FailureCode.FAILURE_CODE_INVALID, message)
+            return
         try:
             self._schedule.add(job)
         except InvalidJobError as error:
@@ -215,7 +221,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         except LinkError as error:
             self._fail(job, FailureCode.FAILURE_CODE_PEER_LOST, str(error))
         except asyncio.CancelledError:
-            log.debug("%s cancelled", job.ticket.request_id)
+            log.debug("%s, attempt %d: cancelled", job.ticket.request_id, job.ticket.attempt)
         except Exception as error:
             log.exception("handing off %s failed", job.ticket.request_id)
             self._fail(job, FailureCode.FAILURE_CODE_INTERNAL, f"hand-off: {error}")
@@ -284,7 +290,6 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     def _send(self, session: Any, event: PrefillEvent) -> None:
         event.load.queued_tokens = self._schedule.queued_tokens
-        event.load.blocks_free = self.ledger.free
         session.send(event)
 
 

@@ -115,12 +115,10 @@ class PrefillEvent(_message.Message):
     def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., handed_off: _Optional[_Union[HandedOff, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., load: _Optional[_Union[PrefillLoad, _Mapping]] = ...) -> None: ...
 
 class PrefillLoad(_message.Message):
-    __slots__ = ("queued_tokens", "blocks_free")
+    __slots__ = ("queued_tokens",)
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
     queued_tokens: int
-    blocks_free: int
-    def __init__(self, queued_tokens: _Optional[int] = ..., blocks_free: _Optional[int] = ...) -> None: ...
+    def __init__(self, queued_tokens: _Optional[int] = ...) -> None: ...
 
 class PrefillStarted(_message.Message):
     __slots__ = ("key",)

@@ -1,0 +1,36 @@
+"""What a prefill worker refuses by itself, before any compute is spent."""
+
+import asyncio
+
+from local_cluster import local_cluster
+from tiny_models import make_tiny
+
+from kvrelay.rpc import credentials, dial
+from kvrelay.wire import worker_pb2, worker_pb2_grpc
+
+
+async def test_a_ticket_for_another_layout_is_refused_with_both_sides_named(tmp_path):
+    async with local_cluster(make_tiny("llama", tmp_path / "llama")) as cluster:
+        service = cluster.prefill[0]
+        prefill = worker_pb2.Prefill(key=7, prompt_token_ids=[5] * 20)
+        prefill.ticket.layout.CopyFrom(service._layout.to_wire())
+        prefill.ticket.layout.block_size = 32
+        prefill.ticket.block_ids.extend([0, 1])
+        failed = await first_failure(service, worker_pb2.PrefillCommand(prefill=prefill))
+    assert (failed.key, failed.code) == (7, worker_pb2.FAILURE_CODE_INVALID)
+    assert "block_size: 16 here, 32 there" in failed.message
+
+
+async def first_failure(service, command):
+    async def commands():
+        yield command
+        await asyncio.get_running_loop().create_future()
+
+    key = service._config.cluster_key
+    async with dial(service.address) as channel, asyncio.timeout(30):
+        stub = worker_pb2_grpc.PrefillWorkerStub(channel)
+        call = stub.Session(commands(), metadata=credentials(key))
+        async for event in call:
+            if event.WhichOneof("event") == "failed":
+                call.cancel()
+                return event.failed
