@@ -34,3 +34,4 @@ async def first_failure(service, command):
             if event.WhichOneof("event") == "failed":
                 call.cancel()
                 return event.failed
+        raise AssertionError("the session ended without a refusal")
