@@ -22,7 +22,8 @@ from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockLedger
 from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session
 from kvrelay.transport.frames import LinkError, to_end
-from kvrelay.transport.writer import Transfer, WriterPool
+from kvrelay.transport.writer import Transfer
+from kvrelay.transport.writer_pool import WriterPool
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
 from kvrelay.wire.worker_pb2 import FailureCode, PrefillCommand, PrefillEvent
 from prefill_worker.schedule import Chunk, InvalidJobError, Job, JobState, QueueFullError, Schedule

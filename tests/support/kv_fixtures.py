@@ -22,7 +22,7 @@ from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockLedger
 from kvrelay.kv.pool import KVPool
 from kvrelay.transport.listener import Listener
-from kvrelay.transport.writer import WriterPool
+from kvrelay.transport.writer_pool import WriterPool
 from kvrelay.wire.transfer_pb2 import Ticket
 
 LAYOUT = KVLayout("tiny", "float32", layers=2, block_size=4, kv_heads=1, head_dim=2)

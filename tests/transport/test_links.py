@@ -28,11 +28,12 @@ from kv_fixtures import (
 
 from kvrelay.config import PROTOCOL_VERSION
 from kvrelay.kv.pool import KVPool
-from kvrelay.transport import movers, writer
+from kvrelay.transport import movers, writer_pool
 from kvrelay.transport.frames import FRAME_BYTES_MAX, FrameSocket, LinkError
 from kvrelay.transport.listener import Listener
 from kvrelay.transport.movers import checksum
-from kvrelay.transport.writer import Transfer, WriterPool
+from kvrelay.transport.writer import Transfer
+from kvrelay.transport.writer_pool import WriterPool
 from kvrelay.wire.transfer_pb2 import (
     Abort,
     Begin,
@@ -156,7 +157,7 @@ async def test_layouts_that_differ_are_refused_with_both_sides_told(decode, tran
 async def test_protocol_versions_that_differ_are_refused_with_both_told(
     decode, prefill, monkeypatch
 ):
-    monkeypatch.setattr(writer, "PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
+    monkeypatch.setattr(writer_pool, "PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
     with pytest.raises(
         LinkError, match=f"protocol {PROTOCOL_VERSION} here, {PROTOCOL_VERSION + 1}"
     ):

@@ -1,0 +1,123 @@
+"""The KV links of one prefill worker: finds a way to a decode worker and shakes hands.
+
+prefill_worker's service calls WriterPool.begin for a ticket and gets a Transfer to push through.
+"""
+
+import asyncio
+import socket
+
+from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
+from kvrelay.kv.pool import KVPool
+from kvrelay.transport.frames import FrameSocket, LinkError, tune_tcp
+from kvrelay.transport.movers import ShmSender, TcpSender, receive_fd
+from kvrelay.transport.writer import Transfer, WriterLink
+from kvrelay.wire import transfer_pb2
+from kvrelay.wire.transfer_pb2 import Frame, Ticket
+
+
+class WriterPool:
+    """The links of one prefill worker, made when a ticket first needs them."""
+
+    def __init__(self, config: WorkerConfig, instance_id: str, pool: KVPool) -> None:
+        self._config = config
+        self._instance_id = instance_id
+        self._pool = pool
+        self._links: dict[tuple[str, str], asyncio.Task[WriterLink]] = {}
+
+    async def begin(self, ticket: Ticket) -> Transfer:
+        """A transfer over the first of the ticket's endpoints that works from here.
+
+        Raises:
+            LinkError: none does, or the decode worker refuses; says what was tried.
+        """
+        tried = []
+        for endpoint in ticket.endpoints:
+            if self._config.transport not in ("auto", endpoint.transport):
+                continue
+            try:
+                link = await self._link(ticket.decode_instance_id, endpoint)
+            except LinkError as error:
+                tried.append(f"{endpoint.transport}: {error}")
+                continue
+            return await link.begin(ticket, self._config.link_reply_ms / 1000)
+        raise LinkError(f"no way to {ticket.decode_instance_id}: {'; '.join(tried) or 'none fits'}")
+
+    async def close(self) -> None:
+        links, self._links = list(self._links.values()), {}
+        for connecting in links:
+            connecting.cancel()
+        for link in await asyncio.gather(*links, return_exceptions=True):
+            if isinstance(link, WriterLink):
+                await link.close()
+
+    async def _link(self, instance_id: str, endpoint: transfer_pb2.Endpoint) -> WriterLink:
+        """The one link there is, or the one attempt to make it, shared by all who need it."""
+        key = (instance_id, endpoint.transport)
+        if key not in self._links or not _usable(self._links[key]):
+            self._links = {k: link for k, link in self._links.items() if _usable(link)}
+            self._links[key] = asyncio.create_task(self._connect(instance_id, endpoint))
+        return await asyncio.shield(self._links[key])
+
+    async def _connect(self, instance_id: str, endpoint: transfer_pb2.Endpoint) -> WriterLink:
+        stall_s = self._config.link_reply_ms / 1000
+        frames = FrameSocket(_socket_for(endpoint, stall_s), stall_s)
+        try:
+            async with asyncio.timeout(self._config.link_connect_ms / 1000):
+                await _dial(frames.sock, endpoint)
+                return await self._shake_hands(frames, instance_id, endpoint.transport)
+        except (OSError, TimeoutError, LinkError) as error:
+            frames.close()
+            raise LinkError(f"{endpoint.address}: {str(error) or 'no answer in time'}") from error
+        except asyncio.CancelledError:
+            frames.close()
+            raise
+
+    async def _shake_hands(
+        self, frames: FrameSocket, instance_id: str, transport: str
+    ) -> WriterLink:
+        hello = transfer_pb2.Hello(
+            protocol_version=PROTOCOL_VERSION,
+            instance_id=self._instance_id,
+            layout=self._pool.layout.to_wire(),
+        )
+        await frames.send(Frame(hello=hello))
+        answer = await frames.receive()
+        if answer.WhichOneof("body") == "refused":
+            raise LinkError(answer.refused.reason)
+        if answer.welcome.instance_id != instance_id:
+            raise LinkError(f"{answer.welcome.instance_id} answers there, not {instance_id}")
+        if transport == "tcp":
+            return WriterLink(frames, TcpSender(), self._pool)
+        fd = await receive_fd(frames.sock)
+        sender = ShmSender(fd, answer.welcome.pool_bytes, self._pool.layout.block_bytes)
+        return WriterLink(frames, sender, self._pool)
+
+
+def _usable(connecting: asyncio.Task[WriterLink]) -> bool:
+    """Whether a link is there, or may still come."""
+    if not connecting.done():
+        return True
+    return (
+        not connecting.cancelled()
+        and not connecting.exception()
+        and (not connecting.result().closed)
+    )
+
+
+def _socket_for(endpoint: transfer_pb2.Endpoint, stall_s: float) -> socket.socket:
+    if endpoint.transport == "shm":
+        sock = socket.socket(socket.AF_UNIX)
+    else:
+        sock = socket.socket(socket.AF_INET)
+        tune_tcp(sock, stall_s)
+    sock.setblocking(False)
+    return sock
+
+
+async def _dial(sock: socket.socket, endpoint: transfer_pb2.Endpoint) -> None:
+    loop = asyncio.get_running_loop()
+    if endpoint.transport == "shm":
+        await loop.sock_connect(sock, endpoint.address)
+    else:
+        host, _, port = endpoint.address.rpartition(":")
+        await loop.sock_connect(sock, (host, int(port)))
