@@ -14,7 +14,7 @@ from typing import Any
 
 from decode_worker.batch import Batch, Ending, Output, Running
 from decode_worker.handoff import HandOff, InvalidReservationError, Key
-from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
+from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
@@ -93,14 +93,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         await require_cluster_key(context, self._config.cluster_key)
         session: RouterSession[DecodeEvent] = RouterSession(self._config.session_events_max)
         self._sessions.add(session)
-        info = worker_pb2.WorkerInfo(
-            protocol_version=PROTOCOL_VERSION,
-            instance_id=self.instance_id,
-            layout=self._layout.to_wire(),
-            blocks_total=self.ledger.total,
-            max_model_tokens=self._engine.max_model_tokens,
-        )
-        self._send(session, DecodeEvent(info=info))
+        self._send(session, DecodeEvent(info=self._engine.info(self.instance_id)))
         await serve_session(session, request_iterator, context, self._command, self._closed)
 
     def _command(self, session: RouterSession[DecodeEvent], command: DecodeCommand) -> None:

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
+from kvrelay.config import WorkerConfig
 from kvrelay.engine.attention import StepCancelledError
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
@@ -89,14 +89,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         await require_cluster_key(context, self._config.cluster_key)
         session: RouterSession[PrefillEvent] = RouterSession(self._config.session_events_max)
         self._sessions.add(session)
-        info = worker_pb2.WorkerInfo(
-            protocol_version=PROTOCOL_VERSION,
-            instance_id=self.instance_id,
-            layout=self._layout.to_wire(),
-            blocks_total=self.ledger.total,
-            max_model_tokens=self._engine.max_model_tokens,
-        )
-        self._send(session, PrefillEvent(info=info))
+        self._send(session, PrefillEvent(info=self._engine.info(self.instance_id)))
         await serve_session(session, request_iterator, context, self._command, self._closed)
 
     def _command(self, session: RouterSession[PrefillEvent], command: PrefillCommand) -> None:

@@ -11,11 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from kvrelay.config import WorkerConfig
+from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
 from kvrelay.engine.attention import Slice
 from kvrelay.engine.runner import ModelRunner, UnsupportedModelError
 from kvrelay.engine.sampling import SamplingParams, sample
 from kvrelay.kv.pool import KVPool
+from kvrelay.wire import worker_pb2
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +29,17 @@ class EngineHost:
         self._runner = runner
         self._thread = thread
 
-    @property
-    def max_model_tokens(self) -> int:
-        """Longest sequence that the pool can hold and the model can do."""
-        held = self.pool.blocks * self.pool.layout.block_size
-        return min(held, self._runner.context_limit or held)
+    def info(self, instance_id: str) -> worker_pb2.WorkerInfo:
+        """What a worker with this engine says of itself at the start of a session."""
+        layout = self.pool.layout
+        held = self.pool.blocks * layout.block_size
+        return worker_pb2.WorkerInfo(
+            protocol_version=PROTOCOL_VERSION,
+            instance_id=instance_id,
+            layout=layout.to_wire(),
+            blocks_total=self.pool.blocks,
+            max_model_tokens=min(held, self._runner.context_limit or held),
+        )
 
     @classmethod
     async def load(cls, config: WorkerConfig, *, shared_pool: bool) -> "EngineHost":

@@ -3,7 +3,6 @@ names the field, and a stream that runs beside it gets exactly the tokens it wou
 
 import asyncio
 import contextlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import grpc
 import pytest
 import pytest_asyncio
 from local_cluster import LocalCluster, local_cluster
-from tiny_models import make_tiny
+from tiny_models import make_endless
 
 from kvrelay.rpc import CLUSTER_KEY_HEADER
 from kvrelay.wire import control_pb2, control_pb2_grpc, worker_pb2_grpc
@@ -32,13 +31,6 @@ OPEN_SIZES = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_l
 BLOCK_SIZE = 16
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
-
-
-def make_endless(folder: Path) -> Path:
-    """A tiny model without an end token: an answer has all the tokens it was asked for."""
-    make_tiny("llama", folder)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 from local_cluster import local_cluster
-from tiny_models import make_tiny
+from tiny_models import make_endless
 
 from kvrelay.wire import inference_pb2 as pb
 from kvrelay.wire.inference_pb2_grpc import InferenceStub
@@ -27,13 +27,6 @@ SERVICE = "kvrelay.v1.Inference"
 # Only a broken test waits this long.
 DEADLINE_S = 60.0
 TEXT = "the sin of the king"
-
-
-def make_endless(folder: Path) -> Path:
-    """A tiny model without an end token: an answer has all the tokens it was asked for."""
-    make_tiny("llama", folder)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))
-    return folder
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

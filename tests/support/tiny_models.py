@@ -6,6 +6,7 @@ an engine that forgets one is caught, and logits are spread wide enough (standar
 that a greedy choice does not hang on rounding.
 """
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,13 @@ def make_tiny(family: str, folder: Path, *, seed: int = 0) -> Path:
     config = config_class(**{**_COMMON, "vocab_size": len(tokenizer), **special})
     _save(AutoModelForCausalLM.from_config, config, folder, seed)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_endless(folder: Path) -> Path:
+    """A tiny model without an end token: an answer has all the tokens it was asked for."""
+    make_tiny("llama", folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))
     return folder
 
 
