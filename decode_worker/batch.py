@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from decode_worker.handoff import Key
-from kvrelay.engine.attention import Slice
 from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.step import Slice
 
 
 class Ending(Enum):

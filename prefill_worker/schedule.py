@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from kvrelay.engine.attention import Slice
 from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.step import Slice
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockEvent, BlockLedger
 from kvrelay.lifecycle import advance

@@ -15,9 +15,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from kvrelay.config import WorkerConfig
-from kvrelay.engine.attention import StepCancelledError
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
+from kvrelay.engine.step import StepCancelledError
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockLedger
 from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session

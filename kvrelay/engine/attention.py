@@ -15,28 +15,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from kvrelay.engine.step import Slice, StepCancelledError
+
 NAME = "kvrelay"
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Tokens of one sequence that go through the model in one step.
-
-    tokens are the positions start .. start + len(tokens); blocks hold the whole sequence, first
-    position first, and have room for these tokens.
-    """
-
-    tokens: Sequence[int]
-    start: int
-    blocks: Sequence[int]
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.tokens)
-
-
-class StepCancelledError(Exception):
-    """Nobody wants this step any more; it ended between two layers."""
 
 
 class Step(Protocol):

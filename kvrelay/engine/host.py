@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
-from kvrelay.engine.attention import Slice
 from kvrelay.engine.runner import ModelRunner, UnsupportedModelError
 from kvrelay.engine.sampling import SamplingParams, sample
+from kvrelay.engine.step import Slice
 from kvrelay.kv.pool import KVPool
 from kvrelay.wire import worker_pb2
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from kvrelay.engine import attention
-from kvrelay.engine.attention import LayerProbe, PagedStep, Slice, run_paged
+from kvrelay.engine.attention import LayerProbe, PagedStep, run_paged
+from kvrelay.engine.step import Slice
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.pool import KVPool
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvrelay.engine.attention import PagedStep, Slice, run_paged
+from kvrelay.engine.attention import PagedStep, run_paged
 from kvrelay.engine.fingerprint import fingerprint
 from kvrelay.engine.probe import UnsupportedModelError, context_limit, probe_layout
+from kvrelay.engine.step import Slice
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.pool import TORCH_DTYPES, KVPool
 

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from kv_fixtures import sampling
 
 from decode_worker.batch import Batch, Ending, Output, Running
-from kvrelay.engine.attention import Slice
+from kvrelay.engine.step import Slice
 
 EOS = 99
 

@@ -8,7 +8,7 @@ import pytest
 from local_cluster import local_cluster
 from tiny_models import EOS_ID, make_tiny
 
-from kvrelay.engine.attention import Slice
+from kvrelay.engine.step import Slice
 
 BLOCK_SIZE = 16
 CHUNK_TOKENS = 32

@@ -12,8 +12,8 @@ import transformers
 from tiny_models import FAMILIES, make_not_decoder_only, make_tiny
 from transformers import AutoModelForCausalLM
 
-from kvrelay.engine.attention import Slice
 from kvrelay.engine.runner import ModelRunner, UnsupportedModelError
+from kvrelay.engine.step import Slice
 from kvrelay.kv.pool import KVPool
 
 BLOCK_SIZE = 4

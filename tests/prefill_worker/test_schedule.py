@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kv_fixtures import LAYOUT, sampling
 
-from kvrelay.engine.attention import Slice
+from kvrelay.engine.step import Slice
 from kvrelay.kv.ledger import BlockLedger, BlockState
 from kvrelay.lifecycle import IllegalTransitionError
 from kvrelay.wire.transfer_pb2 import Ticket
