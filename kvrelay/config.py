@@ -13,6 +13,8 @@ PROTOCOL_VERSION = 1
 Transport = Literal["auto", "shm", "tcp"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
+Quantize = Literal["none", "int8"]
+KvDtype = Literal["auto", "float32", "bfloat16", "float16"]  # auto: as the model computes
 
 
 class _Frozen(BaseModel):
@@ -29,7 +31,11 @@ class WorkerConfig(_Frozen):
     host: str = "127.0.0.1"
     dtype: Dtype = "float32"
     device: Device = "cpu"
+    quantize: Quantize = "none"
+    kv_dtype: KvDtype = "auto"
+    cache_dir: Path | None = None  # of prepared weights; None: `default_cache`
     threads: int = Field(default=1, ge=1)
+    cores: tuple[int, ...] = ()  # the worker's own; empty: wherever the system puts it
     block_size: int = Field(default=16, ge=1)
     kv_bytes: int = Field(default=1 << 30, ge=1)
     transport: Transport = "auto"
