@@ -11,8 +11,11 @@ from typing import Any
 
 import ray
 
+from cluster.cores import pin, shown
 from cluster.options import LOG_FORMAT
 from kvrelay.config import WorkerConfig
+
+log = logging.getLogger(__name__)
 
 # Named, not imported: torch is for the workers' processes, not for the one that starts them.
 SERVICES = {
@@ -31,6 +34,8 @@ class WorkerActor:
         self._service: Any = None
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # they would end up in the user's terminal
         logging.basicConfig(level=self._config.log_level, format=LOG_FORMAT)
+        if self._config.cores:
+            self._pin()  # before torch is imported: its threads take over what they find
 
     async def start(self) -> str:
         """Loads the model and serves; returns the address routers connect to."""
@@ -46,3 +51,13 @@ class WorkerActor:
     async def wait_for_end(self) -> None:
         """Ends when the worker does; whoever waits for it learns at once when the process dies."""
         await self._service.wait_for_end()
+
+    def _pin(self) -> None:
+        cores, threads = shown(self._config.cores), self._config.threads
+        try:
+            pin(self._config.cores)
+        except OSError as error:  # slower, but it serves
+            log.warning("%s worker is not pinned to cores %s: %s", self._role, cores, error)
+            return
+        plural = "" if threads == 1 else "s"
+        log.info("%s worker on cores %s (%d thread%s)", self._role, cores, threads, plural)

@@ -9,7 +9,9 @@ if _before is signal.default_int_handler:
 
 import click  # noqa: E402
 
-# First: it quiets gRPC's own log lines, which must happen before gRPC is loaded.
+from cluster.bench.commands import bench  # noqa: E402
+
+# Before whatever else loads gRPC: it quiets gRPC's own log lines.
 from cluster.client_commands import chat, generate  # noqa: E402
 from cluster.serve_commands import demo, serve  # noqa: E402
 
@@ -22,5 +24,5 @@ def main() -> None:
     """Serve large language models with prefill and decode on separate workers."""
 
 
-for command in (serve, demo, generate, chat):
+for command in (serve, demo, generate, chat, bench):
     main.add_command(command)

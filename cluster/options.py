@@ -6,7 +6,7 @@ Light to import: the commands read it before they know that Ray and torch are ne
 import os
 from dataclasses import dataclass
 
-from kvrelay.config import Device, Dtype, Transport
+from kvrelay.config import Device, Dtype, KvDtype, Quantize, Transport
 
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
@@ -17,7 +17,10 @@ class ServeError(Exception):
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What a person can choose. `threads` 0 shares the cores out evenly among the workers."""
+    """What a person can choose. `threads` 0 shares the cores out evenly among the workers.
+
+    Raises ServeError for choices that do not go together.
+    """
 
     prefill: int = 1
     decode: int = 1
@@ -26,12 +29,25 @@ class ServeOptions:
     transport: Transport = "auto"
     device: Device = "cpu"
     dtype: Dtype = "float32"
+    quantize: Quantize = "none"
+    kv_dtype: KvDtype = "auto"
     threads: int = 0
     kv_gib: float = 1.0
     chunk_tokens: int = 256
     block_size: int = 16
     drain_s: float = 30.0
     verbose: bool = False
+
+    def __post_init__(self) -> None:
+        if self.quantize == "int8" and self.device != "cpu":
+            raise ServeError(
+                f"--quantize int8 runs on the CPU: drop it, or drop --device {self.device}"
+            )
+        if self.quantize == "int8" and self.dtype != "float32":
+            raise ServeError(
+                "--quantize int8 computes the rest in float32:"
+                f" drop it, or drop --dtype {self.dtype}"
+            )
 
     @property
     def log_level(self) -> str:

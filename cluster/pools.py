@@ -31,6 +31,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from cluster.actors import WorkerActor
+from cluster.cores import Slot
 from cluster.options import ServeError
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ _STEADY_S = 60.0  # a worker that lived this long starts with no backoff again
 
 @dataclass(eq=False)
 class _Member:
-    role: str
+    slot: Slot
     actor: Any
     address: str
     end: Any  # Ray's reference to wait_for_end
@@ -56,7 +57,7 @@ class _Member:
 class _Starting:
     """A worker that loads the model."""
 
-    role: str
+    slot: Slot
     actor: Any
     address: Any  # Ray's reference to start
     failures: int  # of those it replaces, in a row
@@ -67,17 +68,20 @@ class _Starting:
 class _Vacancy:
     """A worker that died and is to be replaced."""
 
-    role: str
+    slot: Slot
     failures: int
     due_s: float
 
 
 @dataclass
 class Pools:
-    """`config` is for every worker; `sizes` gives the number of each role."""
+    """`config` is for every worker, but for its cores; `slots` has one place for each.
+
+    A slot has one owner at any time: a member, a start or a vacancy.
+    """
 
     config: WorkerConfig
-    sizes: dict[str, int]
+    slots: list[Slot]
     ray_dir: Path
     _members: list[_Member] = field(default_factory=list)
     _starting: list[_Starting] = field(default_factory=list)
@@ -88,7 +92,7 @@ class Pools:
         """Raises ServeError when Ray does not start, or has not the GPUs that are needed."""
         # Inherited by the workers; torch makes this folder when it is imported.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.ray_dir / "inductor")
-        workers = sum(self.sizes.values())
+        workers = len(self.slots)
         try:
             with _signals_deferred():
                 ray.init(
@@ -109,17 +113,16 @@ class Pools:
 
     def start_workers(self) -> Iterator[int]:
         """Yields how many have started, from 0 up; raises ServeError when one cannot."""
-        roles = [role for role, size in self.sizes.items() for _ in range(size)]
-        for role in roles:
-            self._launch(role, failures=0)
+        for slot in self.slots:
+            self._launch(slot, failures=0)
         yield 0
         while self._starting:
             for starting in self._settled(self._wait(_WAIT_S)):
                 self._add(starting)
-                yield len(roles) - len(self._starting)
+                yield len(self.slots) - len(self._starting)
 
     def addresses(self, role: str) -> list[str]:
-        return [member.address for member in self._members if member.role == role]
+        return [member.address for member in self._members if member.slot.role == role]
 
     def replace_dead(self, wait_s: float) -> bool:
         """Waits up to wait_s for a death, or for a replacement to start. True if `addresses`
@@ -134,7 +137,7 @@ class Pools:
                 self._add(starting)
             except ServeError as error:
                 log.error("%s", error)
-                self._vacate(starting.role, starting.failures + 1)
+                self._vacate(starting.slot, starting.failures + 1)
         return self._members != before
 
     def stop(self) -> None:
@@ -160,48 +163,50 @@ class Pools:
         now = time.monotonic()
         return [s for s in self._starting if s.address in done or s.deadline_s <= now]
 
-    def _launch(self, role: str, failures: int) -> None:
-        actor = self._create(role)
+    def _launch(self, slot: Slot, failures: int) -> None:
+        actor = self._create(slot)
         deadline_s = time.monotonic() + _START_S
-        starting = _Starting(role, actor, actor.start.remote(), failures, deadline_s)
+        starting = _Starting(slot, actor, actor.start.remote(), failures, deadline_s)
         self._starting.append(starting)
 
-    def _create(self, role: str) -> Any:
+    def _create(self, slot: Slot) -> Any:
         gpus = 1 if self.config.device == "cuda" else 0
         options = WorkerActor.options(  # type: ignore[attr-defined]
             num_cpus=self.config.threads, num_gpus=gpus, max_restarts=0
         )
-        return options.remote(role, self.config.model_dump_json())
+        config = self.config.model_copy(update={"cores": slot.cores})
+        return options.remote(slot.role, config.model_dump_json())
 
     def _add(self, starting: _Starting) -> None:
         """Makes a settled start a member, or raises ServeError."""
         self._starting.remove(starting)
-        role, actor = starting.role, starting.actor
+        slot, actor = starting.slot, starting.actor
         try:
             address = ray.get(starting.address, timeout=0)
         except RayError as error:
             ray.kill(actor)
-            raise ServeError(f"{role} worker {_why(error)}{self._more()}") from None
+            raise ServeError(f"{slot.role} worker {_why(error)}{self._more()}") from None
         end = actor.wait_for_end.remote()
-        self._members.append(_Member(role, actor, address, end, time.monotonic()))
+        self._members.append(_Member(slot, actor, address, end, time.monotonic()))
 
     def _bury(self, member: _Member) -> None:
-        log.error("a %s worker died; it will be replaced%s", member.role, self._more())
+        role = member.slot.role
+        log.error("a %s worker died; it will be replaced%s", role, self._more())
         self._members.remove(member)
         ray.kill(member.actor)  # in case the process lives and only its loop has failed
         lived_s = time.monotonic() - member.started_s
-        failures = 0 if lived_s > _STEADY_S else self._failures.get(member.role, 0)
-        self._vacate(member.role, failures)
+        failures = 0 if lived_s > _STEADY_S else self._failures.get(role, 0)
+        self._vacate(member.slot, failures)
 
-    def _vacate(self, role: str, failures: int) -> None:
-        self._failures[role] = failures + 1
+    def _vacate(self, slot: Slot, failures: int) -> None:
+        self._failures[slot.role] = failures + 1
         backoff_s = _RESTART_BACKOFF_S[min(failures, len(_RESTART_BACKOFF_S) - 1)]
-        self._vacancies.append(_Vacancy(role, failures, time.monotonic() + backoff_s))
+        self._vacancies.append(_Vacancy(slot, failures, time.monotonic() + backoff_s))
 
     def _fill_vacancies(self) -> None:
         for vacancy in [v for v in self._vacancies if v.due_s <= time.monotonic()]:
             self._vacancies.remove(vacancy)
-            self._launch(vacancy.role, vacancy.failures)
+            self._launch(vacancy.slot, vacancy.failures)
 
     def _more(self) -> str:
         return " (--verbose shows more)" if self.config.log_level == "WARNING" else ""

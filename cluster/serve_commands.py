@@ -53,6 +53,18 @@ class _Finite(click.FloatRange):
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
 @click.option(
+    "--quantize",
+    type=click.Choice(["none", "int8"]),
+    default="none",
+    help="int8: W8A8 linear layers on the CPU's integer units.",
+)
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    default="auto",
+    help="How the KV cache is stored; auto: as the model computes.",
+)
+@click.option(
     "--threads", type=click.IntRange(0, 1024), default=0, help="Per worker; 0 shares the cores out."
 )
 @click.option(
@@ -80,7 +92,10 @@ def serve(model: str, **options: Any) -> None:
     Prints one line `ready grpc=HOST:PORT` when requests can be served. Ctrl-C finishes what is
     running; a second Ctrl-C does not wait for it.
     """
-    chosen = ServeOptions(**options)
+    try:
+        chosen = ServeOptions(**options)
+    except ServeError as error:
+        raise click.UsageError(str(error)) from None
     logging.basicConfig(level=chosen.log_level, format=LOG_FORMAT)
     with _errors_in_one_line(), _Interrupts() as stop, _serving(model, chosen, stop) as cluster:
         print(f"ready grpc={cluster.address}", file=sys.__stdout__, flush=True)

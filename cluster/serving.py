@@ -24,10 +24,12 @@ import grpc
 import psutil
 from pydantic import ValidationError
 
+from cluster.cores import slots
 from cluster.model_store import PreparedModel
 from cluster.options import ServeError, ServeOptions
 from cluster.pools import Pools
 from cluster.preparation import Progress
+from kvrelay.cache import default_cache
 from kvrelay.config import RouterConfig, WorkerConfig
 from kvrelay.rpc import new_cluster_key
 from kvrelay.wire import control_pb2, control_pb2_grpc
@@ -58,8 +60,7 @@ class Serving:
             raise ServeError("; ".join(wrong)) from None
         except (OverflowError, ValueError) as error:  # infinities and NaN have no int
             raise ServeError(f"kv_gib or drain_s: {error}") from None
-        sizes = {"prefill": options.prefill, "decode": options.decode}
-        self._pools = Pools(worker_config, sizes, self._run_dir / "ray")
+        self._pools = Pools(worker_config, slots(options), self._run_dir / "ray")
         self._router: subprocess.Popen[str] | None = None
 
     def start(self, report: Progress) -> None:
@@ -195,6 +196,9 @@ def _configs(
         socket_dir=run_dir,
         dtype=options.dtype,
         device=options.device,
+        quantize=options.quantize,
+        kv_dtype=options.kv_dtype,
+        cache_dir=default_cache(),
         threads=options.threads_each,
         block_size=options.block_size,
         kv_bytes=int(options.kv_gib * (1 << 30)),

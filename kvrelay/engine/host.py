@@ -5,7 +5,6 @@ The event loop of a worker answers peers at any moment, so the engine must not r
 
 import asyncio
 import logging
-import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +13,7 @@ import torch
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
 from kvrelay.engine.runner import ModelRunner, UnsupportedModelError
 from kvrelay.engine.sampling import SamplingParams, sample
-from kvrelay.engine.step import Slice
+from kvrelay.engine.step import CancelFlag, Slice
 from kvrelay.kv.pool import KVPool
 from kvrelay.wire import worker_pb2
 
@@ -81,7 +80,7 @@ class EngineHost:
         slices: Sequence[Slice],
         params: Sequence[SamplingParams | None],
         positions: Sequence[int],
-        cancelled: threading.Event | None = None,
+        cancelled: CancelFlag | None = None,
     ) -> list[int | None]:
         """One step; a new token for each slice that has params, in order (see `sample`).
 
@@ -97,7 +96,7 @@ class EngineHost:
         slices: Sequence[Slice],
         params: Sequence[SamplingParams | None],
         positions: Sequence[int],
-        cancelled: threading.Event | None,
+        cancelled: CancelFlag | None,
     ) -> list[int | None]:
         logits = self._runner.step(slices, [p is not None for p in params], cancelled)
         chosen = [

@@ -1,16 +1,20 @@
-"""Whether a model works over a paged KV pool, found out by running it. Called by ModelRunner.load.
+"""Whether a model works over a paged KV pool, found out by running it.
+
+Called by generic.py at every load and by prepared.py when it packs weights.
 
 There is no list of architectures. A model is refused when its configuration asks for attention that
 ours does not do, or when its logits through the pool, chunk by chunk, are not its own.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from kvrelay.engine import attention
-from kvrelay.engine.attention import LayerProbe, PagedStep, run_paged
-from kvrelay.engine.step import Slice
+from kvrelay.engine.attention import LayerProbe
+from kvrelay.engine.step import Slice, UnsupportedModelError
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.pool import KVPool
 
@@ -18,14 +22,12 @@ _TOKENS = 7  # over two blocks of the probe's size, and odd
 _BLOCK_SIZE = 4
 # As a part of the logits' spread. Rounding is around 1e-6 in fp32, and up to 0.12 in bf16 (between
 # transformers' own eager and sdpa attention, too); a missing mask or position is around 1.
-_ERROR_MAX = {"float32": 1e-3, "bfloat16": 0.4, "float16": 0.4}
+# int8 is around 0.03.
+ERROR_MAX = {"float32": 1e-3, "bfloat16": 0.4, "float16": 0.4}
+ERROR_MAX_INT8 = 0.25
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Masks that transformers builds from the configuration alone, out of an attention function's sight.
 _MASK_SETTINGS = ("attention_chunk_size", "keep_window_size")
-
-
-class UnsupportedModelError(Exception):
-    """The architecture does not work over a paged KV pool; the message says why in one line."""
 
 
 def context_limit(config: Any) -> int | None:
@@ -43,15 +45,37 @@ def context_limit(config: Any) -> int | None:
     return None
 
 
+@dataclass(frozen=True)
+class Watched:
+    """What one run of a model with its own attention showed."""
+
+    name: str
+    probe: LayerProbe
+    tokens: tuple[int, ...]
+    logits: torch.Tensor  # [tokens, vocab] float32
+    device: str
+
+    def layout(self, model_fingerprint: str, dtype: str, block_size: int) -> KVLayout:
+        kv_heads, head_dim, _ = self.probe.shapes[0]
+        return KVLayout(
+            model_fingerprint,
+            dtype,
+            layers=len(self.probe.shapes),
+            block_size=block_size,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+        )
+
+
 @torch.inference_mode()
-def probe_layout(model: Any, model_fingerprint: str, dtype: str, block_size: int) -> KVLayout:
-    """The KV layout of a model loaded with its own attention; leaves it with ours.
+def watch(model: Any) -> Watched:
+    """Runs a model loaded with its own attention; leaves it with ours.
 
     Raises:
         UnsupportedModelError: it cannot be served.
     """
     _check_config(model)
-    tokens = list(range(1, 1 + _TOKENS))
+    tokens = tuple(range(1, 1 + _TOKENS))
     inputs = torch.tensor([tokens], device=model.device)
     expected = model(input_ids=inputs, use_cache=False).logits[0].float()
     probe = LayerProbe()
@@ -63,11 +87,38 @@ def probe_layout(model: Any, model_fingerprint: str, dtype: str, block_size: int
         raise UnsupportedModelError(f"{_name(model)}: {error}") from error
     finally:
         attention.active_step.reset(reset)
-    kv_heads, head_dim = _uniform_shape(model, probe)
-    shape = {"layers": len(probe.shapes), "kv_heads": kv_heads, "head_dim": head_dim}
-    scratch = KVLayout(model_fingerprint, dtype, block_size=_BLOCK_SIZE, **shape)
-    _check_logits(model, scratch, tokens, expected)
-    return KVLayout(model_fingerprint, dtype, block_size=block_size, **shape)
+    _check_shapes(model, probe)
+    return Watched(_name(model), probe, tokens, expected, model.device.type)
+
+
+def check_logits(
+    watched: Watched,
+    layout: KVLayout,
+    run: Callable[[KVPool, Slice], torch.Tensor],
+    error_max: float,
+) -> None:
+    """Compares `run`, which gives the logits `[vocab]` of a slice's last token, with the model.
+
+    layout: of the pool that `run` gets; its block size is not used.
+
+    Raises:
+        UnsupportedModelError: they differ by more than `error_max` of the logits' spread.
+    """
+    scratch = replace(layout, block_size=_BLOCK_SIZE)
+    pool = KVPool(scratch, scratch.blocks_for(_TOKENS), device=watched.device)
+    blocks = list(reversed(range(pool.blocks)))
+    cut = _TOKENS // 2
+    for chunk in (
+        Slice(watched.tokens[:cut], 0, blocks),
+        Slice(watched.tokens[cut:-1], cut, blocks),
+        Slice(watched.tokens[-1:], _TOKENS - 1, blocks),
+    ):
+        own = watched.logits[chunk.end - 1]
+        error = ((run(pool, chunk) - own).std() / own.std().clamp(min=1e-6)).item()
+        if not error <= error_max:
+            raise UnsupportedModelError(
+                f"{watched.name}: over a paged KV pool its logits are {error:.2g} of a spread off"
+            )
 
 
 def _check_config(model: Any) -> None:
@@ -79,21 +130,7 @@ def _check_config(model: Any) -> None:
         raise UnsupportedModelError(f"{_name(model)}: attention with {what}")
 
 
-def _check_logits(model: Any, scratch: KVLayout, tokens: list[int], expected: torch.Tensor) -> None:
-    pool = KVPool(scratch, scratch.blocks_for(_TOKENS), device=model.device.type)
-    blocks = list(reversed(range(pool.blocks)))
-    cut = _TOKENS // 2
-    for chunk in (Slice(tokens[:cut], 0, blocks), Slice(tokens[cut:], cut, blocks)):
-        logits = run_paged(model, PagedStep(pool.kv, [chunk]), [True])[0]
-        own = expected[chunk.end - 1]
-        error = ((logits - own).std() / own.std().clamp(min=1e-6)).item()
-        if not error <= _ERROR_MAX[scratch.dtype]:
-            raise UnsupportedModelError(
-                f"{_name(model)}: over a paged KV pool its logits are {error:.2g} of a spread off"
-            )
-
-
-def _uniform_shape(model: Any, probe: LayerProbe) -> tuple[int, int]:
+def _check_shapes(model: Any, probe: LayerProbe) -> None:
     if not probe.shapes:
         raise UnsupportedModelError(f"{_name(model)}: it does not use the attention interface")
     if sorted(probe.shapes) != list(range(len(probe.shapes))):
@@ -101,10 +138,9 @@ def _uniform_shape(model: Any, probe: LayerProbe) -> tuple[int, int]:
     shapes = set(probe.shapes.values())
     if len(shapes) > 1:
         raise UnsupportedModelError(f"{_name(model)}: layers differ in KV shape: {sorted(shapes)}")
-    kv_heads, k_dim, v_dim = min(shapes)
+    _, k_dim, v_dim = min(shapes)
     if k_dim != v_dim:
         raise UnsupportedModelError(f"{_name(model)}: keys of {k_dim}, values of {v_dim} a head")
-    return kv_heads, k_dim
 
 
 def _name(model: Any) -> str:

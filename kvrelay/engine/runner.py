@@ -1,74 +1,171 @@
 """Loads a model and runs steps of it over a KV pool. Both workers own one runner each.
 
-The model is transformers' own; only attention is ours (attention.py). Whether that works for an
-architecture is found out at load time (probe.py).
+On a CPU in float32 the weights come packed from prepared.py, and a model of the Llama shape runs fused
+(fused.py). Everything else runs as transformers' modules (generic.py).
 """
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
+import numpy as np
 import torch
-from transformers import AutoModelForCausalLM
 
-from kvrelay.engine.attention import PagedStep, run_paged
+from kvrelay.config import KvDtype, Quantize
 from kvrelay.engine.fingerprint import fingerprint
-from kvrelay.engine.probe import UnsupportedModelError, context_limit, probe_layout
-from kvrelay.engine.step import Slice
+from kvrelay.engine.fused import FusedModel
+from kvrelay.engine.kernels.threads import Team
+from kvrelay.engine.kernels.tiles import HAS_VNNI
+from kvrelay.engine.prepared import Prepared, prepare
+from kvrelay.engine.step import CancelFlag, Slice, UnsupportedModelError
 from kvrelay.kv.layout import KVLayout
-from kvrelay.kv.pool import TORCH_DTYPES, KVPool
+from kvrelay.kv.pool import KVPool
 
 __all__ = ["ModelRunner", "UnsupportedModelError"]
+
+
+class _Model(Protocol):
+    @property
+    def weight_bytes(self) -> int: ...
+
+    def attach(self, pool: KVPool) -> None: ...
+
+    def step(
+        self, slices: Sequence[Slice], last_rows: Sequence[int], cancelled: CancelFlag
+    ) -> np.ndarray | torch.Tensor: ...
+
+    def close(self) -> None: ...
 
 
 class ModelRunner:
     """A model without a pool yet: `layout` says what a pool must look like; then `attach` it.
 
     context_limit: longest sequence in tokens that the model gives stable KV for; None: any.
+    description: how it runs, for people.
     """
 
-    def __init__(self, model: Any, layout: KVLayout) -> None:
+    def __init__(
+        self, model: _Model, layout: KVLayout, context_limit: int | None, description: str
+    ) -> None:
         self.layout = layout
-        self.context_limit = context_limit(model.config.get_text_config())
+        self.context_limit = context_limit
+        self.description = description
         self._model = model
-        self._pool: torch.Tensor | None = None
 
     @classmethod
-    def load(cls, path: Path, *, dtype: str, device: str, block_size: int) -> "ModelRunner":
-        """Reads the safetensors in `path`.
+    def load(
+        cls,
+        path: Path,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        block_size: int = 16,
+        quantize: Quantize = "none",
+        kv_dtype: KvDtype = "auto",
+        threads: int = 1,
+        cache_dir: Path | None = None,
+    ) -> "ModelRunner":
+        """Maps the packed weights of the model in `path`, packing them first if need be; or reads
+        its safetensors where nothing is packed.
 
         Raises:
             UnsupportedModelError: the model cannot be served; says why in one line.
+            CacheError: packed weights cannot be written.
         """
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=TORCH_DTYPES[dtype],
-            attn_implementation="eager",  # which every architecture has; the probe changes it
-            use_safetensors=True,
-            local_files_only=True,
-        )
-        model.to(device).eval().requires_grad_(False)
-        return cls(model, probe_layout(model, fingerprint(path), dtype, block_size))
+        kv = dtype if kv_dtype == "auto" else kv_dtype
+        if device != "cpu" or dtype != "float32":
+            return cls._load_plain(path, dtype, device, block_size, kv, threads)
+        prepared = prepare(path, quantize=quantize, cache_dir=cache_dir)
+        if prepared.shape is None:
+            return cls._load_packed(path, prepared, quantize, block_size, kv, threads)
+        model = FusedModel(prepared.shape, prepared.weights(), threads)
+        description = _described("fused", quantize, kv, threads)
+        return cls(model, prepared.layout(kv, block_size), None, description)
+
+    @classmethod
+    def _load_packed(
+        cls,
+        path: Path,
+        prepared: Prepared,
+        quantize: Quantize,
+        block_size: int,
+        kv: str,
+        threads: int,
+    ) -> "ModelRunner":
+        from kvrelay.engine.generic import GenericModel, load_model, pack_linears
+        from kvrelay.engine.probe import context_limit, watch
+
+        source = load_model(path, "float32", "cpu")
+        watched = watch(source)
+        team = Team(threads)
+        pack_linears(source, prepared.weights(), quantize == "int8", team)
+        model = GenericModel(source, team)
+        layout = watched.layout(prepared.model_fingerprint, kv, block_size)
+        model.check(watched, layout, int8=quantize == "int8")
+        limit = context_limit(source.config.get_text_config())
+        return cls(model, layout, limit, _described("generic", quantize, kv, threads))
+
+    @classmethod
+    def _load_plain(
+        cls, path: Path, dtype: str, device: str, block_size: int, kv: str, threads: int
+    ) -> "ModelRunner":
+        from kvrelay.engine.generic import GenericModel, load_model
+        from kvrelay.engine.probe import context_limit, watch
+
+        source = load_model(path, dtype, device)
+        watched = watch(source)
+        model = GenericModel(source, Team(threads))
+        layout = watched.layout(fingerprint(path), kv, block_size)
+        model.check(watched, layout, int8=False)
+        limit = context_limit(source.config.get_text_config())
+        return cls(model, layout, limit, f"transformers' modules, {dtype} on {device}, KV {kv}")
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights as stored that every decode step reads."""
+        return self._model.weight_bytes
 
     def attach(self, pool: KVPool) -> None:
         assert pool.layout == self.layout, pool.layout.differences(self.layout)
-        self._pool = pool.kv
+        self._model.attach(pool)
 
     def step(
         self,
         slices: Sequence[Slice],
         wanted: Sequence[bool],
-        cancelled: threading.Event | None = None,
+        cancelled: CancelFlag | None = None,
     ) -> torch.Tensor:
         """Runs all slices through the model, writing their KV into the pool.
 
         Returns the logits `[number wanted, vocab]`, float32, of the last token of each slice that
-        is wanted.
+        is wanted; valid until the next step.
 
         Raises:
             StepCancelledError: `cancelled` was set meanwhile; within a layer's time.
         """
-        assert self._pool is not None, "attach a pool first"
-        step = PagedStep(self._pool, slices, cancelled or threading.Event())
-        return run_paged(self._model, step, wanted)
+        last_rows: list[int] = []
+        end = 0
+        for s, want in zip(slices, wanted, strict=True):
+            end += len(s.tokens)
+            if want:
+                last_rows.append(end - 1)
+        return self._run(slices, last_rows, cancelled or CancelFlag())
+
+    def logits(self, slices: Sequence[Slice]) -> torch.Tensor:
+        """As `step`, the logits `[tokens of all slices, vocab]` of every token."""
+        return self._run(slices, range(sum(len(s.tokens) for s in slices)), CancelFlag())
+
+    def _run(
+        self, slices: Sequence[Slice], last_rows: Sequence[int], cancelled: CancelFlag
+    ) -> torch.Tensor:
+        logits = self._model.step(slices, last_rows, cancelled)
+        return torch.from_numpy(logits) if isinstance(logits, np.ndarray) else logits
+
+    def close(self) -> None:
+        """Ends the helper threads."""
+        self._model.close()
+
+
+def _described(way: str, quantize: Quantize, kv: str, threads: int) -> str:
+    kind = "fp32" if quantize == "none" else "int8 (VNNI)" if HAS_VNNI else "int8 (no VNNI here)"
+    return f"{way} {kind}, KV {kv}, {threads} thread{'s' if threads > 1 else ''}"

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from cluster import model_folder, model_store
-from cluster.model_store import ModelError, PreparedModel, default_cache, prepare
+from cluster.model_store import ModelError, PreparedModel, prepare
+from kvrelay import cache as kvrelay_cache
 from kvrelay.engine.fingerprint import fingerprint
 
 
@@ -48,20 +49,6 @@ def refusal(model: object, cache: Path) -> str:
 def edit_config(folder: Path, **changes: object) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
-# ---- where the cache is
-
-
-def test_default_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("KVRELAY_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert default_cache() == tmp_path / ".cache" / "kvrelay"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert default_cache() == tmp_path / "xdg" / "kvrelay"
-    monkeypatch.setenv("KVRELAY_CACHE", str(tmp_path / "own"))
-    assert default_cache() == tmp_path / "own"
 
 
 # ---- folders
@@ -254,19 +241,7 @@ def test_a_cache_that_cannot_be_written(llama, tmp_path):
         prepare(str(llama), cache=tmp_path / "cache")
 
 
-# ---- the cache
-
-
-def test_who_is_killed_while_building_is_started_over(cache):
-    target = cache / "models" / "m"
-    partial = target.with_name("m.partial")
-    partial.mkdir(parents=True)
-    (partial / "half").write_text("left by a killed start")
-
-    model_store._build_once(target, "m", lambda p: (p / "whole").touch(), lambda *_: None)
-
-    assert [file.name for file in target.iterdir()] == ["whole"]
-    assert not partial.exists()
+# ---- the cache: what tests/cache says of it, in the words of a model
 
 
 @pytest.mark.parametrize("failure", [ValueError("two\nlines"), KeyboardInterrupt(), OSError(28)])
@@ -285,7 +260,7 @@ def test_a_failed_build_is_never_seen(cache, failure):
 
 
 def test_who_waits_too_long_for_another_build_is_told(cache, monkeypatch):
-    monkeypatch.setattr(model_store, "_BUILD_WAIT_S", 0.05)
+    monkeypatch.setattr(kvrelay_cache, "_BUILD_WAIT_S", 0.05)
     target, said = cache / "models" / "m", []
 
     def build(partial: Path) -> None:

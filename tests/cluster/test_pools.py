@@ -8,6 +8,7 @@ import pytest
 from ray.exceptions import GetTimeoutError, RayActorError
 
 from cluster import pools
+from cluster.cores import Slot
 from cluster.options import ServeError
 from kvrelay.config import WorkerConfig
 
@@ -19,6 +20,7 @@ class FakeRay:
         self.ended: dict[str, object] = {}
         self.waited_s: list[float] = []
         self.killed: list[FakeActor] = []
+        self.made: dict[str, FakeActor] = {}
 
     def wait(self, refs, *, num_returns, timeout):
         self.waited_s.append(timeout)
@@ -39,8 +41,9 @@ class FakeRay:
 
 
 class FakeActor:
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, config: WorkerConfig) -> None:
         self.name = name
+        self.config = config
 
     def __getattr__(self, method: str) -> SimpleNamespace:
         return SimpleNamespace(remote=lambda: f"{self.name}.{method}")
@@ -57,15 +60,17 @@ def ray(monkeypatch) -> FakeRay:
 @pytest.fixture
 def started(ray, monkeypatch, tmp_path) -> pools.Pools:
     """A prefill worker p0 and a decode worker d0; those that follow are p1, d1, p2, ..."""
-    made = {"prefill": 0, "decode": 0}
 
-    def create(self, role: str) -> FakeActor:
-        made[role] += 1
-        return FakeActor(f"{role[0]}{made[role] - 1}")
+    def create(role: str, config_json: str) -> FakeActor:
+        number = sum(name.startswith(role[0]) for name in ray.made)
+        actor = FakeActor(f"{role[0]}{number}", WorkerConfig.model_validate_json(config_json))
+        ray.made[actor.name] = actor
+        return actor
 
-    monkeypatch.setattr(pools.Pools, "_create", create)
+    double = SimpleNamespace(options=lambda **resources: SimpleNamespace(remote=create))
+    monkeypatch.setattr(pools, "WorkerActor", double)
     config = WorkerConfig(model_path=tmp_path, cluster_key="k" * 16, socket_dir=tmp_path)
-    both = pools.Pools(config, {"prefill": 1, "decode": 1}, tmp_path)
+    both = pools.Pools(config, [Slot("prefill", (0, 1)), Slot("decode", (2, 3))], tmp_path)
     ray.ended.update({"p0.start": "here:0", "d0.start": "here:1"})
     assert list(both.start_workers()) == [0, 1, 2]
     return both
@@ -105,6 +110,30 @@ def test_a_replacement_that_does_not_start_is_replaced(ray, started, monkeypatch
     ray.ended["p2.start"] = "here:2"
     assert started.replace_dead(0.5)
     assert started.addresses("prefill") == ["here:2"]
+
+
+def test_a_replacement_gets_the_cores_of_the_one_it_replaces(ray, started):
+    ray.ended["p0.wait_for_end"] = None
+    started.replace_dead(0.5)
+    ray.ended["d0.wait_for_end"] = None
+    started.replace_dead(0.5)
+    ray.ended["p1.start"] = RayActorError()
+    started.replace_dead(0.5)
+    started.replace_dead(0.5)
+    cores = {name: actor.config.cores for name, actor in ray.made.items()}
+    assert cores == {"p0": (0, 1), "d0": (2, 3), "p1": (0, 1), "d1": (2, 3), "p2": (0, 1)}
+
+
+def test_workers_of_one_role_do_not_swap_cores(ray, started):
+    started.slots = [Slot("decode", (4,)), Slot("decode", (5,))]
+    ray.ended.update({"d1.start": "here:2", "d2.start": "here:3"})
+    assert list(started.start_workers())[-1] == 2
+    for died in ("d2", "d1"):
+        ray.ended[f"{died}.wait_for_end"] = None
+        started.replace_dead(0.5)
+    started.replace_dead(0.5)
+    cores = [actor.config.cores for name, actor in ray.made.items() if name.startswith("d")]
+    assert cores[1:] == [(4,), (5,), (5,), (4,)]
 
 
 def test_a_signal_waits_until_ray_has_started():

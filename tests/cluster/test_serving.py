@@ -98,6 +98,40 @@ def test_the_command_refuses_odd_numbers(option, value):
     assert f"Invalid value for '{option}'" in done.output
 
 
+# ---- choices that do not go together
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        (["--device", "cuda"], "Error: --quantize int8 runs on the CPU: drop it, or drop --device"),
+        (["--dtype", "bfloat16"], "drop it, or drop --dtype bfloat16"),
+        (["--dtype", "float16"], "drop it, or drop --dtype float16"),
+    ],
+)
+def test_int8_is_refused_where_it_cannot_be(monkeypatch, chosen, said):
+    monkeypatch.setattr("cluster.serve_commands.prepare", None)  # nothing has begun
+    done = CliRunner().invoke(main, ["serve", "no-model", "--quantize", "int8", *chosen])
+    assert done.exit_code == 2
+    assert said in done.output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--quantize", "int4"), ("--kv-dtype", "int8"), ("--kv-dtype", "fp8")]
+)
+def test_kinds_of_numbers_that_there_are_not(wrong):
+    done = CliRunner().invoke(main, ["serve", "no-model", *wrong])
+    assert done.exit_code == 2
+    assert f"Invalid value for '{wrong[0]}'" in done.output
+
+
+def test_workers_are_told_what_was_chosen(temp_dir, monkeypatch):
+    monkeypatch.setenv("KVRELAY_CACHE", "/tmp/own-cache")
+    config = new_serving(quantize="int8", kv_dtype="bfloat16")._pools.config
+    assert (config.quantize, config.kv_dtype) == ("int8", "bfloat16")
+    assert config.cache_dir == Path("/tmp/own-cache")
+
+
 # ---- the router
 
 

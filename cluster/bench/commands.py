@@ -1,0 +1,163 @@
+"""`kvrelay bench`: registered by cluster/cli.py. Loads torch only when something is measured."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+from rich.console import Console
+
+from cluster.bench.machine import cores_usable
+from cluster.bench.report import BenchError, Report
+from cluster.bench.text import TEXT, read_text
+from cluster.model_store import ModelError, PreparedModel, prepare
+from cluster.preparation import Progress
+from cluster.progress import console, reporting
+from kvrelay.config import KvDtype, Quantize
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+BASELINE = "transformers"
+
+
+@click.group()
+def bench() -> None:
+    """Measure kvrelay on this machine."""
+
+
+def _engine_options(quantize: Quantize) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options that all benches of an engine have, with the default of `--quantize`."""
+    options = (
+        click.option(
+            "--threads",
+            type=click.IntRange(0, 1024),
+            default=0,
+            help="0 takes all cores that this process may use.",
+        ),
+        click.option("--quantize", type=click.Choice(get_args(Quantize)), default=quantize),
+        click.option("--kv-dtype", type=click.Choice(get_args(KvDtype)), default="auto"),
+        click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
+    )
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+@bench.command()
+@click.argument("model")
+@_engine_options("none")
+@click.option(
+    "--compare",
+    type=click.Choice([BASELINE, "none"]),
+    default=BASELINE,
+    help="What is measured in turns with it.",
+)
+@click.option(
+    "--chunk-tokens",
+    type=click.IntRange(16, 1 << 20),
+    default=256,
+    help="Prompt tokens a prefill step.",
+)
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it, into a .png file."
+)
+@click.option("--quick", is_flag=True, help="A few rows, and less time for each.")
+def engine(
+    model: str,
+    *,
+    compare: str,
+    chunk_tokens: int,
+    plot: Path | None,
+    quick: bool,
+    as_json: bool,
+    **choice: Any,
+) -> None:
+    """Measure prefill and decode of MODEL, as in `kvrelay serve`.
+
+    Each row stands beside transformers (float32, as many threads, measured in turns with ours) and
+    beside what the machine allows: its fastest fp32 matrix product and memory read of this run.
+    """
+    with _errors_in_one_line():
+        if plot:
+            from cluster.bench.plot import check_plot, draw
+
+            check_plot(plot)
+        with _measuring(model, choice) as (prepared, on_progress):
+            from cluster.bench.engine import EngineBench, bench_engine
+            from cluster.bench.loading import EngineChoice
+
+            asked = EngineBench(
+                EngineChoice(**choice), compare == BASELINE, chunk_tokens, quick=quick
+            )
+            report = bench_engine(prepared, asked, on_progress)
+        _show(report, as_json, lambda: report.table(BASELINE))
+        if plot:
+            draw(report, plot, BASELINE)
+            console.print(f"plot: {plot}")
+
+
+@bench.command()
+@click.argument("model")
+@_engine_options("int8")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="A UTF-8 file; without it, the text that comes with kvrelay.",
+)
+def perplexity(model: str, *, text: Path | None, as_json: bool, **choice: Any) -> None:
+    """Measure what a quantization costs MODEL in quality: its perplexity over a text.
+
+    Beside transformers and our own fp32, in the same run.
+    """
+    with _errors_in_one_line():
+        content = read_text(text or TEXT)
+        with _measuring(model, choice) as (prepared, on_progress):
+            from cluster.bench.loading import EngineChoice
+            from cluster.bench.perplexity import bench_perplexity, comparison_table
+
+            report = bench_perplexity(prepared, content, EngineChoice(**choice), on_progress)
+        _show(report, as_json, lambda: comparison_table(report))
+
+
+@contextlib.contextmanager
+def _measuring(model: str, choice: dict[str, Any]) -> Iterator[tuple[PreparedModel, Progress]]:
+    """The model, ready to load. Within, torch has the threads chosen, and stdout is kept clean: it is
+    for the result."""
+    choice["threads"] = choice["threads"] or cores_usable()
+    with contextlib.redirect_stdout(sys.stderr), reporting() as report:
+        prepared = prepare(model, on_progress=report)
+        import torch
+
+        torch.set_num_threads(choice["threads"])
+        yield prepared, report
+
+
+def _show(report: Report, as_json: bool, table: "Callable[[], Table]") -> None:
+    if as_json:
+        print(report.to_json())
+        for note in report.notes:
+            console.print(note, markup=False)
+        return
+    out = Console(highlight=False, markup=False)
+    out.print(report.heading(), soft_wrap=True)
+    out.print(table())
+    for note in report.notes:
+        out.print(note)
+
+
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except (ModelError, BenchError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

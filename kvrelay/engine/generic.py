@@ -1,0 +1,169 @@
+"""Any decoder-only model: transformers' own modules, with our attention and packed linear layers.
+
+Called by ModelRunner for what is not fused, and for GPUs and half precision, where the linear layers
+stay transformers' own too.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from kvrelay.engine.attention import paged_step, run_paged
+from kvrelay.engine.kernels import rows
+from kvrelay.engine.kernels.threads import Team, aligned
+from kvrelay.engine.kernels.tiles import GROUP, GROUP_SCALE_BYTES, PANEL, linear
+from kvrelay.engine.kernels.vector import LINE_BYTES
+from kvrelay.engine.packed import PackedShape, pack
+from kvrelay.engine.probe import ERROR_MAX, ERROR_MAX_INT8, Watched, check_logits
+from kvrelay.engine.step import CancelFlag, Slice
+from kvrelay.kv.layout import KVLayout
+from kvrelay.kv.pool import TORCH_DTYPES, KVPool
+
+_SHARED_MIN = 1 << 20  # multiplications below which waking a helper costs more than it brings
+
+
+def load_model(path: Path, dtype: str, device: str) -> Any:
+    """The model in `path` with its own attention, as eager as every architecture has it."""
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=TORCH_DTYPES[dtype],
+        attn_implementation="eager",
+        use_safetensors=True,
+        local_files_only=True,
+    )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def linear_weights(model: Any, int8: bool) -> Iterator[tuple[str, np.ndarray]]:
+    """Packed weights of every linear layer, by the module's name."""
+    for name, module in _linears(model):
+        weight = _matrix(module)
+        shape = PackedShape(weight.shape[0], weight.shape[1], int8)
+        yield name, pack(weight.detach().float().numpy(), shape)
+
+
+def pack_linears(model: Any, weights: Mapping[str, np.ndarray], int8: bool, team: Team) -> None:
+    """Replaces every linear layer by one over `weights`, and lets go of its own."""
+    for name, module in list(_linears(model)):
+        outputs, inputs = _matrix(module).shape
+        packed = PackedLinear(PackedShape(outputs, inputs, int8), weights[name], module.bias, team)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, packed)
+
+
+def _linears(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            yield name, module
+
+
+def _matrix(module: Any) -> torch.Tensor:
+    """`[outputs, inputs]`."""
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
+
+
+class PackedLinear(torch.nn.Module):
+    """x `[..., inputs]` float32 to `[..., outputs]`."""
+
+    def __init__(
+        self, shape: PackedShape, weights: np.ndarray, bias: torch.Tensor | None, team: Team
+    ) -> None:
+        super().__init__()
+        self.bias = bias
+        self._shape = shape
+        self._weights = weights  # keeps the memory alive
+        self._record = shape.record(weights.ctypes.data)
+        self._team = team
+        self._counter = aligned(LINE_BYTES, np.uint8)
+
+    @property
+    def size_bytes(self) -> int:
+        return self._shape.size_bytes
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = self._shape
+        source = x.reshape(-1, shape.inputs).contiguous()
+        count = source.shape[0]
+        out = torch.empty(count, shape.panels * PANEL)
+        quantized, scales = self._quantized(source) if shape.int8 else (source, None)
+        self._counter.fill(0)
+        arguments = (
+            self._counter.ctypes.data, self._record[()], count,
+            quantized.data_ptr(), quantized.stride(0) * quantized.element_size(),
+            scales.data_ptr() if scales is not None else 0, shape.groups * GROUP_SCALE_BYTES,
+            out.data_ptr(), out.stride(0) * 4, 0,
+        )  # fmt: skip
+        if count * shape.inputs * shape.outputs < _SHARED_MIN:
+            linear(*arguments)
+        else:
+            self._team.run(lambda thread: linear(*arguments))
+        answer = out[:, : shape.outputs]
+        if self.bias is not None:
+            answer = answer + self.bias
+        return answer.reshape(*x.shape[:-1], shape.outputs)
+
+    def _quantized(self, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        groups = self._shape.groups
+        if source.shape[1] != groups * GROUP:
+            missing = groups * GROUP - source.shape[1]
+            source = torch.nn.functional.pad(source, (0, missing))
+        quantized = torch.empty(source.shape, dtype=torch.int8)
+        scales = torch.empty(len(source), groups * GROUP_SCALE_BYTES, dtype=torch.uint8)
+        rows.quantize_rows(
+            source.data_ptr(), len(source), groups, quantized.data_ptr(), scales.data_ptr()
+        )
+        return quantized, scales
+
+
+class GenericModel:
+    """A transformers model that has our attention; `attach` a pool first."""
+
+    def __init__(self, model: Any, team: Team) -> None:
+        self._model = model
+        self._team = team
+        self._pool: KVPool | None = None
+
+    def attach(self, pool: KVPool) -> None:
+        self._pool = pool
+
+    def check(self, watched: Watched, layout: KVLayout, *, int8: bool) -> None:
+        """Raises UnsupportedModelError when its logits over a pool are not those watched."""
+
+        def run(pool: KVPool, chunk: Slice) -> torch.Tensor:
+            self.attach(pool)
+            return self.step([chunk], [len(chunk.tokens) - 1], CancelFlag())[0]
+
+        error_max = max(ERROR_MAX[layout.dtype], ERROR_MAX_INT8 if int8 else 0.0)
+        check_logits(watched, layout, run, error_max)
+        self._pool = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights that every decode step reads: all but the table of embeddings."""
+        packed = [m for m in self._model.modules() if isinstance(m, PackedLinear)]
+        table = self._model.get_input_embeddings().weight
+        own = {p.data_ptr(): p.numel() * p.element_size() for p in self._model.parameters()}
+        head = self._model.get_output_embeddings()
+        if isinstance(head, PackedLinear) or head.weight.data_ptr() != table.data_ptr():
+            own.pop(table.data_ptr(), None)
+        return sum(own.values()) + sum(linear.size_bytes for linear in packed)
+
+    def step(
+        self, slices: Sequence[Slice], last_rows: Sequence[int], cancelled: CancelFlag
+    ) -> torch.Tensor:
+        """Logits `[len(last_rows), vocab]` float32 of those rows.
+
+        Raises:
+            StepCancelledError: `cancelled` was set meanwhile.
+        """
+        assert self._pool is not None, "attach a pool first"
+        step = paged_step(self._pool.kv, slices, cancelled)
+        return run_paged(self._model, step, last_rows)
+
+    def close(self) -> None:
+        self._team.close()

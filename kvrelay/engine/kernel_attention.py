@@ -1,0 +1,92 @@
+"""Attention over a pool in host memory through the compiled kernels, for transformers' modules.
+
+`paged_step` (attention.py) chooses it on a CPU. What the fused step does in its own phases is done
+here layer by layer, with the same kernels: the same bits.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numba import njit
+
+from kvrelay.engine.kernels import paged
+from kvrelay.engine.kernels.threads import Team, aligned, wait_for_all
+from kvrelay.engine.kernels.vector import LANES, LINE_BYTES
+from kvrelay.engine.plan import StepPlan, make_works, pool_record
+from kvrelay.engine.pool_step import PoolStep
+from kvrelay.engine.step import CancelFlag, Slice
+from kvrelay.kv.pool import KVPool
+
+_PHASES = 3
+
+
+def usable(pool: KVPool) -> bool:
+    return pool.kv.device.type == "cpu" and pool.layout.head_dim % LANES == 0
+
+
+@njit(nogil=True, cache=True)
+def _attend(  # type: ignore[no-untyped-def]
+    thread, threads, sync, pools, rules, slices, tables, layer, q, q_stride, out, partials, works,
+    prompts, decodes,
+):  # fmt: skip
+    pool, rule, work = pools[0], rules[0], works[thread]
+    counters = sync + 2 * LINE_BYTES
+    if prompts:
+        paged.attend(counters, pool, rule, slices, tables, layer, q, q_stride, out, q_stride, work)
+    if decodes:
+        counters += LINE_BYTES
+        paged.attend_split(counters, pool, rule, slices, tables, layer, q, q_stride, partials, work)
+        wait_for_all(sync, threads)
+        counters += LINE_BYTES
+        paged.attend_join(counters, pool, rule, slices, partials, out, q_stride, work)
+
+
+class KernelStep(PoolStep):
+    """Any dtype of q; the arithmetic is float32."""
+
+    def __init__(
+        self, pool: KVPool, team: Team, slices: Sequence[Slice], cancelled: CancelFlag | None = None
+    ) -> None:
+        super().__init__(pool.kv, slices, cancelled)
+        self._team = team
+        self._layout = pool.layout
+        self._pools = pool_record(pool)
+        self._plan = StepPlan(slices, pool.layout.block_size)
+        self._works: np.ndarray | None = None
+
+    def _look(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        plan, heads = self._plan, q.shape[1]
+        group = heads // self._layout.kv_heads
+        if self._works is None:
+            self._make_buffers(heads, group)
+        numbers = np.array([scale, softcap or 0.0], np.float32)
+        at = numbers.ctypes.data
+        rules = np.array([(group, window or 0, at, at + 4 if softcap else 0)], paged.RULE)
+        queries = q.to(torch.float32).contiguous()
+        out = torch.empty_like(queries)
+        self._sync.fill(0)
+        arguments = (
+            self._sync.ctypes.data, self._pools, rules, plan.slices, plan.tables, layer,
+            queries.data_ptr(), heads * q.shape[2] * 4, out.data_ptr(), self._partials.ctypes.data,
+            self._works, plan.prompts, plan.decodes,
+        )  # fmt: skip
+        threads = self._team.threads
+        self._team.run(lambda thread: _attend(thread, threads, *arguments))
+        return out.to(q.dtype)
+
+    def _make_buffers(self, heads: int, group: int) -> None:
+        head_dim, head_pad = self._layout.head_dim, int(self._pools["head_pad"][0])
+        self._sync = aligned((2 + _PHASES) * LINE_BYTES, np.uint8)
+        self._partials = aligned(self._plan.segments * heads * (LANES + head_pad), np.float32)
+        sizes = paged.work_floats(head_dim, head_pad, group)
+        self._works, self._buffers = make_works(sizes, self._team.threads)

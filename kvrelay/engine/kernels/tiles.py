@@ -1,0 +1,178 @@
+"""The matrix kernel: a few rows times one panel of 32 outputs. All matmuls go through it.
+
+A panel holds 32 outputs side by side, so that one row of it is two vectors. Every output is added up
+in the order of its inputs, whatever rows are computed beside it: a row's result has the same bits
+alone and in any batch.
+
+fp32 panel: `[inputs, 32]` float32.
+int8 panel: for each group of 64 inputs `[16, 32, 4]` uint8 (a weight is the byte less 128), then
+the group's scales `[32]` float32. int8 rows: see rows.quantize.
+"""
+
+import numpy as np
+from llvmlite import binding
+from numba import njit
+
+from kvrelay.engine.kernels.threads import take
+from kvrelay.engine.kernels.vector import LINE_BYTES, Code, Int, Variable, emitted
+
+ROWS_MAX = 14  # with two vectors each, as many sums as registers hold
+PANEL = 32
+PANEL_BYTES = PANEL * 4  # of one row of a panel of floats
+GROUP = 64
+GROUP_BYTES = GROUP * PANEL + PANEL_BYTES
+GROUP_SCALE_BYTES = 8  # float32 scale, int32 correction
+_VECTORS = 2
+_ROW_BLOCK = 6 * ROWS_MAX  # rows that stay in the level 2 cache while panels pass by
+
+HAS_VNNI = bool(binding.get_host_cpu_features().get("avx512vnni"))
+
+
+def _finish(c: Code, sums: list[list[Variable]], out: Int, out_stride: Int, add: Int) -> None:
+    """Stores the sums; when `add`, added to what is there."""
+    for row, vectors in enumerate(sums):
+        for n, total in enumerate(vectors):
+            place = out + out_stride * row + n * LINE_BYTES
+            with c.when(add):
+                total.set(total.get() + c.load(place))
+            c.store(place, total.get())
+
+
+@emitted
+def _tile_float(
+    c: Code,
+    rows: Int,
+    inputs: Int,
+    a: Int,
+    a_stride: Int,
+    panel: Int,
+    out: Int,
+    out_stride: Int,
+    add: Int,
+) -> None:
+    def emit(count: int) -> None:
+        sums = [[c.variable(c.floats(0.0)) for _ in range(_VECTORS)] for _ in range(count)]
+        with c.each(inputs) as k:
+            weights = [
+                c.load_line(panel + k * PANEL_BYTES + n * LINE_BYTES) for n in range(_VECTORS)
+            ]
+            for row in range(count):
+                value = c.spread(a + a_stride * row + k * 4)
+                for n in range(_VECTORS):
+                    sums[row][n].set(c.fma(value, weights[n], sums[row][n].get()))
+        _finish(c, sums, out, out_stride, add)
+
+    c.cases(rows, emit, range(1, ROWS_MAX + 1))
+
+
+@emitted
+def _tile_int8(
+    c: Code,
+    rows: Int,
+    groups: Int,
+    a: Int,
+    a_stride: Int,
+    scales: Int,
+    scales_stride: Int,
+    panel: Int,
+    out: Int,
+    out_stride: Int,
+    add: Int,
+) -> None:
+    def emit(count: int) -> None:
+        sums = [[c.variable(c.floats(0.0)) for _ in range(_VECTORS)] for _ in range(count)]
+        with c.each(groups) as g:
+            block, own = panel + g * GROUP_BYTES, scales + g * GROUP_SCALE_BYTES
+            exact = []
+            for row in range(count):
+                start = c.spread_ints(own + scales_stride * row + 4)
+                exact.append([c.variable(start) for _ in range(_VECTORS)])
+            with c.each(c.int(GROUP // 4)) as k:
+                weights = [
+                    c.load_bytes(block + k * PANEL_BYTES + n * LINE_BYTES) for n in range(_VECTORS)
+                ]
+                for row in range(count):
+                    values = c.spread_ints(a + a_stride * row + g * GROUP + k * 4)
+                    for n in range(_VECTORS):
+                        total = exact[row][n]
+                        total.set(c.dot_bytes(total.get(), weights[n], values, HAS_VNNI))
+            of_weights = [
+                c.load_line(block + GROUP * PANEL + n * LINE_BYTES) for n in range(_VECTORS)
+            ]
+            for row in range(count):
+                of_row = c.spread(own + scales_stride * row)
+                for n in range(_VECTORS):
+                    whole = c.to_float(exact[row][n].get())
+                    sums[row][n].set(c.fma(whole, of_row * of_weights[n], sums[row][n].get()))
+        _finish(c, sums, out, out_stride, add)
+
+    c.cases(rows, emit, range(1, ROWS_MAX + 1))
+
+
+@njit(nogil=True, cache=True)
+def multiply_float(rows, inputs, a, a_stride, panel, out, out_stride, add):  # type: ignore[no-untyped-def]
+    """out `[rows, 32]` (+)= a `[rows, inputs]` x panel; addresses, and strides in bytes."""
+    row = 0
+    while row < rows:
+        count = min(ROWS_MAX, rows - row)
+        here, there = a + row * a_stride, out + row * out_stride
+        _tile_float(count, inputs, here, a_stride, panel, there, out_stride, add)
+        row += count
+
+
+@njit(nogil=True, cache=True)
+def multiply_int8(rows, groups, a, a_stride, scales, scales_stride, panel, out, out_stride, add):  # type: ignore[no-untyped-def]
+    """As multiply_float, of quantized rows and an int8 panel."""
+    row = 0
+    while row < rows:
+        count = min(ROWS_MAX, rows - row)
+        here, there = a + row * a_stride, out + row * out_stride
+        own = scales + row * scales_stride
+        _tile_int8(count, groups, here, a_stride, own, scales_stride, panel, there, out_stride, add)
+        row += count
+
+
+LINEAR = np.dtype(
+    [
+        ("address", np.int64),  # of the first panel
+        ("panels", np.int64),
+        ("panel_bytes", np.int64),
+        ("inputs", np.int64),  # fp32
+        ("groups", np.int64),  # int8; 0 says fp32
+    ]
+)
+
+
+@njit(nogil=True, cache=True)
+def linear(counter, layer, rows, a, a_stride, scales, scales_stride, out, out_stride, add):  # type: ignore[no-untyped-def]
+    """One thread's part of out `[rows, outputs]` (+)= a x layer (a LINEAR record).
+
+    Threads take pieces (some rows, one panel) from `counter` until none is left.
+    """
+    blocks = (rows + _ROW_BLOCK - 1) // _ROW_BLOCK
+    pieces = blocks * layer.panels
+    piece = take(counter)
+    while piece < pieces:
+        row = piece // layer.panels * _ROW_BLOCK
+        number = piece % layer.panels
+        count = min(_ROW_BLOCK, rows - row)
+        panel = layer.address + number * layer.panel_bytes
+        here = a + row * a_stride
+        there = out + row * out_stride + number * PANEL_BYTES
+        if layer.groups:
+            own = scales + row * scales_stride
+            multiply_int8(
+                count,
+                layer.groups,
+                here,
+                a_stride,
+                own,
+                scales_stride,
+                panel,
+                there,
+                out_stride,
+                add,
+            )
+        else:
+            multiply_float(count, layer.inputs, here, a_stride, panel, there, out_stride, add)
+        piece = take(counter)

@@ -1,0 +1,72 @@
+"""A step and a pool as the kernels read them: arrays of records. Used by fused and kernel_attention."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvrelay.engine.kernels import paged
+from kvrelay.engine.kernels.threads import aligned
+from kvrelay.engine.kernels.vector import LANES
+from kvrelay.engine.packed import up_to
+from kvrelay.engine.step import Slice
+from kvrelay.kv.pool import KVPool
+
+
+def pool_record(pool: KVPool) -> np.ndarray:
+    """What the attention kernels take of a pool in host memory: `[1]` POOL."""
+    layout = pool.layout
+    row_bytes = layout.block_bytes // (layout.layers * 2 * layout.block_size)
+    record = np.zeros(1, paged.POOL)
+    fields = {
+        "address": pool.bytes.ctypes.data,
+        "block_bytes": layout.block_bytes,
+        "side_bytes": row_bytes * layout.block_size,
+        "row_bytes": row_bytes,
+        "head_bytes": row_bytes // layout.kv_heads,
+        "block_size": layout.block_size,
+        "kv_heads": layout.kv_heads,
+        "head_dim": layout.head_dim,
+        "head_pad": up_to(layout.head_dim, 32),
+        "dtype": paged.DTYPES[layout.dtype],
+    }
+    for name, value in fields.items():
+        record[name] = value
+    return record
+
+
+class StepPlan:
+    """A step's slices as the kernels read them."""
+
+    def __init__(self, slices: Sequence[Slice], block_size: int) -> None:
+        self.slices = np.zeros(len(slices), paged.SLICE)
+        tokens: list[int] = []
+        tables: list[int] = []
+        self.segments = self.longest = 0
+        self.prompts = self.decodes = False
+        owner: list[int] = []
+        for number, s in enumerate(slices):
+            self.slices[number] = (len(tokens), s.start, len(s.tokens), len(tables), self.segments)
+            tables.extend(s.blocks[: -(-s.end // block_size)])
+            owner.extend([number] * len(s.tokens))
+            tokens.extend(s.tokens)
+            self.longest = max(self.longest, s.end)
+            if len(s.tokens) == 1:
+                self.decodes = True
+                self.segments += s.start // paged.SEGMENT + 1
+            else:
+                self.prompts = True
+        self.tokens = np.array(tokens, np.int64)
+        self.tables = np.array(tables, np.int64)
+        self.row_slice = np.array(owner, np.int64)
+
+
+def make_works(sizes: Mapping[str, int], threads: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """`[threads]` WORK records, and the arrays behind them."""
+    works = np.zeros(threads, paged.WORK)
+    arrays: list[Any] = []
+    for thread in range(threads):
+        for name, count in sizes.items():
+            arrays.append(aligned(count + LANES, np.float32))
+            works[thread][name] = arrays[-1].ctypes.data
+    return works, arrays
