@@ -8,7 +8,6 @@ computed. All state is touched from one event loop; only engine steps and copies
 import asyncio
 import contextlib
 import logging
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
-from kvrelay.engine.step import StepCancelledError
+from kvrelay.engine.step import CancelFlag, StepCancelledError
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockLedger
 from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session
@@ -52,7 +51,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         self._work = asyncio.Event()
         self._steps = 0  # ended
         self._step: Sequence[Chunk] = ()
-        self._step_cancelled = threading.Event()
+        self._step_cancelled = CancelFlag()
         self._running: dict[Job, _Progress] = {}
         self._server = make_server()
         self._sessions: set[RouterSession[PrefillEvent]] = set()
@@ -161,7 +160,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
                 self._step_done(step, tokens)
 
     def _step_begins(self, step: Sequence[Chunk]) -> None:
-        self._step, self._step_cancelled = step, threading.Event()
+        self._step, self._step_cancelled = step, CancelFlag()
         for chunk in step:
             progress = self._running[chunk.job]
             progress.engine_idle.clear()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BASELINE = "transformers"
+_PIPE_COLUMNS = 200  # no figure is cut short in a file
 
 
 @click.group()
@@ -128,8 +129,8 @@ def perplexity(model: str, *, text: Path | None, as_json: bool, **choice: Any) -
 
 @contextlib.contextmanager
 def _measuring(model: str, choice: dict[str, Any]) -> Iterator[tuple[PreparedModel, Progress]]:
-    """The model, ready to load. Within, torch has the threads chosen, and stdout is kept clean: it is
-    for the result."""
+    """The model, ready to load. Within, torch has the threads chosen, and whatever a library prints
+    goes to stderr: stdout is for the result."""
     choice["threads"] = choice["threads"] or cores_usable()
     with contextlib.redirect_stdout(sys.stderr), reporting() as report:
         prepared = prepare(model, on_progress=report)
@@ -146,6 +147,8 @@ def _show(report: Report, as_json: bool, table: "Callable[[], Table]") -> None:
             console.print(note, markup=False)
         return
     out = Console(highlight=False, markup=False)
+    if not out.is_terminal:
+        out.width = _PIPE_COLUMNS
     out.print(report.heading(), soft_wrap=True)
     out.print(table())
     for note in report.notes:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
@@ -20,7 +21,7 @@ from cluster.bench.limits import (
     prefill_limit,
 )
 from cluster.bench.loading import EngineChoice
-from cluster.bench.machine import describe_machine
+from cluster.bench.machine import OtherPrograms, describe_machine, unrest
 from cluster.bench.report import BenchError, Report, Row
 from cluster.bench.timing import Budget, Work, interleaved_medians, timed
 from cluster.bench.transformers_side import TransformersSide
@@ -108,10 +109,11 @@ def bench_engine(model: PreparedModel, asked: EngineBench, on_progress: Progress
     Raises:
         BenchError: the model cannot be served, or not one row can be measured.
     """
+    others = OtherPrograms()
     with ExitStack() as stack:
         on_progress("loading the model", None)
         outline = loading.outline(model.path)
-        runner = stack.enter_context(loading.loaded_runner(model.path, asked.engine))
+        runner = stack.enter_context(loading.loaded_runner(model.path, asked.engine, on_progress))
         theirs = None
         if asked.compare:
             on_progress("loading transformers' model", None)
@@ -132,11 +134,10 @@ def bench_engine(model: PreparedModel, asked: EngineBench, on_progress: Progress
         limits = MachineLimits()
         measured = _measure(cases, ours, theirs, limits, asked.quick, on_progress)
         rows = _rows(measured, _Limited.of(outline, runner, asked.engine), limits)
-        return Report(
-            _machine(model, asked, runner, theirs, limits),
-            rows,
-            notes + ([INT8_NOTE] if asked.engine.quantize == "int8" else []),
-        )
+        machine = _machine(model, asked, runner, theirs, limits)
+    machine["others_busy_cores"] = others.cores_busy()
+    notes += [INT8_NOTE] if asked.engine.quantize == "int8" else []
+    return Report(machine, rows, notes + unrest(machine["others_busy_cores"]))
 
 
 def _kv_bytes_max(layout: KVLayout, compared: bool) -> float:
@@ -236,7 +237,7 @@ def _machine(
     runner: ModelRunner,
     theirs: TransformersSide | None,
     limits: MachineLimits,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     return {
         **describe_machine(asked.engine.threads),
         "model": model.name,

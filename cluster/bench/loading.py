@@ -14,10 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as chatter
 
 from cluster.bench.report import BenchError
-from cluster.preparation import one_line, quiet
+from cluster.preparation import Progress, one_line, quiet
 from kvrelay.cache import CacheError, default_cache
 from kvrelay.config import KvDtype, Quantize
-from kvrelay.engine.runner import ModelRunner, UnsupportedModelError
+from kvrelay.engine.prepared import prepare as prepare_weights
+from kvrelay.engine.runner import ModelRunner
+from kvrelay.engine.step import UnsupportedModelError
 from kvrelay.kv.pool import KVPool
 
 BLOCK_SIZE = 16  # the default of `kvrelay serve`
@@ -34,23 +36,29 @@ class EngineChoice:
 
 
 @contextlib.contextmanager
-def loaded_runner(path: Path, choice: EngineChoice) -> Iterator[ModelRunner]:
-    """Our engine, without a pool. Ends its threads afterwards.
+def loaded_runner(path: Path, choice: EngineChoice, on_progress: Progress) -> Iterator[ModelRunner]:
+    """Our engine, without a pool; its weights are packed first if need be. Ends its threads
+    afterwards.
 
     Raises:
         BenchError: the model cannot be served, or the cache cannot be written.
     """
+    cache = default_cache()
     try:
-        runner = ModelRunner.load(
-            path,
-            dtype="float32",
-            device="cpu",
-            block_size=BLOCK_SIZE,
-            quantize=choice.quantize,
-            kv_dtype=choice.kv_dtype,
-            threads=choice.threads,
-            cache_dir=default_cache(),
-        )
+        with _silent_transformers():
+            prepare_weights(
+                path, quantize=choice.quantize, cache_dir=cache, on_progress=on_progress
+            )
+            runner = ModelRunner.load(
+                path,
+                dtype="float32",
+                device="cpu",
+                block_size=BLOCK_SIZE,
+                quantize=choice.quantize,
+                kv_dtype=choice.kv_dtype,
+                threads=choice.threads,
+                cache_dir=cache,
+            )
     except (UnsupportedModelError, CacheError) as error:
         raise BenchError(str(error)) from error
     try:

@@ -1,13 +1,16 @@
 """The machine and the versions that a report was measured with. Every bench begins its report here.
 
-Reads /proc/cpuinfo and package metadata only: neither torch nor transformers is loaded.
+Loads neither torch nor transformers.
 """
 
 import os
 import platform
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 # What decides how fast a matrix product can be, as Linux spells it on x86 and Arm.
 _ISA_FLAGS = (
@@ -20,6 +23,11 @@ _ISA_FLAGS = (
     "asimddp",
     "i8mm",
 )
+
+
+# In the terms of /proc/stat.
+_BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
+_OTHERS_MAX = 0.2  # cores
 
 
 def cores_usable() -> int:
@@ -38,6 +46,40 @@ def describe_machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         **{package: _version(package) for package in ("kvrelay", "torch", "transformers")},
     }
+
+
+class OtherPrograms:
+    """How busy others have kept the cores that this process may use, since this was made.
+
+    They take more from a program that shares its work out evenly among threads than from one whose
+    threads help each other out; so they change ratios, too.
+    """
+
+    def __init__(self) -> None:
+        self._start = _processor_seconds()
+
+    def cores_busy(self) -> float:
+        """On average; what a hypervisor took for others counts."""
+        wall, all_busy, own = (
+            now - before for now, before in zip(_processor_seconds(), self._start, strict=True)
+        )
+        return round(max(0.0, all_busy - own) / max(wall, 1e-9), 2)
+
+
+def unrest(cores_busy: float) -> list[str]:
+    """A note for the report if the machine was not quiet."""
+    if cores_busy < _OTHERS_MAX:
+        return []
+    return [f"other programs kept {cores_busy:.1f} cores busy meanwhile: measure again without."]
+
+
+def _processor_seconds() -> tuple[float, float, float]:
+    """Of the wall's clock, of our cores while they did something, of this process."""
+    every = psutil.cpu_times(percpu=True)
+    usable = [times for core, times in enumerate(every) if core in os.sched_getaffinity(0)]
+    busy = sum(sum(getattr(times, kind, 0.0) for kind in _BUSY) for times in usable)
+    own = psutil.Process().cpu_times()
+    return time.monotonic(), busy, own.user + own.system
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -110,7 +110,7 @@ def _by_engine(
     """The perplexity, and what the engine says of itself."""
     name = name_of(choice).removeprefix(PREFIX)
     on_progress(f"loading the model, {name}", None)
-    with loading.loaded_runner(path, choice) as runner:
+    with loading.loaded_runner(path, choice, on_progress) as runner:
         end = max(map(len, windows))
         if runner.context_limit is not None and end > runner.context_limit:
             raise BenchError(f"the model ends at {runner.context_limit} tokens, a window at {end}")

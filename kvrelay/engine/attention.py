@@ -13,10 +13,13 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface
 
-from kvrelay.engine import cuda_attention
+from kvrelay.engine import cuda_attention, kernel_attention
 from kvrelay.engine.cuda_attention import FlashInferStep
+from kvrelay.engine.kernel_attention import KernelStep
+from kvrelay.engine.kernels.threads import Team
 from kvrelay.engine.step import CancelFlag, Slice
 from kvrelay.engine.torch_attention import TorchStep, attend_dense, visible
+from kvrelay.kv.pool import KVPool
 
 NAME = "kvrelay"
 
@@ -48,13 +51,21 @@ active_step: ContextVar[Step] = ContextVar("active_step")
 
 
 def paged_step(
-    pool: torch.Tensor, slices: Sequence[Slice], cancelled: CancelFlag | None = None
+    pool: KVPool,
+    slices: Sequence[Slice],
+    cancelled: CancelFlag | None = None,
+    team: Team | None = None,
 ) -> PagedStep:
-    """A step over `pool` `[blocks, layers, 2, block_size, kv_heads, head_dim]`, by the fastest
-    way that this device and this pool have. A set `cancelled` ends it between two layers."""
-    if pool.device.type == "cuda" and cuda_attention.usable(pool):
-        return FlashInferStep(pool, slices, cancelled)
-    return TorchStep(pool, slices, cancelled)
+    """A step over `pool`, by the fastest way that its device and its layout have.
+
+    team: the threads that the CPU's kernels share their work among; without one, plain torch. A set
+    `cancelled` ends the step between two layers.
+    """
+    if team is not None and kernel_attention.usable(pool):
+        return KernelStep(pool, team, slices, cancelled)
+    if pool.kv.device.type == "cuda" and cuda_attention.usable(pool.kv):
+        return FlashInferStep(pool.kv, slices, cancelled)
+    return TorchStep(pool.kv, slices, cancelled)
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """Finds the Llama shape in a transformers model and packs its weights for fused.py.
 
-Called by prepared.py. There is no list of architectures: a model fits when its layers have the modules
-of the shape and no parameter besides; whether it really computes the same is proved afterwards.
+Called by prepared.py. There is no list of architectures: a model fits when its layers have the
+modules of the shape and no parameter besides; that it computes the same is proved afterwards.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ _VECTOR = 16
 def find_shape(model: Any, probe: LayerProbe, int8: bool) -> FusedShape | None:
     """The shape of a transformers model that `probe` has watched; None when it is another one."""
     config = model.config.get_text_config()
-    body = getattr(model, "model", None)
+    body: Any = getattr(model, "model", None)
     layers = getattr(body, "layers", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if layers is None or rope.get("rope_type") not in _ROPES:

@@ -1,7 +1,7 @@
 """Any decoder-only model: transformers' own modules, with our attention and packed linear layers.
 
-Called by ModelRunner for what is not fused, and for GPUs and half precision, where the linear layers
-stay transformers' own too.
+Called by ModelRunner for what is not fused, and for GPUs and half precision, where the linear
+layers stay transformers' own too.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -162,7 +162,7 @@ class GenericModel:
             StepCancelledError: `cancelled` was set meanwhile.
         """
         assert self._pool is not None, "attach a pool first"
-        step = paged_step(self._pool.kv, slices, cancelled)
+        step = paged_step(self._pool, slices, cancelled, self._team)
         return run_paged(self._model, step, last_rows)
 
     def close(self) -> None:

@@ -63,6 +63,10 @@ class EngineHost:
             dtype=config.dtype,
             device=config.device,
             block_size=config.block_size,
+            quantize=config.quantize,
+            kv_dtype=config.kv_dtype,
+            threads=config.threads,
+            cache_dir=config.cache_dir,
         )
         blocks = config.kv_bytes // runner.layout.block_bytes
         if blocks < 1:
@@ -72,7 +76,8 @@ class EngineHost:
             )
         pool = KVPool(runner.layout, blocks, shared=shared_pool, device=config.device)
         runner.attach(pool)
-        log.info("model %s, %d KV blocks, %s", config.model_path.name, blocks, runner.layout)
+        log.info("model %s: %s", config.model_path.name, runner.description)
+        log.info("%d KV blocks of %s", blocks, runner.layout)
         return cls(runner, pool, thread)
 
     async def step(
@@ -120,4 +125,5 @@ class EngineHost:
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._runner.close()
         self.pool.close()

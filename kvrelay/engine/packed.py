@@ -50,7 +50,7 @@ class PackedShape:
 
 
 def pack(weight: np.ndarray, shape: PackedShape) -> np.ndarray:
-    """weight `[outputs, inputs]` float32 as `[size_bytes]` uint8; outputs that are missing are 0."""
+    """weight `[outputs, inputs]` float32 as `[size_bytes]` uint8."""
     padded = np.zeros((shape.panels * PANEL, up_to(shape.inputs, GROUP)), np.float32)
     padded[: shape.outputs, : shape.inputs] = weight
     if not shape.int8:

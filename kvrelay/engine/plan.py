@@ -1,4 +1,4 @@
-"""A step and a pool as the kernels read them: arrays of records. Used by fused and kernel_attention."""
+"""A step and a pool as the kernels read them, in records. Used by fused and kernel_attention."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

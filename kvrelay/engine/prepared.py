@@ -1,8 +1,8 @@
 """Packed weights on disk: made once from a model folder, then mapped by every worker of the host.
 
-`prepare` is called by ModelRunner.load, and before that by cluster/ in a process of its own, so that a
-person sees how it goes and a worker never holds the unpacked weights. An entry of the cache is a folder
-with one safetensors file and a description of what it holds.
+`prepare` is called by ModelRunner.load, and before that by cluster/ in a process of its own, so
+that a person sees how it goes and a worker never holds the unpacked weights. An entry of the cache
+is a folder with one safetensors file and a description of what it holds.
 """
 
 import json

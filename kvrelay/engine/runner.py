@@ -1,7 +1,7 @@
 """Loads a model and runs steps of it over a KV pool. Both workers own one runner each.
 
-On a CPU in float32 the weights come packed from prepared.py, and a model of the Llama shape runs fused
-(fused.py). Everything else runs as transformers' modules (generic.py).
+On a CPU in float32 the weights come packed from prepared.py, and a model of the Llama shape runs
+fused (fused.py). Everything else runs as transformers' modules (generic.py).
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """Attention over the block pool against plain loops over heads and queries."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from attention_cases import LayerKind, Shape, Walk
@@ -104,6 +106,6 @@ def test_a_cancelled_step_ends_between_two_layers():
 
 def test_a_step_knows_its_slices_and_positions():
     slices = [Slice([5, 6], 3, [2, 0]), Slice([9], 0, [1])]
-    step = paged_step(torch.zeros(3, 1, 2, 4, 2, 8), slices)
+    step = paged_step(SimpleNamespace(kv=torch.zeros(3, 1, 2, 4, 2, 8)), slices)
     assert step.positions.tolist() == [3, 4, 0]
     assert step.slices is slices

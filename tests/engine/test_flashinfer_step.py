@@ -193,4 +193,7 @@ def test_the_device_chooses(monkeypatch, device, usable, chosen):
     for name in ("FlashInferStep", "TorchStep"):
         monkeypatch.setattr(attention, name, lambda *args, name=name: name)
     monkeypatch.setattr(cuda_attention, "usable", lambda pool: usable)
-    assert attention.paged_step(SimpleNamespace(device=torch.device(device)), []) == chosen
+    assert (
+        attention.paged_step(SimpleNamespace(kv=SimpleNamespace(device=torch.device(device))), [])
+        == chosen
+    )

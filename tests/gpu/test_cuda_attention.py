@@ -4,6 +4,7 @@ Runs only where there is a CUDA device. The same walks as in tests/engine, again
 """
 
 import inspect
+from types import SimpleNamespace
 
 import flashinfer_stand_in
 import pytest
@@ -83,8 +84,8 @@ def test_a_long_context_is_split_and_put_together_again(flashinfer):
 def test_what_is_chosen_on_a_gpu(flashinfer):
     narrow = torch.zeros(2, 1, 2, 4, 2, 64, dtype=torch.bfloat16, device="cuda")
     slices = [Slice([0], 0, [1])]
-    assert isinstance(paged_step(narrow, slices), FlashInferStep)
-    assert isinstance(paged_step(narrow.float(), slices), TorchStep)
+    assert isinstance(paged_step(SimpleNamespace(kv=narrow), slices), FlashInferStep)
+    assert isinstance(paged_step(SimpleNamespace(kv=narrow.float()), slices), TorchStep)
 
 
 @pytest.mark.parametrize("kinds", KINDS)

@@ -1,7 +1,7 @@
 """What numba compiles at run time: no compiler is needed on the user's machine.
 
-The result is kept in the cache, under a name that covers these very files: numba itself looks only at
-the file that a function is in, not at what it calls.
+The result is kept in the cache, under a name that covers these very files: numba itself looks only
+at the file that a function is in, not at what it calls.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
-"""Attention over the block pool, without copying sequences: written as steps, reads blocks in place.
+"""Attention over the block pool: reads blocks where they are, copies no sequence.
 
 Keys are looked at in tiles of 64 positions and segments of 256, cut at the same positions whoever
-asks. Within a segment the softmax runs along; segments are merged in order. A decode step spreads the
-segments of a sequence over threads, a prompt's chunk does not: the arithmetic of a row is the same.
+asks. Within a segment the softmax runs along; segments are merged in order. A decode step spreads
+the segments of a sequence over threads, a prompt's chunk does not: a row's arithmetic is the same.
 
 One tile: 64 keys are turned into a panel (tiles.py), so scores are a matmul; their softmax weights
 times the panel of values are another one.
@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from kvrelay.engine.kernels.threads import take
-from kvrelay.engine.kernels.tiles import PANEL, PANEL_BYTES, multiply_float
+from kvrelay.engine.kernels.tiles import PANEL, PANEL_BYTES, ROWS_MAX, multiply_float
 from kvrelay.engine.kernels.vector import LANES, LINE_BYTES, Code, Int, Vec, emitted
 
 KEY_TILE = 64
@@ -61,9 +61,19 @@ SLICE = np.dtype(
 
 
 @emitted
-def _turn_keys(c: Code, source: Int, source_stride: Int, target: Int) -> None:
-    """16 x 16 floats, rows become columns; target rows are a panel's."""
-    rows = [c.load(source + source_stride * n).value for n in range(LANES)]
+def _turn_keys(
+    c: Code, source: Int, source_stride: Int, target: Int, ahead: Int, ahead_stride: Int, side: Int
+) -> None:
+    """16 x 16 floats, rows become columns; target rows are a panel's.
+
+    Beside each load it asks for a line of the keys at `ahead` and one of their values, `side` bytes
+    on: memory answers while this tile is computed, and nowhere does a burst of requests wait.
+    """
+    rows = []
+    for n in range(LANES):
+        rows.append(c.load(source + source_stride * n).value)
+        c.prefetch(ahead + ahead_stride * n)
+        c.prefetch(ahead + ahead_stride * n + side)
     distance = 1
     while distance < LANES:
         for n in range(LANES):
@@ -112,7 +122,7 @@ def _zero(c: Code, target: Int, count: Int) -> None:
 def _cap(c: Code, scores: Int, softcap: Int) -> None:
     """A row of scores; softcap: an address of a float32."""
     limit = c.spread(softcap)
-    with c.each(c.int(KEY_TILE), LANES) as i:
+    with c.each(c.number(KEY_TILE), LANES) as i:
         c.store(scores + i * 4, c.tanh(c.load(scores + i * 4) / limit) * limit)
 
 
@@ -122,7 +132,7 @@ def _softmax_row(
 ) -> None:
     """Turns scores of keys first..last of a tile into weights, those of other keys into 0.
 
-    state: the row's maximum so far and the sum of its weights; total `[padded]`: its weighted values.
+    state: the row's maximum so far and the sum of its weights. total `[padded]`: its values so far.
     Both are brought to the new maximum.
     """
     low, high = c.ints(first), c.ints(last)
@@ -144,7 +154,7 @@ def _softmax_row(
     shrink = c.exp(before - largest)
     c.store_first(state, largest)
     c.store_first(state + 4, c.fma(weight, shrink, c.sum_lanes(sums)))
-    with c.each(padded, LANES) as i:
+    with c.when(c.differs(before, largest)), c.each(padded, LANES) as i:
         c.store(total + i * 4, c.load(total + i * 4) * shrink)
 
 
@@ -226,9 +236,18 @@ def _widen(pool, source, target, count):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _pack_keys(pool, tables, table, layer, head, first, count, work):  # type: ignore[no-untyped-def]
-    """Keys first .. first + count of one head as two panels `[head_dim, 32]` at work.keys."""
+def _pack_keys(  # type: ignore[no-untyped-def]
+    pool, tables, table, layer, head, first, count, work, ahead, ahead_head, ahead_count
+):
+    """Keys first .. first + count of one head as two panels `[head_dim, 32]` at work.keys.
+
+    Meanwhile asks memory for ahead_count positions of ahead_head from `ahead` on.
+    """
     for at in range(0, count, LANES):
+        following = 0
+        if at < ahead_count:
+            following = _place(pool, tables, table, layer, ahead + at)
+            following += ahead_head * pool.head_bytes
         group = min(LANES, count - at)
         target = work.keys + at // PANEL * pool.head_dim * PANEL_BYTES + at % PANEL * 4
         place = _place(pool, tables, table, layer, first + at) + head * pool.head_bytes
@@ -248,27 +267,27 @@ def _pack_keys(pool, tables, table, layer, head, first, count, work):  # type: i
                 if together:
                     place += pool.row_bytes
         for i in range(0, pool.head_dim, LANES):
-            _turn_keys(source + i * 4, stride, target + i * PANEL_BYTES)
+            width = pool.head_bytes // pool.head_dim
+            _turn_keys(
+                source + i * 4, stride, target + i * PANEL_BYTES,
+                following + i * width, pool.row_bytes, pool.side_bytes,
+            )  # fmt: skip
 
 
 @njit(nogil=True, cache=True)
 def _pack_values(pool, tables, table, layer, head, first, count, work):  # type: ignore[no-untyped-def]
-    """Values of those positions as panels `[64, 32]` at work.values; zeros after count.
-
-    A weight of 0 times what an earlier user of the block left there would not always be 0.
-    """
+    """Values of those positions as panels `[64, 32]` at work.values."""
     place = 0
-    for n in range(KEY_TILE):
-        if n < count:
-            if n == 0 or (first + n) % pool.block_size == 0:
-                place = _place(pool, tables, table, layer, first + n)
-                place += pool.side_bytes + head * pool.head_bytes
-            else:
-                place += pool.row_bytes
+    for n in range(count):
+        if n == 0 or (first + n) % pool.block_size == 0:
+            place = _place(pool, tables, table, layer, first + n)
+            place += pool.side_bytes + head * pool.head_bytes
+        else:
+            place += pool.row_bytes
         for i in range(0, pool.head_pad, LANES):
             panel = work.values + i // PANEL * KEY_TILE * PANEL_BYTES
             target = panel + n * PANEL_BYTES + i % PANEL * 4
-            if n >= count or i >= pool.head_dim:
+            if i >= pool.head_dim:
                 _zero(target, LANES)
             elif pool.dtype == _FLOAT32:
                 _copy_floats(place + i * 4, target)
@@ -276,6 +295,43 @@ def _pack_values(pool, tables, table, layer, head, first, count, work):  # type:
                 _widen_half(place + i * 2, target)
             else:
                 _widen_bfloat(place + i * 2, target)
+
+
+@njit(nogil=True, cache=True)
+def _score(pool, rows, work):  # type: ignore[no-untyped-def]
+    """work.scores `[rows, 64]` = work.queries x the keys packed."""
+    wide = pool.head_pad * 4
+    for panel in range(0, KEY_TILE, PANEL):
+        keys = work.keys + panel * pool.head_dim * 4
+        multiply_float(
+            rows, pool.head_dim, work.queries, wide, keys, PANEL_BYTES,
+            work.scores + panel * 4, _TILE_BYTES, 0,
+        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _weigh(pool, tables, table, layer, head, first, count, rows, work, totals):  # type: ignore[no-untyped-def]
+    """totals `[rows, head_pad]` += work.scores x the values of these positions."""
+    wide = pool.head_pad * 4
+    if rows > ROWS_MAX or pool.dtype != _FLOAT32 or pool.head_pad != pool.head_dim:
+        _pack_values(pool, tables, table, layer, head, first, count, work)
+        for panel in range(0, pool.head_pad, PANEL):
+            multiply_float(
+                rows, count, work.scores, _TILE_BYTES, work.values + panel * KEY_TILE * 4,
+                PANEL_BYTES, totals + panel * 4, wide, 1,
+            )  # fmt: skip
+        return
+    n = 0
+    while n < count:  # where they lie, block by block: the same sums in the same order
+        place = _place(pool, tables, table, layer, first + n)
+        place += pool.side_bytes + head * pool.head_bytes
+        run = min(count - n, pool.block_size - (first + n) % pool.block_size)
+        for panel in range(0, pool.head_dim, PANEL):
+            multiply_float(
+                rows, run, work.scores + n * 4, _TILE_BYTES, place + panel * 4,
+                pool.row_bytes, totals + panel * 4, wide, 1,
+            )  # fmt: skip
+        n += run
 
 
 @njit(nogil=True, cache=True)
@@ -291,25 +347,18 @@ def _attend_segment(  # type: ignore[no-untyped-def]
     for row in range(rows):
         _start_row(states + row * 8, totals + row * wide, pool.head_pad)
     end = min(start + tokens, segment + SEGMENT)
-    first = segment
+    begin = segment
     if rule.window:
-        first = max(first, (start - rule.window + 1) // KEY_TILE * KEY_TILE)
-    for tile in range(first, end, KEY_TILE):
-        count = min(KEY_TILE, start + tokens - tile)
-        _pack_keys(pool, tables, table, layer, head, tile, count, work)
-        _pack_values(pool, tables, table, layer, head, tile, count, work)
-        for panel in range(0, KEY_TILE, PANEL):
-            keys = work.keys + panel * pool.head_dim * 4
-            multiply_float(
-                rows,
-                pool.head_dim,
-                work.queries,
-                wide,
-                keys,
-                work.scores + panel * 4,
-                _TILE_BYTES,
-                0,
-            )
+        begin = max(begin, (start - rule.window + 1) // KEY_TILE * KEY_TILE)
+    for tile in range(begin, end, KEY_TILE):
+        count = min(KEY_TILE, end - tile)
+        ahead, ahead_head = tile + KEY_TILE, head
+        if ahead >= end:
+            ahead, ahead_head = begin, min(head + 1, pool.kv_heads - 1)
+        _pack_keys(
+            pool, tables, table, layer, head, tile, count, work, ahead, ahead_head, end - ahead
+        )
+        _score(pool, rows, work)
         for row in range(rows):
             position = start + row // rule.group
             scores = work.scores + row * _TILE_BYTES
@@ -319,11 +368,7 @@ def _attend_segment(  # type: ignore[no-untyped-def]
             _softmax_row(
                 scores, low, position - tile, states + row * 8, totals + row * wide, pool.head_pad
             )
-        for panel in range(0, pool.head_pad, PANEL):
-            values = work.values + panel * KEY_TILE * 4
-            multiply_float(
-                rows, KEY_TILE, work.scores, _TILE_BYTES, values, totals + panel * 4, wide, 1
-            )
+        _weigh(pool, tables, table, layer, head, tile, count, rows, work, totals)
 
 
 @njit(nogil=True, cache=True)
@@ -347,7 +392,7 @@ def _first_segment(rule, position):  # type: ignore[no-untyped-def]
 def attend(counter, pool, rule, slices, tables, layer, q, q_stride, out, out_stride, work):  # type: ignore[no-untyped-def]
     """One thread's part of prompts' attention: pieces are some tokens of a slice with one KV head.
 
-    q and out: addresses of rows `[q_heads * head_dim]`. Slices of one token are left to attend_split.
+    q and out: addresses of rows `[q_heads * head_dim]`. Slices of one token are for attend_split.
     """
     step = max(1, QUERY_ROWS // rule.group)
     piece = take(counter)
@@ -390,7 +435,7 @@ def attend(counter, pool, rule, slices, tables, layer, q, q_stride, out, out_str
 def attend_split(counter, pool, rule, slices, tables, layer, q, q_stride, partials, work):  # type: ignore[no-untyped-def]
     """One thread's part of the first half of decode attention: pieces are one token, one segment.
 
-    partials: address of `[segments of all, q_heads, 16 + head_pad]` floats, a state and a total each.
+    partials: `[segments of all, q_heads, 16 + head_pad]` floats, a state and a total each.
     """
     heads = pool.kv_heads * rule.group
     each = (LANES + pool.head_pad) * 4

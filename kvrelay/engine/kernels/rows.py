@@ -16,7 +16,7 @@ _SCALE_MIN = 1e-30  # of a group of zeros
 def _normalize(
     c: Code, x: Int, weight: Int, out: Int, count: Int, padded: Int, epsilon: Int
 ) -> None:
-    """out = x / rms(x) * weight. count: an address of the row's length as float32; epsilon alike."""
+    """out = x / rms(x) * weight. count: address of the row's length as float32; epsilon alike."""
     total = c.variable(c.floats(0.0))
     with c.each(padded, LANES) as i:
         value = c.load(x + i * 4)

@@ -1,7 +1,7 @@
-"""How the threads of one step share its work: counters to take pieces from, barriers between phases.
+"""How the threads of a step share its work: counters to take pieces from, barriers between phases.
 
-A step is compiled code that all threads run at once, the engine's own and its helpers. Team owns the
-helpers: they sleep between steps.
+A step is compiled code that all threads run at once, the engine's own and its helpers. Team owns
+the helpers: they sleep between steps.
 """
 
 import threading

@@ -1,8 +1,8 @@
 """The matrix kernel: a few rows times one panel of 32 outputs. All matmuls go through it.
 
-A panel holds 32 outputs side by side, so that one row of it is two vectors. Every output is added up
-in the order of its inputs, whatever rows are computed beside it: a row's result has the same bits
-alone and in any batch.
+A panel holds 32 outputs side by side, so that one row of it is two vectors. Every output is added
+up in the order of its inputs, whatever rows are computed beside it: a row's result has the same
+bits alone and in any batch.
 
 fp32 panel: `[inputs, 32]` float32.
 int8 panel: for each group of 64 inputs `[16, 32, 4]` uint8 (a weight is the byte less 128), then
@@ -28,14 +28,23 @@ _ROW_BLOCK = 6 * ROWS_MAX  # rows that stay in the level 2 cache while panels pa
 HAS_VNNI = bool(binding.get_host_cpu_features().get("avx512vnni"))
 
 
-def _finish(c: Code, sums: list[list[Variable]], out: Int, out_stride: Int, add: Int) -> None:
-    """Stores the sums; when `add`, added to what is there."""
+def _start(c: Code, count: int, out: Int, out_stride: Int, add: Int) -> list[list[Variable]]:
+    """Sums of `count` rows: what is there when `add`, else 0.
+
+    So a sum over many inputs is the same bits whether it is made at once or in parts.
+    """
+    sums = [[c.variable(c.floats(0.0)) for _ in range(_VECTORS)] for _ in range(count)]
+    with c.when(add):
+        for row, vectors in enumerate(sums):
+            for n, total in enumerate(vectors):
+                total.set(c.load(out + out_stride * row + n * LINE_BYTES))
+    return sums
+
+
+def _finish(c: Code, sums: list[list[Variable]], out: Int, out_stride: Int) -> None:
     for row, vectors in enumerate(sums):
         for n, total in enumerate(vectors):
-            place = out + out_stride * row + n * LINE_BYTES
-            with c.when(add):
-                total.set(total.get() + c.load(place))
-            c.store(place, total.get())
+            c.store(out + out_stride * row + n * LINE_BYTES, total.get())
 
 
 @emitted
@@ -46,21 +55,20 @@ def _tile_float(
     a: Int,
     a_stride: Int,
     panel: Int,
+    panel_stride: Int,
     out: Int,
     out_stride: Int,
     add: Int,
 ) -> None:
     def emit(count: int) -> None:
-        sums = [[c.variable(c.floats(0.0)) for _ in range(_VECTORS)] for _ in range(count)]
+        sums = _start(c, count, out, out_stride, add)
         with c.each(inputs) as k:
-            weights = [
-                c.load_line(panel + k * PANEL_BYTES + n * LINE_BYTES) for n in range(_VECTORS)
-            ]
+            weights = [c.load(panel + k * panel_stride + n * LINE_BYTES) for n in range(_VECTORS)]
             for row in range(count):
                 value = c.spread(a + a_stride * row + k * 4)
                 for n in range(_VECTORS):
                     sums[row][n].set(c.fma(value, weights[n], sums[row][n].get()))
-        _finish(c, sums, out, out_stride, add)
+        _finish(c, sums, out, out_stride)
 
     c.cases(rows, emit, range(1, ROWS_MAX + 1))
 
@@ -80,14 +88,14 @@ def _tile_int8(
     add: Int,
 ) -> None:
     def emit(count: int) -> None:
-        sums = [[c.variable(c.floats(0.0)) for _ in range(_VECTORS)] for _ in range(count)]
+        sums = _start(c, count, out, out_stride, add)
         with c.each(groups) as g:
             block, own = panel + g * GROUP_BYTES, scales + g * GROUP_SCALE_BYTES
             exact = []
             for row in range(count):
                 start = c.spread_ints(own + scales_stride * row + 4)
                 exact.append([c.variable(start) for _ in range(_VECTORS)])
-            with c.each(c.int(GROUP // 4)) as k:
+            with c.each(c.number(GROUP // 4)) as k:
                 weights = [
                     c.load_bytes(block + k * PANEL_BYTES + n * LINE_BYTES) for n in range(_VECTORS)
                 ]
@@ -104,19 +112,19 @@ def _tile_int8(
                 for n in range(_VECTORS):
                     whole = c.to_float(exact[row][n].get())
                     sums[row][n].set(c.fma(whole, of_row * of_weights[n], sums[row][n].get()))
-        _finish(c, sums, out, out_stride, add)
+        _finish(c, sums, out, out_stride)
 
     c.cases(rows, emit, range(1, ROWS_MAX + 1))
 
 
 @njit(nogil=True, cache=True)
-def multiply_float(rows, inputs, a, a_stride, panel, out, out_stride, add):  # type: ignore[no-untyped-def]
+def multiply_float(rows, inputs, a, a_stride, panel, panel_stride, out, out_stride, add):  # type: ignore[no-untyped-def]
     """out `[rows, 32]` (+)= a `[rows, inputs]` x panel; addresses, and strides in bytes."""
     row = 0
     while row < rows:
         count = min(ROWS_MAX, rows - row)
         here, there = a + row * a_stride, out + row * out_stride
-        _tile_float(count, inputs, here, a_stride, panel, there, out_stride, add)
+        _tile_float(count, inputs, here, a_stride, panel, panel_stride, there, out_stride, add)
         row += count
 
 
@@ -174,5 +182,7 @@ def linear(counter, layer, rows, a, a_stride, scales, scales_stride, out, out_st
                 add,
             )
         else:
-            multiply_float(count, layer.inputs, here, a_stride, panel, there, out_stride, add)
+            multiply_float(
+                count, layer.inputs, here, a_stride, panel, PANEL_BYTES, there, out_stride, add
+            )
         piece = take(counter)

@@ -39,13 +39,13 @@ class Int:
         self.code, self.value = code, value
 
     def __add__(self, other: "Int | int") -> "Int":
-        return Int(self.code, self.code.builder.add(self.value, self.code.int(other).value))
+        return Int(self.code, self.code.builder.add(self.value, self.code.number(other).value))
 
     def __sub__(self, other: "Int | int") -> "Int":
-        return Int(self.code, self.code.builder.sub(self.value, self.code.int(other).value))
+        return Int(self.code, self.code.builder.sub(self.value, self.code.number(other).value))
 
     def __mul__(self, other: "Int | int") -> "Int":
-        return Int(self.code, self.code.builder.mul(self.value, self.code.int(other).value))
+        return Int(self.code, self.code.builder.mul(self.value, self.code.number(other).value))
 
     __radd__, __rmul__ = __add__, __mul__
 
@@ -106,7 +106,7 @@ class Code:
 
     # ---- values
 
-    def int(self, value: "Int | int") -> Int:
+    def number(self, value: "Int | int") -> Int:
         return value if isinstance(value, Int) else Int(self, ir.Constant(_I64, value))
 
     def floats(self, value: "Vec | float") -> Vec:
@@ -195,6 +195,12 @@ class Code:
     def store_first_int(self, address: Int, value: Ints) -> None:
         self._store(address, self._lane(value.value, 0), 4)
 
+    def prefetch(self, address: Int) -> None:
+        """Asks for the line at `address`; any address will do."""
+        place = self._pointer(address, _I8)
+        read, level_2, data = (ir.Constant(_I32, n) for n in (0, 2, 1))
+        self.call("llvm.prefetch.p0", ir.VoidType(), place, read, level_2, data)
+
     def _store(self, address: Int, value: Any, align: int) -> None:
         self.builder.store(value, self._pointer(address, value.type)).align = align
 
@@ -243,6 +249,11 @@ class Code:
             b.icmp_signed(">=", x.value, low.value), b.icmp_signed("<=", x.value, high.value)
         )
         return Vec(self, b.select(inside, yes.value, no.value))
+
+    def differs(self, a: Vec, b: Vec) -> Int:
+        """1 when the first lanes are not equal, or not numbers."""
+        unequal = self.builder.fcmp_unordered("!=", self._lane(a.value, 0), self._lane(b.value, 0))
+        return Int(self, self.builder.zext(unequal, _I64))
 
     def exp(self, x: Vec) -> Vec:
         """Within 2 ulp; 0 below -87, and the value at 88 above it.
@@ -313,14 +324,14 @@ class Code:
     @contextlib.contextmanager
     def each(self, count: Int, step: int = 1) -> Iterator[Int]:
         """The block runs for 0, step, 2 * step ... below count."""
-        start, stride = self.int(0).value, self.int(step).value
+        start, stride = self.number(0).value, self.number(step).value
         with cgutils.for_range_slice(self.builder, start, count.value, stride) as (index, _):
             yield Int(self, index)
 
     @contextlib.contextmanager
     def when(self, condition: Int) -> Iterator[None]:
         """The block runs when condition is not 0."""
-        taken = self.builder.icmp_signed("!=", condition.value, self.int(0).value)
+        taken = self.builder.icmp_signed("!=", condition.value, self.number(0).value)
         with self.builder.if_then(taken):
             yield
 

@@ -1,0 +1,248 @@
+"""One step of the common Llama shape (Llama, Qwen2, Qwen3, Mistral, SmolLM ...), compiled whole.
+
+Per layer: norm, q/k/v in one matmul, rope, KV write, attention, output; norm, gate and up in one
+matmul, activation, down. All threads run `run_step`; each phase is shared out through a counter of
+its own and ends at a barrier. Called by fused.py; prepared.py proves it equal to transformers' own.
+"""
+
+import numpy as np
+from numba import njit
+
+from kvrelay.engine.kernels import paged, rows
+from kvrelay.engine.kernels.threads import read_flag, take, wait_for_all, write_flag
+from kvrelay.engine.kernels.tiles import linear
+from kvrelay.engine.kernels.vector import LINE_BYTES
+
+LINEARS = ("qkv", "output", "gate_up", "down")  # of a layer; after the last layer comes the head
+PHASES_MAX = 12  # of a layer
+LAST_PHASES = 3
+_ROWS_A_PIECE = 8
+
+# What a step does not change. Names ending in _at are addresses of a float32 or of a row of them.
+MODEL = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "layers",
+            "hidden",
+            "hidden_pad",
+            "q_heads",
+            "kv_heads",
+            "head_dim",
+            "inner",
+            "half",
+            "embedding_at",
+            "embedding_stride",
+            "final_norm_at",
+            "hidden_at",
+            "head_dim_at",
+            "epsilon_at",
+            "cosine_at",
+            "sine_at",
+        )
+    ]
+)
+
+LAYER = np.dtype(
+    [(name, np.int64) for name in ("norm_at", "mlp_norm_at", "bias_at", "q_norm_at", "k_norm_at")]
+)
+
+BUFFER = np.dtype([("at", np.int64), ("stride", np.int64)])  # an address, bytes of a row
+
+BUFFERS = (
+    "x",  # what layers add to
+    "normed",
+    "qkv",
+    "attended",
+    "gate_up",
+    "active",
+    "quantized",  # the next matmul's input in int8, and
+    "scales",  # its scales
+    "logits",
+    "partials",  # of decode attention, see paged.attend_split
+)
+
+STEP = np.dtype(
+    [
+        (name, np.int64)
+        for name in ("rows", "wanted", "threads", "barrier", "counters", "stop", "cancelled")
+    ]
+    + [(name, BUFFER) for name in BUFFERS]
+)
+
+
+@njit(nogil=True, cache=True)
+def _next_phase(counter, step):  # type: ignore[no-untyped-def]
+    """Waits for the other threads; gives the counter of the next phase."""
+    wait_for_all(step.barrier, step.threads)
+    return counter + LINE_BYTES
+
+
+@njit(nogil=True, cache=True)
+def _to_input(groups, source, row, step):  # type: ignore[no-untyped-def]
+    """An int8 matmul reads its input quantized; a float one as it is."""
+    if groups:
+        target = step.quantized.at + row * step.quantized.stride
+        rows.quantize(source, groups, target, step.scales.at + row * step.scales.stride)
+
+
+@njit(nogil=True, cache=True)
+def _embed(counter, model, step, tokens):  # type: ignore[no-untyped-def]
+    row = take(counter)
+    while row < step.rows:
+        source = model.embedding_at + tokens[row] * model.embedding_stride
+        rows.copy_row(source, step.x.at + row * step.x.stride, model.hidden_pad)
+        row = take(counter)
+
+
+@njit(nogil=True, cache=True)
+def _norm(counter, model, step, weight, groups):  # type: ignore[no-untyped-def]
+    piece = take(counter) * _ROWS_A_PIECE
+    while piece < step.rows:
+        for row in range(piece, min(piece + _ROWS_A_PIECE, step.rows)):
+            target = step.normed.at + row * step.normed.stride
+            rows.normalize(
+                step.x.at + row * step.x.stride, weight, target,
+                model.hidden_at, model.hidden_pad, model.epsilon_at,
+            )  # fmt: skip
+            _to_input(groups, target, row, step)
+        piece = take(counter) * _ROWS_A_PIECE
+
+
+@njit(nogil=True, cache=True)
+def _rope_and_store(counter, model, layer, number, pool, step, slices, tables, row_slice):  # type: ignore[no-untyped-def]
+    """Bias, norm of q and k, rope, and the KV write of each row."""
+    q_width = model.q_heads * model.head_dim
+    kv_width = model.kv_heads * model.head_dim
+    piece = take(counter) * _ROWS_A_PIECE
+    while piece < step.rows:
+        for row in range(piece, min(piece + _ROWS_A_PIECE, step.rows)):
+            s = slices[row_slice[row]]
+            position = s.start + row - s.row
+            q = step.qkv.at + row * step.qkv.stride
+            k, v = q + q_width * 4, q + (q_width + kv_width) * 4
+            if layer.bias_at:
+                rows.add_row(q, layer.bias_at, q_width + 2 * kv_width)
+            cosine = model.cosine_at + position * model.half * 4
+            sine = model.sine_at + position * model.half * 4
+            for head in range(model.q_heads + model.kv_heads):
+                place = q + head * model.head_dim * 4
+                norm = layer.q_norm_at if head < model.q_heads else layer.k_norm_at
+                if norm:
+                    rows.normalize(
+                        place, norm, place, model.head_dim_at, model.head_dim, model.epsilon_at
+                    )
+                rows.rotate(place, model.half, cosine, sine)
+            paged.write_row(pool, tables, s.table, number, position, k, v)
+        piece = take(counter) * _ROWS_A_PIECE
+
+
+@njit(nogil=True, cache=True)
+def _quantize_rows(counter, step, source, groups):  # type: ignore[no-untyped-def]
+    piece = take(counter) * _ROWS_A_PIECE
+    while piece < step.rows:
+        for row in range(piece, min(piece + _ROWS_A_PIECE, step.rows)):
+            _to_input(groups, source.at + row * source.stride, row, step)
+        piece = take(counter) * _ROWS_A_PIECE
+
+
+@njit(nogil=True, cache=True)
+def _activate(counter, model, step, groups):  # type: ignore[no-untyped-def]
+    piece = take(counter) * _ROWS_A_PIECE
+    while piece < step.rows:
+        for row in range(piece, min(piece + _ROWS_A_PIECE, step.rows)):
+            gate = step.gate_up.at + row * step.gate_up.stride
+            target = step.active.at + row * step.active.stride
+            rows.gate_silu(gate, gate + model.inner * 4, target, model.inner)
+            _to_input(groups, target, row, step)
+        piece = take(counter) * _ROWS_A_PIECE
+
+
+@njit(nogil=True, cache=True)
+def _last_norm(counter, model, step, groups, last_rows):  # type: ignore[no-untyped-def]
+    piece = take(counter)
+    while piece < step.wanted:
+        target = step.normed.at + piece * step.normed.stride
+        rows.normalize(
+            step.x.at + last_rows[piece] * step.x.stride, model.final_norm_at, target,
+            model.hidden_at, model.hidden_pad, model.epsilon_at,
+        )  # fmt: skip
+        _to_input(groups, target, piece, step)
+        piece = take(counter)
+
+
+@njit(nogil=True, cache=True)
+def _matmul(counter, layer, count, source, step, out, add):  # type: ignore[no-untyped-def]
+    """out (+)= source x layer; source and out are BUFFERs."""
+    if layer.groups:
+        source = step.quantized
+    linear(
+        counter, layer, count, source.at, source.stride, step.scales.at, step.scales.stride,
+        out.at, out.stride, add,
+    )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _attention(counter, pool, rule, number, step, slices, tables, prompts, decodes, work):  # type: ignore[no-untyped-def]
+    """Prompts' chunks and decode steps, each with counters of their own."""
+    q, out = step.qkv, step.attended
+    if prompts:
+        paged.attend(
+            counter, pool, rule, slices, tables, number, q.at, q.stride, out.at, out.stride, work
+        )  # fmt: skip
+    counter += LINE_BYTES
+    if decodes:
+        partials = step.partials.at
+        paged.attend_split(
+            counter, pool, rule, slices, tables, number, q.at, q.stride, partials, work
+        )  # fmt: skip
+        counter = _next_phase(counter, step)
+        paged.attend_join(counter, pool, rule, slices, partials, out.at, out.stride, work)
+    return counter
+
+
+@njit(nogil=True, cache=True)
+def run_step(  # type: ignore[no-untyped-def]
+    thread, models, layers, linears, pools, rules, steps, slices, tables, row_slice, tokens,
+    last_rows, works, prompts, decodes,
+):  # fmt: skip
+    """One thread's part of a step; all but the first and the last two are arrays of records."""
+    model, pool, step, work = models[0], pools[0], steps[0], works[thread]
+    counter = step.counters
+    _embed(counter, model, step, tokens)
+    for number in range(model.layers):
+        layer, rule = layers[number], rules[number]
+        qkv, output = linears[number * 4], linears[number * 4 + 1]
+        gate_up, down = linears[number * 4 + 2], linears[number * 4 + 3]
+        if thread == 0:
+            write_flag(step.stop, read_flag(step.cancelled))
+        counter = _next_phase(counter, step)
+        if read_flag(step.stop):
+            return
+        _norm(counter, model, step, layer.norm_at, qkv.groups)
+        counter = _next_phase(counter, step)
+        _matmul(counter, qkv, step.rows, step.normed, step, step.qkv, 0)
+        counter = _next_phase(counter, step)
+        _rope_and_store(counter, model, layer, number, pool, step, slices, tables, row_slice)
+        counter = _next_phase(counter, step)
+        counter = _attention(
+            counter, pool, rule, number, step, slices, tables, prompts, decodes, work
+        )
+        counter = _next_phase(counter, step)
+        if output.groups:
+            _quantize_rows(counter, step, step.attended, output.groups)
+            counter = _next_phase(counter, step)
+        _matmul(counter, output, step.rows, step.attended, step, step.x, 1)
+        counter = _next_phase(counter, step)
+        _norm(counter, model, step, layer.mlp_norm_at, gate_up.groups)
+        counter = _next_phase(counter, step)
+        _matmul(counter, gate_up, step.rows, step.normed, step, step.gate_up, 0)
+        counter = _next_phase(counter, step)
+        _activate(counter, model, step, down.groups)
+        counter = _next_phase(counter, step)
+        _matmul(counter, down, step.rows, step.active, step, step.x, 1)
+    counter = _next_phase(counter, step)
+    head = linears[model.layers * 4]
+    _last_norm(counter, model, step, head.groups, last_rows)
+    counter = _next_phase(counter, step)
+    _matmul(counter, head, step.wanted, step.normed, step, step.logits, 0)
