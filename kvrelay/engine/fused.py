@@ -10,7 +10,7 @@ import numpy as np
 
 from kvrelay.engine.kernels import llama, paged
 from kvrelay.engine.kernels.threads import Team, aligned
-from kvrelay.engine.kernels.tiles import GROUP, GROUP_SCALE_BYTES, LINEAR
+from kvrelay.engine.kernels.tiles import GROUP, GROUP_SCALE_BYTES, LINEAR, ROW_BLOCK
 from kvrelay.engine.kernels.vector import LANES, LINE_BYTES
 from kvrelay.engine.packed import PackedShape, up_to
 from kvrelay.engine.plan import StepPlan, make_works, pool_record
@@ -52,7 +52,8 @@ class FusedShape:
         sizes = (
             (self.qkv_width, self.hidden),
             (self.hidden, self.q_width),
-            (2 * self.inner, self.hidden),
+            (self.inner, self.hidden),
+            (self.inner, self.hidden),
             (self.hidden, self.inner),
             (self.vocab, self.hidden),
         )
@@ -71,7 +72,7 @@ class FusedModel:
         self._weights = weights  # keeps their memory alive
         self._team = Team(threads)
         self._constants = np.array(
-            [shape.hidden, shape.head_dim, shape.epsilon, shape.scale], np.float32
+            [shape.hidden, shape.head_dim, shape.epsilon, shape.scale * paged.LOG2_E], np.float32
         )
         self._layers = np.array(
             [
@@ -207,21 +208,22 @@ class _Room:
             "normed": (tall, shape.hidden),
             "qkv": (self.rows, shape.qkv_width),
             "attended": (self.rows, shape.q_width),
-            "gate_up": (self.rows, 2 * shape.inner),
             "active": (self.rows, shape.inner),
         }
         for name, (count, width) in widths.items():
-            wide = up_to(width, GROUP)
-            self._buffer(name, count, wide * 4)
-        widest = up_to(max(shape.hidden, shape.q_width, shape.inner), GROUP)
-        self._buffer("quantized", tall, widest)
+            self._buffer(name, count, up_to(width, GROUP) * 4)
+        widest = up_to(max(shape.hidden, shape.q_width), GROUP)
+        inner = up_to(shape.inner, GROUP)
+        self._buffer("bytes", tall, widest)
         self._buffer("scales", tall, widest // GROUP * GROUP_SCALE_BYTES)
+        self._buffer("active_bytes", self.rows, inner)
+        self._buffer("active_scales", self.rows, inner // GROUP * GROUP_SCALE_BYTES)
         vocab = up_to(shape.vocab, 32)
-        self.logits = (
-            self._buffer("logits", self.wanted, vocab * 4).view(np.float32).reshape(-1, vocab)
-        )
+        logits = self._buffer("logits", self.wanted, vocab * 4).view(np.float32)
+        self.logits = logits.reshape(self.wanted, -1)
         head_pad = up_to(shape.head_dim, 32)
-        self._buffer("partials", self.segments * shape.q_heads, (LANES + head_pad) * 4)
+        each = self.segments * shape.q_heads * (LANES + head_pad) * 4
+        self.step["partials"] = (self._allocate(each).ctypes.data, 0)
         phases = shape.layers * llama.PHASES_MAX + llama.LAST_PHASES
         self._counters = self._allocate(phases * LINE_BYTES)
         self._stop = self._allocate(LINE_BYTES).view(np.int64)
@@ -229,10 +231,14 @@ class _Room:
         self.step["stop"] = self._stop.ctypes.data
         self.step["barrier"] = self._allocate(2 * LINE_BYTES).ctypes.data
         sizes = paged.work_floats(shape.head_dim, head_pad, shape.q_heads // shape.kv_heads)
+        sizes |= dict.fromkeys(("gate", "up"), ROW_BLOCK * GROUP)
         self.works, arrays = make_works(sizes, threads)
         self._arrays += arrays
 
-    def _buffer(self, name: str, count: int, stride: int) -> np.ndarray:
+    def _buffer(self, name: str, count: int, size: int) -> np.ndarray:
+        # Rows an odd number of lines apart: at a multiple of 4 KiB they would all want the same few
+        # places in the level 1 cache.
+        stride = up_to(size, LINE_BYTES) | LINE_BYTES
         array = self._allocate(count * stride)
         self.step[name] = (array.ctypes.data, stride)
         return array

@@ -84,7 +84,7 @@ def packed_weights(model: Any, shape: FusedShape) -> Iterator[tuple[str, np.ndar
     embedding = np.zeros((shape.vocab, wide), np.float32)
     embedding[:, : shape.hidden] = _array(model.model.embed_tokens.weight)[: shape.vocab]
     yield "embedding", embedding
-    qkv, output, gate_up, down, head = shape.linears()
+    qkv, output, gate, up, down, head = shape.linears()
     for n, layer in enumerate(model.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
         inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -97,7 +97,8 @@ def packed_weights(model: Any, shape: FusedShape) -> Iterator[tuple[str, np.ndar
             yield f"{n}.k_norm", _row(attention.k_norm.weight)
         yield f"{n}.output", pack(_stacked(attention.o_proj), output)
         yield f"{n}.mlp_norm", _row(layer.post_attention_layernorm.weight)
-        yield f"{n}.gate_up", pack(_stacked(mlp.gate_proj, mlp.up_proj), gate_up)
+        yield f"{n}.gate", pack(_stacked(mlp.gate_proj), gate)
+        yield f"{n}.up", pack(_stacked(mlp.up_proj), up)
         yield f"{n}.down", pack(_stacked(mlp.down_proj), down)
     yield "final_norm", _row(model.model.norm.weight)
     yield "inv_freq", _row(model.model.rotary_emb.inv_freq)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from kvrelay.engine.attention import paged_step, run_paged
 from kvrelay.engine.kernels import rows
 from kvrelay.engine.kernels.threads import Team, aligned
-from kvrelay.engine.kernels.tiles import GROUP, GROUP_SCALE_BYTES, PANEL, linear
+from kvrelay.engine.kernels.tiles import BUFFER, GROUP, GROUP_SCALE_BYTES, PANEL, linear
 from kvrelay.engine.kernels.vector import LINE_BYTES
 from kvrelay.engine.packed import PackedShape, pack
 from kvrelay.engine.probe import ERROR_MAX, ERROR_MAX_INT8, Watched, check_logits
@@ -90,14 +90,10 @@ class PackedLinear(torch.nn.Module):
         source = x.reshape(-1, shape.inputs).contiguous()
         count = source.shape[0]
         out = torch.empty(count, shape.panels * PANEL)
-        quantized, scales = self._quantized(source) if shape.int8 else (source, None)
+        quantized, scales = self._quantized(source) if shape.int8 else (source, source)
         self._counter.fill(0)
-        arguments = (
-            self._counter.ctypes.data, self._record[()], count,
-            quantized.data_ptr(), quantized.stride(0) * quantized.element_size(),
-            scales.data_ptr() if scales is not None else 0, shape.groups * GROUP_SCALE_BYTES,
-            out.data_ptr(), out.stride(0) * 4, 0,
-        )  # fmt: skip
+        buffers = [_buffer(part) for part in (source, quantized, scales, out)]
+        arguments = (self._counter.ctypes.data, self._record[()], count, *buffers, 0)
         if count * shape.inputs * shape.outputs < _SHARED_MIN:
             linear(*arguments)
         else:
@@ -118,6 +114,10 @@ class PackedLinear(torch.nn.Module):
             source.data_ptr(), len(source), groups, quantized.data_ptr(), scales.data_ptr()
         )
         return quantized, scales
+
+
+def _buffer(tensor: torch.Tensor) -> Any:
+    return np.array((tensor.data_ptr(), tensor.stride(0) * tensor.element_size()), BUFFER)[()]
 
 
 class GenericModel:

@@ -69,7 +69,7 @@ class KernelStep(PoolStep):
         group = heads // self._layout.kv_heads
         if self._works is None:
             self._make_buffers(heads, group)
-        numbers = np.array([scale, softcap or 0.0], np.float32)
+        numbers = np.array([scale, softcap or 0.0], np.float32) * np.float32(paged.LOG2_E)
         at = numbers.ctypes.data
         rules = np.array([(group, window or 0, at, at + 4 if softcap else 0)], paged.RULE)
         queries = q.to(torch.float32).contiguous()

@@ -136,7 +136,7 @@ def _build(
     shape = find_shape(model, watched.probe, int8)
     arrays = {}
     if shape is not None:
-        parts = 5 + shape.layers * (6 + shape.qkv_bias + 2 * shape.qk_norm)
+        parts = 4 + shape.layers * (7 + shape.qkv_bias + 2 * shape.qk_norm)
         for name, array in packed_weights(model, shape):
             arrays[name] = array
             on_progress("packing weights", min(1.0, len(arrays) / parts))

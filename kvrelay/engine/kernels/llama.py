@@ -10,13 +10,22 @@ from numba import njit
 
 from kvrelay.engine.kernels import paged, rows
 from kvrelay.engine.kernels.threads import read_flag, take, wait_for_all, write_flag
-from kvrelay.engine.kernels.tiles import linear
+from kvrelay.engine.kernels.tiles import (
+    BUFFER,
+    GROUP,
+    GROUP_SCALE_BYTES,
+    PANEL,
+    PANEL_BYTES,
+    ROW_BLOCK,
+    linear,
+    multiply,
+)
 from kvrelay.engine.kernels.vector import LINE_BYTES
 
-LINEARS = ("qkv", "output", "gate_up", "down")  # of a layer; after the last layer comes the head
-PHASES_MAX = 12  # of a layer
+LINEARS = ("qkv", "output", "gate", "up", "down")  # of a layer; after the last layer comes the head
+PHASES_MAX = 11  # of a layer
 LAST_PHASES = 3
-_ROWS_A_PIECE = 8
+_ROWS_A_PIECE = 2
 
 # What a step does not change. Names ending in _at are addresses of a float32 or of a row of them.
 MODEL = np.dtype(
@@ -47,17 +56,16 @@ LAYER = np.dtype(
     [(name, np.int64) for name in ("norm_at", "mlp_norm_at", "bias_at", "q_norm_at", "k_norm_at")]
 )
 
-BUFFER = np.dtype([("at", np.int64), ("stride", np.int64)])  # an address, bytes of a row
-
 BUFFERS = (
     "x",  # what layers add to
     "normed",
     "qkv",
     "attended",
-    "gate_up",
     "active",
-    "quantized",  # the next matmul's input in int8, and
+    "bytes",  # normed or attended in int8, and
     "scales",  # its scales
+    "active_bytes",
+    "active_scales",
     "logits",
     "partials",  # of decode attention, see paged.attend_split
 )
@@ -82,7 +90,7 @@ def _next_phase(counter, step):  # type: ignore[no-untyped-def]
 def _to_input(groups, source, row, step):  # type: ignore[no-untyped-def]
     """An int8 matmul reads its input quantized; a float one as it is."""
     if groups:
-        target = step.quantized.at + row * step.quantized.stride
+        target = step.bytes.at + row * step.bytes.stride
         rows.quantize(source, groups, target, step.scales.at + row * step.scales.stride)
 
 
@@ -147,15 +155,54 @@ def _quantize_rows(counter, step, source, groups):  # type: ignore[no-untyped-de
 
 
 @njit(nogil=True, cache=True)
-def _activate(counter, model, step, groups):  # type: ignore[no-untyped-def]
-    piece = take(counter) * _ROWS_A_PIECE
-    while piece < step.rows:
-        for row in range(piece, min(piece + _ROWS_A_PIECE, step.rows)):
-            gate = step.gate_up.at + row * step.gate_up.stride
-            target = step.active.at + row * step.active.stride
-            rows.gate_silu(gate, gate + model.inner * 4, target, model.inner)
-            _to_input(groups, target, row, step)
-        piece = take(counter) * _ROWS_A_PIECE
+def _gate_and_up(counter, gate, up, model, step, work):  # type: ignore[no-untyped-def]
+    """active = silu(normed x gate) * (normed x up), quantized where the next matmul wants that.
+
+    A piece is a block of rows and 64 outputs of either: what lies between stays in the cache.
+    """
+    groups = (model.inner + GROUP - 1) // GROUP
+    pieces = (step.rows + ROW_BLOCK - 1) // ROW_BLOCK * groups
+    piece = take(counter)
+    while piece < pieces:
+        first, group = piece // groups * ROW_BLOCK, piece % groups
+        count = min(ROW_BLOCK, step.rows - first)
+        _two_panels(gate, group, first, count, step, work.gate)
+        _two_panels(up, group, first, count, step, work.up)
+        for row in range(count):
+            at = row * GROUP * 4
+            target = step.active.at + (first + row) * step.active.stride + group * GROUP * 4
+            rows.gate_silu(work.gate + at, work.up + at, target, GROUP)
+            if gate.groups:
+                bytes_at = step.active_bytes.at + (first + row) * step.active_bytes.stride
+                scales_at = step.active_scales.at + (first + row) * step.active_scales.stride
+                rows.quantize(
+                    target, 1, bytes_at + group * GROUP, scales_at + group * GROUP_SCALE_BYTES
+                )
+        piece = take(counter)
+
+
+@njit(nogil=True, cache=True)
+def _two_panels(layer, group, first, count, step, out):  # type: ignore[no-untyped-def]
+    """out `[count, 64]` = rows of normed x 64 outputs of a layer; those it lacks are 0."""
+    for half in range(2):
+        number = group * 2 + half
+        there = out + half * PANEL_BYTES
+        if number >= layer.panels:
+            for row in range(count):
+                rows.clear(there + row * GROUP * 4, PANEL)
+        else:
+            multiply(
+                layer,
+                number,
+                first,
+                count,
+                step.normed,
+                step.bytes,
+                step.scales,
+                there,
+                GROUP * 4,
+                0,
+            )
 
 
 @njit(nogil=True, cache=True)
@@ -169,17 +216,6 @@ def _last_norm(counter, model, step, groups, last_rows):  # type: ignore[no-unty
         )  # fmt: skip
         _to_input(groups, target, piece, step)
         piece = take(counter)
-
-
-@njit(nogil=True, cache=True)
-def _matmul(counter, layer, count, source, step, out, add):  # type: ignore[no-untyped-def]
-    """out (+)= source x layer; source and out are BUFFERs."""
-    if layer.groups:
-        source = step.quantized
-    linear(
-        counter, layer, count, source.at, source.stride, step.scales.at, step.scales.stride,
-        out.at, out.stride, add,
-    )  # fmt: skip
 
 
 @njit(nogil=True, cache=True)
@@ -212,8 +248,9 @@ def run_step(  # type: ignore[no-untyped-def]
     _embed(counter, model, step, tokens)
     for number in range(model.layers):
         layer, rule = layers[number], rules[number]
-        qkv, output = linears[number * 4], linears[number * 4 + 1]
-        gate_up, down = linears[number * 4 + 2], linears[number * 4 + 3]
+        base = number * len(LINEARS)
+        qkv, output = linears[base], linears[base + 1]
+        gate, up, down = linears[base + 2], linears[base + 3], linears[base + 4]
         if thread == 0:
             write_flag(step.stop, read_flag(step.cancelled))
         counter = _next_phase(counter, step)
@@ -221,7 +258,7 @@ def run_step(  # type: ignore[no-untyped-def]
             return
         _norm(counter, model, step, layer.norm_at, qkv.groups)
         counter = _next_phase(counter, step)
-        _matmul(counter, qkv, step.rows, step.normed, step, step.qkv, 0)
+        linear(counter, qkv, step.rows, step.normed, step.bytes, step.scales, step.qkv, 0)
         counter = _next_phase(counter, step)
         _rope_and_store(counter, model, layer, number, pool, step, slices, tables, row_slice)
         counter = _next_phase(counter, step)
@@ -232,17 +269,17 @@ def run_step(  # type: ignore[no-untyped-def]
         if output.groups:
             _quantize_rows(counter, step, step.attended, output.groups)
             counter = _next_phase(counter, step)
-        _matmul(counter, output, step.rows, step.attended, step, step.x, 1)
+        linear(counter, output, step.rows, step.attended, step.bytes, step.scales, step.x, 1)
         counter = _next_phase(counter, step)
-        _norm(counter, model, step, layer.mlp_norm_at, gate_up.groups)
+        _norm(counter, model, step, layer.mlp_norm_at, gate.groups)
         counter = _next_phase(counter, step)
-        _matmul(counter, gate_up, step.rows, step.normed, step, step.gate_up, 0)
+        _gate_and_up(counter, gate, up, model, step, work)
         counter = _next_phase(counter, step)
-        _activate(counter, model, step, down.groups)
-        counter = _next_phase(counter, step)
-        _matmul(counter, down, step.rows, step.active, step, step.x, 1)
+        linear(
+            counter, down, step.rows, step.active, step.active_bytes, step.active_scales, step.x, 1
+        )
     counter = _next_phase(counter, step)
-    head = linears[model.layers * 4]
+    head = linears[model.layers * len(LINEARS)]
     _last_norm(counter, model, step, head.groups, last_rows)
     counter = _next_phase(counter, step)
-    _matmul(counter, head, step.wanted, step.normed, step, step.logits, 0)
+    linear(counter, head, step.wanted, step.normed, step.bytes, step.scales, step.logits, 0)

@@ -38,7 +38,9 @@ POOL = np.dtype(
     ]
 )
 
-# How one layer attends.
+# How one layer attends. Scores are to the base 2 here, their weights powers of 2: scale and softcap
+# are the model's own times LOG2_E.
+LOG2_E = 1.4426950408889634
 RULE = np.dtype(
     [
         ("group", np.int64),  # query heads to a KV head
@@ -120,7 +122,7 @@ def _zero(c: Code, target: Int, count: Int) -> None:
 
 @emitted
 def _cap(c: Code, scores: Int, softcap: Int) -> None:
-    """A row of scores; softcap: an address of a float32."""
+    """A row of scores; softcap: an address of a float32. Both in the units of RULE."""
     limit = c.spread(softcap)
     with c.each(c.number(KEY_TILE), LANES) as i:
         c.store(scores + i * 4, c.tanh(c.load(scores + i * 4) / limit) * limit)
@@ -148,14 +150,17 @@ def _softmax_row(
     largest = c.maximum_lanes(largest)
     sums = c.floats(0.0)
     for n, part in enumerate(parts):
-        exponential = c.exp(part - largest)
+        exponential = c.exp2(part - largest)
         c.store(scores + n * LINE_BYTES, exponential)
         sums = sums + exponential
-    shrink = c.exp(before - largest)
-    c.store_first(state, largest)
-    c.store_first(state + 4, c.fma(weight, shrink, c.sum_lanes(sums)))
-    with c.when(c.differs(before, largest)), c.each(padded, LANES) as i:
-        c.store(total + i * 4, c.load(total + i * 4) * shrink)
+    kept = c.variable(weight)
+    with c.when(c.differs(before, largest)):
+        shrink = c.exp2(before - largest)
+        kept.set(weight * shrink)
+        c.store_first(state, largest)
+        with c.each(padded, LANES) as i:
+            c.store(total + i * 4, c.load(total + i * 4) * shrink)
+    c.store_first(state + 4, kept.get() + c.sum_lanes(sums))
 
 
 @emitted
@@ -163,7 +168,7 @@ def _merge_row(c: Code, into: Int, into_state: Int, segment: Int, state: Int, pa
     """Adds one segment's result to a row's."""
     ours, theirs = c.spread(into_state), c.spread(state)
     largest = c.maximum(ours, theirs)
-    left, right = c.exp(ours - largest), c.exp(theirs - largest)
+    left, right = c.exp2(ours - largest), c.exp2(theirs - largest)
     weight = c.spread(into_state + 4) * left + c.spread(state + 4) * right
     with c.each(padded, LANES) as i:
         merged = c.load(into + i * 4) * left + c.load(segment + i * 4) * right
@@ -298,10 +303,10 @@ def _pack_values(pool, tables, table, layer, head, first, count, work):  # type:
 
 
 @njit(nogil=True, cache=True)
-def _score(pool, rows, work):  # type: ignore[no-untyped-def]
-    """work.scores `[rows, 64]` = work.queries x the keys packed."""
+def _score(pool, rows, count, work):  # type: ignore[no-untyped-def]
+    """work.scores `[rows, 64]` = work.queries x the `count` keys packed."""
     wide = pool.head_pad * 4
-    for panel in range(0, KEY_TILE, PANEL):
+    for panel in range(0, count, PANEL):
         keys = work.keys + panel * pool.head_dim * 4
         multiply_float(
             rows, pool.head_dim, work.queries, wide, keys, PANEL_BYTES,
@@ -358,7 +363,7 @@ def _attend_segment(  # type: ignore[no-untyped-def]
         _pack_keys(
             pool, tables, table, layer, head, tile, count, work, ahead, ahead_head, end - ahead
         )
-        _score(pool, rows, work)
+        _score(pool, rows, count, work)
         for row in range(rows):
             position = start + row // rule.group
             scores = work.scores + row * _TILE_BYTES
@@ -501,6 +506,8 @@ WORK = np.dtype(
             "totals",
             "part_states",
             "part_totals",
+            "gate",  # of kernels/llama.py
+            "up",
         )
     ]
 )

@@ -68,6 +68,12 @@ def _add_row(c: Code, x: Int, other: Int, count: Int) -> None:
 
 
 @emitted
+def _clear(c: Code, out: Int, count: Int) -> None:
+    with c.each(count, LANES) as i:
+        c.store(out + i * 4, c.floats(0.0))
+
+
+@emitted
 def _copy_row(c: Code, x: Int, out: Int, count: Int) -> None:
     with c.each(count, LANES) as i:
         c.store(out + i * 4, c.load(x + i * 4))
@@ -115,6 +121,11 @@ def gate_silu(gate, up, out, count):  # type: ignore[no-untyped-def]
 @njit(nogil=True, cache=True)
 def add_row(x, other, count):  # type: ignore[no-untyped-def]
     _add_row(x, other, count)
+
+
+@njit(nogil=True, cache=True)
+def clear(out, count):  # type: ignore[no-untyped-def]
+    _clear(out, count)
 
 
 @njit(nogil=True, cache=True)

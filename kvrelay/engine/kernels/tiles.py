@@ -23,7 +23,7 @@ GROUP = 64
 GROUP_BYTES = GROUP * PANEL + PANEL_BYTES
 GROUP_SCALE_BYTES = 8  # float32 scale, int32 correction
 _VECTORS = 2
-_ROW_BLOCK = 6 * ROWS_MAX  # rows that stay in the level 2 cache while panels pass by
+ROW_BLOCK = 6 * ROWS_MAX  # rows that stay in the level 2 cache while panels pass by
 
 HAS_VNNI = bool(binding.get_host_cpu_features().get("avx512vnni"))
 
@@ -151,38 +151,43 @@ LINEAR = np.dtype(
 )
 
 
+BUFFER = np.dtype([("at", np.int64), ("stride", np.int64)])  # an address, bytes of a row
+
+
 @njit(nogil=True, cache=True)
-def linear(counter, layer, rows, a, a_stride, scales, scales_stride, out, out_stride, add):  # type: ignore[no-untyped-def]
-    """One thread's part of out `[rows, outputs]` (+)= a x layer (a LINEAR record).
+def multiply(layer, number, first, count, source, quantized, scales, out, out_stride, add):  # type: ignore[no-untyped-def]
+    """out `[count, 32]` (+)= rows first .. first + count x the number-th panel of a LINEAR.
+
+    source, quantized, scales: BUFFERs; an int8 layer reads the latter two. out: an address.
+    """
+    panel = layer.address + number * layer.panel_bytes
+    if layer.groups:
+        multiply_int8(
+            count, layer.groups,
+            quantized.at + first * quantized.stride, quantized.stride,
+            scales.at + first * scales.stride, scales.stride,
+            panel, out, out_stride, add,
+        )  # fmt: skip
+    else:
+        multiply_float(
+            count, layer.inputs, source.at + first * source.stride, source.stride,
+            panel, PANEL_BYTES, out, out_stride, add,
+        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def linear(counter, layer, rows, source, quantized, scales, out, add):  # type: ignore[no-untyped-def]
+    """One thread's part of out `[rows, outputs]` (+)= source x layer, all BUFFERs but the LINEAR.
 
     Threads take pieces (some rows, one panel) from `counter` until none is left.
     """
-    blocks = (rows + _ROW_BLOCK - 1) // _ROW_BLOCK
-    pieces = blocks * layer.panels
+    pieces = (rows + ROW_BLOCK - 1) // ROW_BLOCK * layer.panels
     piece = take(counter)
     while piece < pieces:
-        row = piece // layer.panels * _ROW_BLOCK
-        number = piece % layer.panels
-        count = min(_ROW_BLOCK, rows - row)
-        panel = layer.address + number * layer.panel_bytes
-        here = a + row * a_stride
-        there = out + row * out_stride + number * PANEL_BYTES
-        if layer.groups:
-            own = scales + row * scales_stride
-            multiply_int8(
-                count,
-                layer.groups,
-                here,
-                a_stride,
-                own,
-                scales_stride,
-                panel,
-                there,
-                out_stride,
-                add,
-            )
-        else:
-            multiply_float(
-                count, layer.inputs, here, a_stride, panel, PANEL_BYTES, there, out_stride, add
-            )
+        first, number = piece // layer.panels * ROW_BLOCK, piece % layer.panels
+        count = min(ROW_BLOCK, rows - first)
+        there = out.at + first * out.stride + number * PANEL_BYTES
+        multiply(
+            layer, number, first, count, source, quantized, scales, there, out.stride, add
+        )  # fmt: skip
         piece = take(counter)
