@@ -54,6 +54,11 @@ class ServeOptions:
         return "INFO" if self.verbose else "WARNING"
 
     @property
+    def weights_are_packed(self) -> bool:
+        """On GPUs and in half precision the engine reads the model's own."""
+        return self.device == "cpu" and self.dtype == "float32"
+
+    @property
     def threads_each(self) -> int:
         cores = len(os.sched_getaffinity(0))
         return self.threads or max(1, cores // (self.prefill + self.decode))

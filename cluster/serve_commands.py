@@ -18,6 +18,8 @@ from cluster.options import LOG_FORMAT, ServeError, ServeOptions
 from cluster.phase_table import phase_table
 from cluster.preparation import Progress as Report
 from cluster.progress import console, reporting
+from cluster.weights import pack_weights
+from kvrelay.cache import default_cache
 from kvrelay.client import Client, KvrelayError
 
 if TYPE_CHECKING:
@@ -158,7 +160,10 @@ class _Interrupts:
 @contextlib.contextmanager
 def _serving(model: str, options: ServeOptions, interrupts: _Interrupts) -> "Iterator[Serving]":
     with reporting() as report:
-        prepared = prepare(model, on_progress=interrupts.watching(report))
+        progress = interrupts.watching(report)
+        prepared = prepare(model, on_progress=progress)
+        if options.weights_are_packed:
+            pack_weights(prepared.path, options.quantize, default_cache(), progress)
     from cluster.serving import Serving  # brings Ray and torch: seconds, so only now
 
     cluster = Serving(prepared, options)

@@ -17,7 +17,7 @@ from cluster.bench.report import BenchError
 from cluster.preparation import Progress, one_line, quiet
 from kvrelay.cache import CacheError, default_cache
 from kvrelay.config import KvDtype, Quantize
-from kvrelay.engine.prepared import prepare as prepare_weights
+from kvrelay.engine.packing import prepare as pack_weights
 from kvrelay.engine.runner import ModelRunner
 from kvrelay.engine.step import UnsupportedModelError
 from kvrelay.kv.pool import KVPool
@@ -46,9 +46,7 @@ def loaded_runner(path: Path, choice: EngineChoice, on_progress: Progress) -> It
     cache = default_cache()
     try:
         with _silent_transformers():
-            prepare_weights(
-                path, quantize=choice.quantize, cache_dir=cache, on_progress=on_progress
-            )
+            pack_weights(path, choice.quantize, cache, on_progress)
             runner = ModelRunner.load(
                 path,
                 dtype="float32",

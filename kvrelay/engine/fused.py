@@ -4,60 +4,20 @@ ModelRunner makes it of what prepared.py has packed. What a step computes is in 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from kvrelay.engine.kernels import llama, paged
 from kvrelay.engine.kernels.threads import Team, aligned
-from kvrelay.engine.kernels.tiles import GROUP, GROUP_SCALE_BYTES, LINEAR, ROW_BLOCK
-from kvrelay.engine.kernels.vector import LANES, LINE_BYTES
-from kvrelay.engine.packed import PackedShape, up_to
+from kvrelay.engine.kernels.tiles import LINEAR, ROW_BLOCK
+from kvrelay.engine.kernels.vector import LANES
+from kvrelay.engine.packed import linear_record
 from kvrelay.engine.plan import StepPlan, make_works, pool_record
+from kvrelay.engine.shapes import GROUP, GROUP_SCALE_BYTES, LINE_BYTES, FusedShape, up_to
 from kvrelay.engine.step import CancelFlag, Slice, StepCancelledError
 from kvrelay.kv.pool import KVPool
 
 _ROPE_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class FusedShape:
-    """A model of the Llama shape. `windows`: of each layer, 0 for none."""
-
-    layers: int
-    hidden: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    inner: int  # width of the MLP
-    vocab: int
-    epsilon: float
-    scale: float
-    rope_scale: float
-    windows: tuple[int, ...]
-    qkv_bias: bool
-    qk_norm: bool
-    int8: bool
-
-    @property
-    def q_width(self) -> int:
-        return self.q_heads * self.head_dim
-
-    @property
-    def qkv_width(self) -> int:
-        return (self.q_heads + 2 * self.kv_heads) * self.head_dim
-
-    def linears(self) -> list[PackedShape]:
-        """Of one layer, then of the head."""
-        sizes = (
-            (self.qkv_width, self.hidden),
-            (self.hidden, self.q_width),
-            (self.inner, self.hidden),
-            (self.inner, self.hidden),
-            (self.hidden, self.inner),
-            (self.vocab, self.hidden),
-        )
-        return [PackedShape(outputs, inputs, self.int8) for outputs, inputs in sizes]
 
 
 class FusedModel:
@@ -86,11 +46,13 @@ class FusedModel:
         )
         packed = shape.linears()
         records = [
-            packed[kind].record(self._address(f"{n}.{name}"))
+            linear_record(packed[kind], self._address(f"{n}.{name}"))
             for n in range(shape.layers)
             for kind, name in enumerate(llama.LINEARS)
         ]
-        self._linears = np.array([*records, packed[-1].record(self._address("head"))], LINEAR)
+        self._linears = np.array(
+            [*records, linear_record(packed[-1], self._address("head"))], LINEAR
+        )
         self._model = self._model_record()
         self._rope_rows = 0
         self._room = _Room(shape, threads, 1, 1, 1)

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from kvrelay.engine.attention import LayerProbe
-from kvrelay.engine.fused import FusedShape
-from kvrelay.engine.kernels.tiles import GROUP
-from kvrelay.engine.packed import pack, up_to
+from kvrelay.engine.packed import pack
+from kvrelay.engine.shapes import GROUP, FusedShape, up_to
 
 # Rope whose angles depend on nothing but the position.
 _ROPES = {"default", "linear", "llama3", "yarn"}

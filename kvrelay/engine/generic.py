@@ -16,10 +16,16 @@ from transformers.pytorch_utils import Conv1D
 from kvrelay.engine.attention import paged_step, run_paged
 from kvrelay.engine.kernels import rows
 from kvrelay.engine.kernels.threads import Team, aligned
-from kvrelay.engine.kernels.tiles import BUFFER, GROUP, GROUP_SCALE_BYTES, PANEL, linear
-from kvrelay.engine.kernels.vector import LINE_BYTES
-from kvrelay.engine.packed import PackedShape, pack
+from kvrelay.engine.kernels.tiles import BUFFER, linear
+from kvrelay.engine.packed import linear_record, pack
 from kvrelay.engine.probe import ERROR_MAX, ERROR_MAX_INT8, Watched, check_logits
+from kvrelay.engine.shapes import (
+    GROUP,
+    GROUP_SCALE_BYTES,
+    LINE_BYTES,
+    PANEL,
+    PackedShape,
+)
 from kvrelay.engine.step import CancelFlag, Slice
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.pool import TORCH_DTYPES, KVPool
@@ -77,7 +83,7 @@ class PackedLinear(torch.nn.Module):
         self.bias = bias
         self._shape = shape
         self._weights = weights  # keeps the memory alive
-        self._record = shape.record(weights.ctypes.data)
+        self._record = linear_record(shape, weights.ctypes.data)
         self._team = team
         self._counter = aligned(LINE_BYTES, np.uint8)
 

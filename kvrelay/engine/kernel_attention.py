@@ -12,9 +12,10 @@ from numba import njit
 
 from kvrelay.engine.kernels import paged
 from kvrelay.engine.kernels.threads import Team, aligned, wait_for_all
-from kvrelay.engine.kernels.vector import LANES, LINE_BYTES
+from kvrelay.engine.kernels.vector import LANES
 from kvrelay.engine.plan import StepPlan, make_works, pool_record
 from kvrelay.engine.pool_step import PoolStep
+from kvrelay.engine.shapes import LINE_BYTES
 from kvrelay.engine.step import CancelFlag, Slice
 from kvrelay.kv.pool import KVPool
 

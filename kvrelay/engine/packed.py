@@ -3,50 +3,21 @@
 prepared.py packs weights, fused.py and generic.py compute with them.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
-from kvrelay.engine.kernels.tiles import GROUP, GROUP_BYTES, LINEAR, PANEL, PANEL_BYTES
+from kvrelay.engine.kernels.tiles import LINEAR
+from kvrelay.engine.shapes import GROUP, GROUP_BYTES, LINE_BYTES, PANEL, PackedShape, up_to
 
 _INT8_MAX = 127
 _ZERO_POINT = 128
 _SCALE_MIN = 1e-30
 
 
-def up_to(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
-@dataclass(frozen=True)
-class PackedShape:
-    """A layer `[outputs, inputs]` as it is stored."""
-
-    outputs: int
-    inputs: int
-    int8: bool
-
-    @property
-    def panels(self) -> int:
-        return -(-self.outputs // PANEL)
-
-    @property
-    def groups(self) -> int:
-        return -(-self.inputs // GROUP) if self.int8 else 0
-
-    @property
-    def panel_bytes(self) -> int:
-        return self.groups * GROUP_BYTES if self.int8 else self.inputs * PANEL_BYTES
-
-    @property
-    def size_bytes(self) -> int:
-        return self.panels * self.panel_bytes
-
-    def record(self, address: int) -> np.ndarray:
-        """What tiles.linear takes, for weights at `address` (a multiple of 64)."""
-        assert address % 64 == 0, address
-        fields = (address, self.panels, self.panel_bytes, self.inputs, self.groups)
-        return np.array(fields, LINEAR)
+def linear_record(shape: PackedShape, address: int) -> np.ndarray:
+    """What tiles.linear takes, for weights at `address` (a multiple of 64)."""
+    assert address % LINE_BYTES == 0, address
+    fields = (address, shape.panels, shape.panel_bytes, shape.inputs, shape.groups)
+    return np.array(fields, LINEAR)
 
 
 def pack(weight: np.ndarray, shape: PackedShape) -> np.ndarray:

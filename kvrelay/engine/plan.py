@@ -8,7 +8,7 @@ import numpy as np
 from kvrelay.engine.kernels import paged
 from kvrelay.engine.kernels.threads import aligned
 from kvrelay.engine.kernels.vector import LANES
-from kvrelay.engine.packed import up_to
+from kvrelay.engine.shapes import up_to
 from kvrelay.engine.step import Slice
 from kvrelay.kv.pool import KVPool
 

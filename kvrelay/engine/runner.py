@@ -11,12 +11,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from kvrelay.cache import default_cache
 from kvrelay.config import KvDtype, Quantize
 from kvrelay.engine.fingerprint import fingerprint
 from kvrelay.engine.fused import FusedModel
 from kvrelay.engine.kernels.threads import Team
 from kvrelay.engine.kernels.tiles import HAS_VNNI
-from kvrelay.engine.prepared import Prepared, prepare
+from kvrelay.engine.prepared import Prepared, find
 from kvrelay.engine.step import CancelFlag, Slice, UnsupportedModelError
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.pool import KVPool
@@ -75,12 +76,20 @@ class ModelRunner:
         kv = dtype if kv_dtype == "auto" else kv_dtype
         if device != "cpu" or dtype != "float32":
             return cls._load_plain(path, dtype, device, block_size, kv, threads)
-        prepared = prepare(path, quantize=quantize, cache_dir=cache_dir)
+        cache = cache_dir or default_cache()
+        prepared = find(path, quantize, cache) or cls._prepare(path, quantize, cache)
         if prepared.shape is None:
             return cls._load_packed(path, prepared, quantize, block_size, kv, threads)
         model = FusedModel(prepared.shape, prepared.weights(), threads)
         description = _described("fused", quantize, kv, threads)
         return cls(model, prepared.layout(kv, block_size), None, description)
+
+    @staticmethod
+    def _prepare(path: Path, quantize: Quantize, cache_dir: Path) -> Prepared:
+        # Brings transformers: seconds that a start with everything prepared does not spend.
+        from kvrelay.engine.packing import prepare
+
+        return prepare(path, quantize, cache_dir)
 
     @classmethod
     def _load_packed(

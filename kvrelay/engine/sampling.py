@@ -45,18 +45,21 @@ def sample(
 
     None for a row with NaN in it: that request has failed, and the others have not.
     """
-    tokens: list[int | None] = logits.argmax(dim=-1).tolist()
-    failed = logits.isnan().any(dim=-1).tolist()
+    # numpy: torch would wake a thread pool of its own, which then keeps cores from the engine's.
+    scores = logits.to("cpu", torch.float32).numpy()
+    best = scores.argmax(axis=-1)  # a row with NaN in it gives the place of one
+    tokens: list[int | None] = best.tolist()
+    failed = np.isnan(scores[np.arange(len(best)), best])
     for row, (p, position) in enumerate(zip(params, positions, strict=True)):
         if failed[row]:
             tokens[row] = None
         elif p.temperature > 0:
-            tokens[row] = _draw(logits[row], p, position)
+            tokens[row] = _draw(scores[row], p, position)
     return tokens
 
 
-def _draw(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
-    scores = logits.to("cpu", torch.float64).numpy()
+def _draw(logits: np.ndarray, params: SamplingParams, position: int) -> int:
+    scores = logits.astype(np.float64)
     with np.errstate(over="ignore"):  # a tiny temperature: all but the best go to exp(-inf)
         weights = np.exp((scores - scores.max()) / params.temperature)
     if params.top_k:

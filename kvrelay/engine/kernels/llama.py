@@ -10,17 +10,8 @@ from numba import njit
 
 from kvrelay.engine.kernels import paged, rows
 from kvrelay.engine.kernels.threads import read_flag, take, wait_for_all, write_flag
-from kvrelay.engine.kernels.tiles import (
-    BUFFER,
-    GROUP,
-    GROUP_SCALE_BYTES,
-    PANEL,
-    PANEL_BYTES,
-    ROW_BLOCK,
-    linear,
-    multiply,
-)
-from kvrelay.engine.kernels.vector import LINE_BYTES
+from kvrelay.engine.kernels.tiles import BUFFER, ROW_BLOCK, linear, multiply
+from kvrelay.engine.shapes import GROUP, GROUP_SCALE_BYTES, LINE_BYTES, PANEL, PANEL_BYTES
 
 LINEARS = ("qkv", "output", "gate", "up", "down")  # of a layer; after the last layer comes the head
 PHASES_MAX = 11  # of a layer

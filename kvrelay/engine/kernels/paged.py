@@ -12,8 +12,9 @@ import numpy as np
 from numba import njit
 
 from kvrelay.engine.kernels.threads import take
-from kvrelay.engine.kernels.tiles import PANEL, PANEL_BYTES, ROWS_MAX, multiply_float
-from kvrelay.engine.kernels.vector import LANES, LINE_BYTES, Code, Int, Vec, emitted
+from kvrelay.engine.kernels.tiles import ROWS_MAX, multiply_float
+from kvrelay.engine.kernels.vector import LANES, Code, Int, Vec, emitted
+from kvrelay.engine.shapes import LINE_BYTES, PANEL, PANEL_BYTES
 
 KEY_TILE = 64
 SEGMENT = 256
@@ -128,39 +129,69 @@ def _cap(c: Code, scores: Int, softcap: Int) -> None:
         c.store(scores + i * 4, c.tanh(c.load(scores + i * 4) / limit) * limit)
 
 
+def _softmax(c: Code, rows: list[tuple[Int, Int, Int, Int, Int]], padded: Int) -> None:
+    """For each row (scores, first, last, state, total), side by side so that they overlap:
+
+    turns scores of keys first..last of a tile into weights, those of other keys into 0. state: the
+    row's maximum so far and the sum of its weights. total `[padded]`: its values so far. Both are
+    brought to the new maximum.
+    """
+    nothing = c.floats(float("-inf"))
+    parts: list[list[Vec]] = []
+    for scores, first, last, _, _ in rows:
+        low, high = c.ints(first), c.ints(last)
+        own = []
+        for n in range(KEY_TILE // LANES):
+            lanes = c.lane_numbers() + c.ints(n * LANES)
+            score = c.load(scores + n * LINE_BYTES)
+            own.append(c.select_between(low, lanes, high, score, nothing))
+        parts.append(own)
+    before = [c.spread(state) for _, _, _, state, _ in rows]
+    largest = []
+    for own, old in zip(parts, before, strict=True):
+        a, b = c.maximum(own[0], own[1]), c.maximum(own[2], own[3])
+        largest.append(c.maximum(c.maximum_lanes(c.maximum(a, b)), old))
+    sums = []
+    for row, own, top in zip(rows, parts, largest, strict=True):
+        weights = [c.exp2(part - top) for part in own]
+        for n, weight in enumerate(weights):
+            c.store(row[0] + n * LINE_BYTES, weight)
+        sums.append(c.sum_lanes((weights[0] + weights[1]) + (weights[2] + weights[3])))
+    for row, old, top, added in zip(rows, before, largest, sums, strict=True):
+        _, _, _, state, total = row
+        kept = c.variable(c.spread(state + 4))
+        with c.when(c.differs(old, top)):
+            shrink = c.exp2(old - top)
+            kept.set(kept.get() * shrink)
+            c.store_first(state, top)
+            with c.each(padded, LANES) as i:
+                c.store(total + i * 4, c.load(total + i * 4) * shrink)
+        c.store_first(state + 4, kept.get() + added)
+
+
 @emitted
-def _softmax_row(
+def _softmax_one(
     c: Code, scores: Int, first: Int, last: Int, state: Int, total: Int, padded: Int
 ) -> None:
-    """Turns scores of keys first..last of a tile into weights, those of other keys into 0.
+    _softmax(c, [(scores, first, last, state, total)], padded)
 
-    state: the row's maximum so far and the sum of its weights. total `[padded]`: its values so far.
-    Both are brought to the new maximum.
-    """
-    low, high = c.ints(first), c.ints(last)
-    nothing = c.floats(float("-inf"))
-    parts = []
-    for n in range(KEY_TILE // LANES):
-        lanes = c.lane_numbers() + c.ints(n * LANES)
-        parts.append(c.select_between(low, lanes, high, c.load(scores + n * LINE_BYTES), nothing))
-    before, weight = c.spread(state), c.spread(state + 4)
-    largest = before
-    for part in parts:
-        largest = c.maximum(largest, part)
-    largest = c.maximum_lanes(largest)
-    sums = c.floats(0.0)
-    for n, part in enumerate(parts):
-        exponential = c.exp2(part - largest)
-        c.store(scores + n * LINE_BYTES, exponential)
-        sums = sums + exponential
-    kept = c.variable(weight)
-    with c.when(c.differs(before, largest)):
-        shrink = c.exp2(before - largest)
-        kept.set(weight * shrink)
-        c.store_first(state, largest)
-        with c.each(padded, LANES) as i:
-            c.store(total + i * 4, c.load(total + i * 4) * shrink)
-    c.store_first(state + 4, kept.get() + c.sum_lanes(sums))
+
+@emitted
+def _softmax_two(
+    c: Code,
+    scores: Int,
+    first: Int,
+    last: Int,
+    next_first: Int,
+    next_last: Int,
+    state: Int,
+    total: Int,
+    padded: Int,
+) -> None:
+    """A row and the next one."""
+    here = (scores, first, last, state, total)
+    there = (scores + _TILE_BYTES, next_first, next_last, state + 8, total + padded * 4)
+    _softmax(c, [here, there], padded)
 
 
 @emitted
@@ -340,6 +371,31 @@ def _weigh(pool, tables, table, layer, head, first, count, rows, work, totals): 
 
 
 @njit(nogil=True, cache=True)
+def _softmax_rows(pool, rule, start, tile, rows, work, states, totals):  # type: ignore[no-untyped-def]
+    """work.scores `[rows, 64]` of the keys from `tile` on become weights."""
+    wide = pool.head_pad * 4
+    row = 0
+    while row < rows:
+        scores = work.scores + row * _TILE_BYTES
+        state, total = states + row * 8, totals + row * wide
+        last = start + row // rule.group - tile
+        first = max(0, last - rule.window + 1) if rule.window else 0
+        if rule.softcap:
+            _cap(scores, rule.softcap)
+        if row + 1 == rows:
+            _softmax_one(scores, first, last, state, total, pool.head_pad)
+            return
+        next_last = start + (row + 1) // rule.group - tile
+        next_first = max(0, next_last - rule.window + 1) if rule.window else 0
+        if rule.softcap:
+            _cap(scores + _TILE_BYTES, rule.softcap)
+        _softmax_two(
+            scores, first, last, next_first, next_last, state, total, pool.head_pad
+        )  # fmt: skip
+        row += 2
+
+
+@njit(nogil=True, cache=True)
 def _attend_segment(  # type: ignore[no-untyped-def]
     pool, rule, tables, table, layer, head, segment, start, tokens, work, states, totals
 ):
@@ -364,15 +420,7 @@ def _attend_segment(  # type: ignore[no-untyped-def]
             pool, tables, table, layer, head, tile, count, work, ahead, ahead_head, end - ahead
         )
         _score(pool, rows, count, work)
-        for row in range(rows):
-            position = start + row // rule.group
-            scores = work.scores + row * _TILE_BYTES
-            if rule.softcap:
-                _cap(scores, rule.softcap)
-            low = max(0, position - rule.window + 1 - tile) if rule.window else 0
-            _softmax_row(
-                scores, low, position - tile, states + row * 8, totals + row * wide, pool.head_pad
-            )
+        _softmax_rows(pool, rule, start, tile, rows, work, states, totals)
         _weigh(pool, tables, table, layer, head, tile, count, rows, work, totals)
 
 

@@ -5,8 +5,8 @@ Row buffers are float32, padded with zeros to a multiple of 64, so that no loop 
 
 from numba import njit
 
-from kvrelay.engine.kernels.tiles import GROUP, GROUP_SCALE_BYTES
-from kvrelay.engine.kernels.vector import LANES, LINE_BYTES, Code, Int, Vec, emitted
+from kvrelay.engine.kernels.vector import LANES, Code, Int, Vec, emitted
+from kvrelay.engine.shapes import GROUP, GROUP_SCALE_BYTES, LINE_BYTES
 
 _INT8_MAX = 127
 _SCALE_MIN = 1e-30  # of a group of zeros

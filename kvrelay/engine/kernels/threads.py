@@ -12,7 +12,8 @@ import numpy as np
 from llvmlite import ir
 from numba import njit
 
-from kvrelay.engine.kernels.vector import LINE_BYTES, Code, Int, emitted
+from kvrelay.engine.kernels.vector import Code, Int, emitted
+from kvrelay.engine.shapes import LINE_BYTES
 
 _SPINS = 2000  # about 50 µs; then somebody else may need the core
 _INT64 = ir.IntType(64)

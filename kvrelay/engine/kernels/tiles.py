@@ -14,14 +14,18 @@ from llvmlite import binding
 from numba import njit
 
 from kvrelay.engine.kernels.threads import take
-from kvrelay.engine.kernels.vector import LINE_BYTES, Code, Int, Variable, emitted
+from kvrelay.engine.kernels.vector import Code, Int, Variable, emitted
+from kvrelay.engine.shapes import (
+    GROUP,
+    GROUP_BYTES,
+    GROUP_SCALE_BYTES,
+    LINE_BYTES,
+    PANEL,
+    PANEL_BYTES,
+)
 
 ROWS_MAX = 14  # with two vectors each, as many sums as registers hold
-PANEL = 32
-PANEL_BYTES = PANEL * 4  # of one row of a panel of floats
-GROUP = 64
-GROUP_BYTES = GROUP * PANEL + PANEL_BYTES
-GROUP_SCALE_BYTES = 8  # float32 scale, int32 correction
+ROWS_INT8 = 7  # of many rows: int8 has two sums, one of integers within a group
 _VECTORS = 2
 ROW_BLOCK = 6 * ROWS_MAX  # rows that stay in the level 2 cache while panels pass by
 
@@ -133,7 +137,7 @@ def multiply_int8(rows, groups, a, a_stride, scales, scales_stride, panel, out, 
     """As multiply_float, of quantized rows and an int8 panel."""
     row = 0
     while row < rows:
-        count = min(ROWS_MAX, rows - row)
+        count = min(ROWS_INT8, rows - row) if rows > ROWS_MAX else rows
         here, there = a + row * a_stride, out + row * out_stride
         own = scales + row * scales_stride
         _tile_int8(count, groups, here, a_stride, own, scales_stride, panel, there, out_stride, add)

@@ -20,8 +20,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from kvrelay.engine.shapes import LINE_BYTES
+
 LANES = 16
-LINE_BYTES = 64  # one cache line, one vector
 
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _F32 = ir.FloatType()
