@@ -1,7 +1,7 @@
 """Where the tests keep what the engine and the commands cache: not among the user's own models.
 
-Set before anything of kvrelay is imported. It outlives a session, so that only the first one converts
-the real model and compiles the kernels.
+Set before anything of kvrelay is imported. It outlives a session, so that only the first one
+converts the real model and compiles the kernels.
 """
 
 import os
