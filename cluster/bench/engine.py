@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import psutil
@@ -14,6 +15,7 @@ import psutil
 from cluster.bench import loading
 from cluster.bench.cases import Case, all_cases, measurable
 from cluster.bench.limits import (
+    LimitProbe,
     MachineLimits,
     ModelShape,
     decode_compute_limit,
@@ -72,7 +74,7 @@ class KvrelaySide:
 
         def prefill() -> None:
             for chunk in chunks:
-                self._runner.step([chunk], [chunk.end == tokens]).argmax(-1)
+                self._runner.step([chunk], [chunk.end == tokens]).numpy().argmax(-1)
 
         return lambda: timed(prefill)
 
@@ -84,7 +86,7 @@ class KvrelaySide:
             for row, token in enumerate(self._random_tokens(batch))
         ]
         wanted = [True] * batch
-        return lambda: timed(lambda: self._runner.step(slices, wanted).argmax(-1))
+        return lambda: timed(lambda: self._runner.step(slices, wanted).numpy().argmax(-1))
 
     def _random_tokens(self, count: int) -> list[int]:
         return [self._random.randrange(self._vocab) for _ in range(count)]
@@ -97,6 +99,7 @@ class _Measured:
     case: Case
     ours_s: float
     theirs_s: float | None
+    limits: MachineLimits
 
     @property
     def tokens(self) -> int:
@@ -131,10 +134,9 @@ def bench_engine(model: PreparedModel, asked: EngineBench, on_progress: Progress
         blocks = max(case.kv_bytes(runner.layout) for case in cases) // runner.layout.block_bytes
         pool = stack.enter_context(loading.attached_pool(runner, blocks))
         ours = KvrelaySide(runner, pool, config.vocab_size, asked.chunk_tokens)
-        limits = MachineLimits()
-        measured = _measure(cases, ours, theirs, limits, asked.quick, on_progress)
-        rows = _rows(measured, _Limited.of(outline, runner, asked.engine), limits)
-        machine = _machine(model, asked, runner, theirs, limits)
+        measured = _measure(cases, ours, theirs, asked.quick, on_progress)
+        rows = _rows(measured, _Limited.of(outline, runner, asked.engine))
+        machine = _machine(model, asked, runner, theirs, [one.limits for one in measured])
     machine["others_busy_cores"] = others.cores_busy()
     notes += [INT8_NOTE] if asked.engine.quantize == "int8" else []
     return Report(machine, rows, notes + unrest(machine["others_busy_cores"]))
@@ -150,23 +152,24 @@ def _measure(
     cases: Sequence[Case],
     ours: "KvrelaySide",
     theirs: TransformersSide | None,
-    limits: MachineLimits,
     quick: bool,
     on_progress: Progress,
 ) -> list[_Measured]:
-    """All rows, one after another, with a sample of the machine's limits before each."""
+    """All rows, one after another, each with the machine's limits while it was measured."""
     budget = Budget.quick() if quick else Budget()
     both = [side for side in (ours, theirs) if side is not None]
     on_progress("warming up", None)
     for case in _WARM_UP:
         for side in both:
             _work(side, case)()
+    probe = LimitProbe()
     measured = []
     for index, case in enumerate(cases):
         on_progress(f"measuring {case.name}", index / len(cases))
-        limits.sample()
-        times = interleaved_medians([_work(side, case) for side in both], budget)
-        measured.append(_Measured(case, times[0], times[1] if theirs else None))
+        works = [_work(side, case) for side in both]
+        times = interleaved_medians([*works, *probe.works], budget)
+        limits = probe.limits(times[len(both) :])
+        measured.append(_Measured(case, times[0], times[1] if theirs else None, limits))
     return measured
 
 
@@ -216,16 +219,14 @@ class _Limited:
         return min(reading, decode_compute_limit(*work, limits.gemm_flops_s))
 
 
-def _rows(
-    measured: Sequence[_Measured], model: _Limited | None, limits: MachineLimits
-) -> list[Row]:
+def _rows(measured: Sequence[_Measured], model: _Limited | None) -> list[Row]:
     return [
         Row(
             one.case.name,
             one.tokens / one.ours_s,
             UNIT,
             baseline=one.tokens / one.theirs_s if one.theirs_s else None,
-            limit=model.limit(one.case, limits) if model else None,
+            limit=model.limit(one.case, one.limits) if model else None,
         )
         for one in measured
     ]
@@ -236,7 +237,7 @@ def _machine(
     asked: EngineBench,
     runner: ModelRunner,
     theirs: TransformersSide | None,
-    limits: MachineLimits,
+    limits: Sequence[MachineLimits],
 ) -> dict[str, Any]:
     return {
         **describe_machine(asked.engine.threads),
@@ -246,6 +247,6 @@ def _machine(
         "kv_dtype": runner.layout.dtype,
         "chunk_tokens": asked.chunk_tokens,
         "baseline": theirs.description if theirs else "none",
-        "gemm_gflop_s": limits.gemm_flops_s / 1e9,
-        "read_gb_s": limits.read_bytes_s / 1e9,
+        "gemm_gflop_s": median(one.gemm_flops_s for one in limits) / 1e9,
+        "read_gb_s": median(one.read_bytes_s for one in limits) / 1e9,
     }

@@ -5,11 +5,12 @@ The limits are those of a model whose every weight is used for every token. For 
 `ModelShape.of` gives None, and their rows have no limit.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from cluster.bench.timing import timed
+from cluster.bench.timing import Work, timed
 
 _GEMM_SIZE = 2048
 _READ_BYTES = 256 << 20  # far more than any cache of a machine this is meant for
@@ -93,41 +94,49 @@ def decode_compute_limit(shape: ModelShape, batch: int, context: int, gemm_flops
     return batch * gemm_flops_s / decode_flops(shape, batch, context)
 
 
-@dataclass
+@dataclass(frozen=True)
 class MachineLimits:
-    """The machine's own speeds. `sample` is called over and over during a run.
+    """The machine's own speeds while one row was measured."""
 
-    Of all samples the best counts: what is asked is what the hardware can do, and a neighbour on
-    the machine can only make a sample slower.
+    gemm_flops_s: float
+    read_bytes_s: float
+
+
+class LimitProbe:
+    """Work that does nothing but arithmetic, or nothing but read, for `interleaved_medians`.
+
+    It takes turns with the programs that are measured and its median counts, as theirs does: the
+    speed of a shared machine's memory changes within seconds, by a half and more.
     """
 
-    gemm_flops_s: float = 0.0
-    read_bytes_s: float = 0.0
-    _gemms: list[Callable[[], object]] = field(default_factory=list)
-    _reads: list[Callable[[], object]] = field(default_factory=list)
-
-    def sample(self) -> None:
-        """Takes about 0.3 s on two cores, with as many threads as torch has been given."""
-        if not self._gemms:
-            self._prepare()
-        flops = 2 * _GEMM_SIZE**3
-        for gemm in self._gemms:
-            self.gemm_flops_s = max(self.gemm_flops_s, flops / timed(gemm))
-        for read in self._reads:
-            self.read_bytes_s = max(self.read_bytes_s, _READ_BYTES / timed(read))
-
-    def _prepare(self) -> None:
+    def __init__(self) -> None:
         import torch
 
         # Threads hold their share of `memory`, so the pages are faulted in and read in one order.
         memory = torch.ones(_READ_BYTES // _FP32_BYTES)
-        self._reads = [memory.norm, memory.amax]  # which is faster depends on the processor
         a, b = torch.randn(2, _GEMM_SIZE, _GEMM_SIZE)
-        self._gemms = [lambda: torch.mm(a, b)]
+        gemms: list[Callable[[], object]] = [lambda: torch.mm(a, b)]
         if prepacked := _prepacked_gemm(a, b):
-            self._gemms.append(prepacked)
-        for work in (*self._gemms, *self._reads):
-            work()  # the first call starts threads and allocates
+            gemms.append(prepacked)
+        # Which of the reads is the fastest depends on the processor.
+        reads: list[Callable[[], object]] = [memory.norm, memory.amax, memory.sum]
+        self._gemms, self._reads = _warm(gemms), _warm(reads)
+
+    @property
+    def works(self) -> list[Work]:
+        return [*self._gemms, *self._reads]
+
+    def limits(self, seconds: Sequence[float]) -> MachineLimits:
+        """Of the median times of `works`: the best way to do either counts."""
+        gemm_s, read_s = seconds[: len(self._gemms)], seconds[len(self._gemms) :]
+        return MachineLimits(2 * _GEMM_SIZE**3 / min(gemm_s), _READ_BYTES / min(read_s))
+
+
+def _warm(calls: Sequence[Callable[[], object]]) -> list[Work]:
+    """The first call starts threads and allocates."""
+    for call in calls:
+        call()
+    return [functools.partial(timed, call) for call in calls]
 
 
 def _prepacked_gemm(a: Any, b: Any) -> Callable[[], object] | None:

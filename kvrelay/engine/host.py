@@ -76,6 +76,7 @@ class EngineHost:
             )
         pool = KVPool(runner.layout, blocks, shared=shared_pool, device=config.device)
         runner.attach(pool)
+        runner.warm_up()
         log.info("model %s: %s", config.model_path.name, runner.description)
         log.info("%d KV blocks of %s", blocks, runner.layout)
         return cls(runner, pool, thread)

@@ -138,6 +138,15 @@ class ModelRunner:
         assert pool.layout == self.layout, pool.layout.differences(self.layout)
         self._model.attach(pool)
 
+    def warm_up(self) -> None:
+        """Loads the compiled kernels, and maps the weights' pages, before somebody waits for it.
+
+        Writes into the first block of the pool.
+        """
+        self.step([Slice([0], 0, [0])], [True])
+        if self.layout.block_size > 1:
+            self.step([Slice([0, 0], 0, [0])], [True])
+
     def step(
         self,
         slices: Sequence[Slice],

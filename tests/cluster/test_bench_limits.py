@@ -11,9 +11,10 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from cluster.bench import limits
 from cluster.bench.cases import Case, all_cases, measurable
 from cluster.bench.limits import (
-    MachineLimits,
+    LimitProbe,
     ModelShape,
     decode_compute_limit,
     decode_flops,
@@ -94,16 +95,17 @@ def test_a_model_with_experts_has_no_limit() -> None:
     assert ModelShape.of(on_meta(MixtralForCausalLM, config), layers=1, head_dim=4) is None
 
 
-def test_the_best_sample_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    times_s = iter([2.0, 4.0, 1.0, 8.0])
-    monkeypatch.setattr("cluster.bench.limits.timed", lambda work: next(times_s))
-    limits = MachineLimits(_gemms=[lambda: None], _reads=[lambda: None])
+def test_the_best_way_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_GEMM_SIZE", 64)
+    monkeypatch.setattr(limits, "_READ_BYTES", 1 << 10)
+    probe = LimitProbe()
+    gemms = len(probe.works) - 3
 
-    limits.sample()
-    limits.sample()
+    found = probe.limits([*[2.0] * (gemms - 1), 1.0, 8.0, 4.0, 16.0])
 
-    assert limits.gemm_flops_s == 2 * 2048**3 / 1.0
-    assert limits.read_bytes_s == (256 << 20) / 4.0
+    assert found.gemm_flops_s == 2 * 64**3 / 1.0
+    assert found.read_bytes_s == (1 << 10) / 4.0
+    assert all(work() > 0 for work in probe.works)
 
 
 def test_row_names() -> None:
