@@ -50,7 +50,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> list[FakeRunner]:
             return loaded[-1]
 
     monkeypatch.setattr(loading, "ModelRunner", Noted)
-    monkeypatch.setattr(loading, "prepare_weights", lambda path, **how: None)
+    monkeypatch.setattr(loading, "pack_weights", lambda *asked: None)
     return loaded
 
 

@@ -27,6 +27,8 @@ from kvrelay.engine.shapes import (
 ROWS_MAX = 14  # with two vectors each, as many sums as registers hold
 ROWS_INT8 = 7  # of many rows: int8 has two sums, one of integers within a group
 _VECTORS = 2
+_ROWS_STREAMED = 2  # so few rows wait for the weights, and so ask for them ahead
+_AHEAD_BYTES = 2048
 ROW_BLOCK = 6 * ROWS_MAX  # rows that stay in the level 2 cache while panels pass by
 
 HAS_VNNI = bool(binding.get_host_cpu_features().get("avx512vnni"))
@@ -103,6 +105,10 @@ def _tile_int8(
                 weights = [
                     c.load_bytes(block + k * PANEL_BYTES + n * LINE_BYTES) for n in range(_VECTORS)
                 ]
+                if count <= _ROWS_STREAMED:
+                    for n in range(_VECTORS):
+                        ahead = _AHEAD_BYTES + n * LINE_BYTES
+                        c.prefetch(block + k * PANEL_BYTES + ahead)
                 for row in range(count):
                     values = c.spread_ints(a + a_stride * row + g * GROUP + k * 4)
                     for n in range(_VECTORS):
