@@ -1,6 +1,7 @@
 """What a person sees while things start: a bar or a line on stderr. Used by the commands."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -9,6 +10,19 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from cluster.preparation import Progress as Report
 
 console = Console(stderr=True, highlight=False)
+
+
+@contextlib.contextmanager
+def errors_in_one_line(*kinds: type[Exception]) -> Iterator[None]:
+    """Ends the command with status 1 and one line for an error of these kinds; with 130 and none
+    for Ctrl-C."""
+    try:
+        yield
+    except kinds as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from cluster.model_store import BUILT_IN, ModelError, prepare
 from cluster.options import LOG_FORMAT, ServeError, ServeOptions
 from cluster.phase_table import phase_table
 from cluster.preparation import Progress as Report
-from cluster.progress import console, reporting
+from cluster.progress import console, errors_in_one_line, reporting
 from cluster.weights import pack_weights
 from kvrelay.cache import default_cache
 from kvrelay.client import Client, KvrelayError
@@ -99,7 +99,11 @@ def serve(model: str, **options: Any) -> None:
     except ServeError as error:
         raise click.UsageError(str(error)) from None
     logging.basicConfig(level=chosen.log_level, format=LOG_FORMAT)
-    with _errors_in_one_line(), _Interrupts() as stop, _serving(model, chosen, stop) as cluster:
+    with (
+        errors_in_one_line(ModelError, ServeError, KvrelayError),
+        _Interrupts() as stop,
+        _serving(model, chosen, stop) as cluster,
+    ):
         print(f"ready grpc={cluster.address}", file=sys.__stdout__, flush=True)
         stop.polite = True
         cluster.watch(stop.stopping)
@@ -111,7 +115,11 @@ def serve(model: str, **options: Any) -> None:
 def demo() -> None:
     """Serve the built-in model for two questions and show where the time of each went."""
     chosen = ServeOptions(port=0)
-    with _errors_in_one_line(), _Interrupts() as stop, _serving(BUILT_IN, chosen, stop) as cluster:
+    with (
+        errors_in_one_line(ModelError, ServeError, KvrelayError),
+        _Interrupts() as stop,
+        _serving(BUILT_IN, chosen, stop) as cluster,
+    ):
         with Client(cluster.address) as client:
             for question in DEMO_QUESTIONS:
                 _ask(client, question)
@@ -188,14 +196,3 @@ def _ask(client: Client, question: str) -> None:
         completion = stream.result()
     out.print("\n")
     out.print(phase_table(completion))
-
-
-@contextlib.contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    try:
-        yield
-    except (ModelError, ServeError, KvrelayError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -14,7 +14,7 @@ from cluster.bench.report import BenchError, Report
 from cluster.bench.text import TEXT, read_text
 from cluster.model_store import ModelError, PreparedModel, prepare
 from cluster.preparation import Progress
-from cluster.progress import console, reporting
+from cluster.progress import console, errors_in_one_line, reporting
 from kvrelay.config import KvDtype, Quantize
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def engine(
     Each row stands beside transformers (float32, as many threads, measured in turns with ours) and
     beside what the machine allows: its fastest fp32 matrix product and memory read of this run.
     """
-    with _errors_in_one_line():
+    with errors_in_one_line(ModelError, BenchError):
         if plot:
             from cluster.bench.plot import check_plot, draw
 
@@ -117,7 +117,7 @@ def perplexity(model: str, *, text: Path | None, as_json: bool, **choice: Any) -
 
     Beside transformers and our own fp32, in the same run.
     """
-    with _errors_in_one_line():
+    with errors_in_one_line(ModelError, BenchError):
         content = read_text(text or TEXT)
         with _measuring(model, choice) as (prepared, on_progress):
             from cluster.bench.loading import EngineChoice
@@ -153,14 +153,3 @@ def _show(report: Report, as_json: bool, table: "Callable[[], Table]") -> None:
     out.print(table())
     for note in report.notes:
         out.print(note)
-
-
-@contextlib.contextmanager
-def _errors_in_one_line() -> Iterator[None]:
-    try:
-        yield
-    except (ModelError, BenchError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -4,17 +4,16 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import psutil
 import pytest
-from tiny_models import make_not_decoder_only, make_tiny
+from llama_shapes import make_random
+from tiny_models import make_tiny
 
-from cluster import weights
 from cluster.preparation import ModelError
 from cluster.weights import pack_weights
+from kvrelay.engine.packing import prepare
 from kvrelay.engine.prepared import WEIGHTS, find
 
 DEADLINE_S = 60.0
@@ -62,9 +61,7 @@ def test_packing_shows_how_it_goes_in_order(llama, cache):
 
 
 def test_what_is_packed_is_only_read(llama, cache):
-    pack_weights(llama, "none", cache, Seen())
-    prepared, seen = find(llama, "none", cache), Seen()
-    assert prepared is not None
+    prepared, seen = prepare(llama, "none", cache), Seen()
     before = (prepared.path / WEIGHTS).stat().st_mtime_ns
     pack_weights(llama, "none", cache, seen)
     assert seen.names == ["loading weights"]
@@ -72,7 +69,7 @@ def test_what_is_packed_is_only_read(llama, cache):
 
 
 def test_a_model_that_cannot_be_served_is_an_error_of_one_line(tmp_path, cache, capfd):
-    path = make_not_decoder_only(tmp_path / "bert")
+    path = make_random("MambaConfig", {"state_size": 4}, tmp_path / "mamba")
     capfd.readouterr()
     with pytest.raises(ModelError) as caught:
         pack_weights(path, "none", cache, Seen())
@@ -126,7 +123,6 @@ def test_an_interrupt_ends_the_packer(llama, cache, failure):
         pack_weights(llama, "none", cache, on_progress)
     assert packers() == []
     assert find(llama, "none", cache) is None
-    pack_weights(llama, "none", cache, Seen())
 
 
 def test_ctrl_c_ends_both_quietly(llama, cache):
@@ -163,28 +159,6 @@ def group_lives(group: int) -> bool:
     return True
 
 
-def test_who_waits_for_another_packer_says_so(llama, cache):
-    seen, first = Seen(), Seen()
-    reading = threading.Event()
-
-    def on_progress(what: str, fraction: float | None) -> None:
-        first(what, fraction)
-        if what == "reading the model":
-            reading.set()
-
-    thread = threading.Thread(target=pack_weights, args=(llama, "none", cache, on_progress))
-    thread.start()
-    assert reading.wait(DEADLINE_S)
-    started = time.monotonic()
-    pack_weights(llama, "none", cache, seen)
-    thread.join()
-    assert time.monotonic() - started < DEADLINE_S
-    assert find(llama, "none", cache) is not None
-    assert "loading weights" in seen.names
-    assert "loading weights" in first.names
-
-
 def test_it_needs_no_torch():
     code = "import sys, cluster.weights; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert weights.__doc__
