@@ -131,8 +131,10 @@ def test_ctrl_c_ends_both_quietly(llama, cache):
 import sys
 from pathlib import Path
 from cluster.weights import pack_weights
+def say(*said):
+    print(*said, flush=True)
 try:
-    pack_weights(Path({str(llama)!r}), "none", Path({str(cache)!r}), lambda *said: print(*said, flush=True))
+    pack_weights(Path({str(llama)!r}), "none", Path({str(cache)!r}), say)
 except KeyboardInterrupt:
     sys.exit(130)
 """

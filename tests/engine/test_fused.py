@@ -185,9 +185,8 @@ def test_long_contexts(folder, name):
 def test_a_small_step_then_a_large_one_then_a_small_one(folder, quantize):
     path = folder("sizes that fill no group")
     sizes = (1, 5, 2, 90, 3, 300, 1, 64)
-    runner, kept = load(path, quantize), []
-    for size in sizes:
-        kept.append(in_chunks(runner, prompt(size, size), ()))
+    runner = load(path, quantize)
+    kept = [in_chunks(runner, prompt(size, size), ()) for size in sizes]
     for size, logits in zip(sizes, kept, strict=True):
         fresh = load(path, quantize)
         assert torch.equal(in_chunks(fresh, prompt(size, size), ()), logits), size
