@@ -311,3 +311,9 @@ def test_no_slot_but_its_own_is_written(folder):
     assert (pool.kv[1][:, :, 2:] == 7.0).all()
     assert (pool.kv[3][:, :, 1:] == 7.0).all()
     assert not (np.isclose(pool.kv[[4]].numpy(), 7.0)).any()
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_left_as_it_is(tmp_path):
+    """PhiMoE's router is an nn.Linear that answers with weights and experts."""
+    path = make_random("PhimoeConfig", {"num_local_experts": 4}, tmp_path)
+    check(path, "generic", "none")
