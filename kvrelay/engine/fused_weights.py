@@ -14,8 +14,14 @@ from kvrelay.engine.attention import LayerProbe
 from kvrelay.engine.packed import pack
 from kvrelay.engine.shapes import GROUP, FusedShape, up_to
 
-# Rope whose angles depend on nothing but the position.
+# Rope whose angles depend on nothing but the position, and what may be said of it: a parameter that
+# is not known here may do something that only shows far into a text, where no proof looks.
 _ROPES = {"default", "linear", "llama3", "yarn"}
+_ROPE_PARAMETERS = {
+    "rope_type", "rope_theta", "factor", "attention_factor", "original_max_position_embeddings",
+    "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+    "truncate", "partial_rotary_factor",
+}  # fmt: skip
 _MATRICES = {
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
     "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
@@ -32,7 +38,7 @@ def find_shape(model: Any, probe: LayerProbe, int8: bool) -> FusedShape | None:
     body: Any = getattr(model, "model", None)
     layers = getattr(body, "layers", None)
     rope = getattr(config, "rope_parameters", None) or {}
-    if layers is None or rope.get("rope_type") not in _ROPES:
+    if layers is None or rope.get("rope_type") not in _ROPES or set(rope) - _ROPE_PARAMETERS:
         return None
     names = [{name for name, _ in layer.named_parameters()} for layer in layers]
     if any(found != names[0] for found in names) or not _fits(names[0]):

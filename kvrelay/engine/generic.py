@@ -26,7 +26,7 @@ from kvrelay.engine.shapes import (
     PANEL,
     PackedShape,
 )
-from kvrelay.engine.step import CancelFlag, Slice
+from kvrelay.engine.step import CancelFlag, Slice, UnsupportedModelError
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.pool import TORCH_DTYPES, KVPool
 
@@ -53,6 +53,10 @@ def linear_weights(model: Any, int8: bool) -> Iterator[tuple[str, np.ndarray]]:
         yield name, pack(weight.detach().float().numpy(), shape)
 
 
+def linear_names(model: Any) -> list[str]:
+    return [name for name, _ in _linears(model)]
+
+
 def pack_linears(model: Any, weights: Mapping[str, np.ndarray], int8: bool, team: Team) -> None:
     """Replaces every linear layer by one over `weights`, and lets go of its own."""
     for name, module in list(_linears(model)):
@@ -64,7 +68,7 @@ def pack_linears(model: Any, weights: Mapping[str, np.ndarray], int8: bool, team
 
 def _linears(model: Any) -> Iterator[tuple[str, torch.nn.Module]]:
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear | Conv1D):
+        if type(module) in (torch.nn.Linear, Conv1D):  # a subclass may compute something else
             yield name, module
 
 
@@ -130,22 +134,26 @@ class GenericModel:
     """A transformers model that has our attention; `attach` a pool first."""
 
     def __init__(self, model: Any, team: Team) -> None:
+        self.team = team
         self._model = model
-        self._team = team
         self._pool: KVPool | None = None
 
     def attach(self, pool: KVPool) -> None:
         self._pool = pool
 
     def check(self, watched: Watched, layout: KVLayout, *, int8: bool) -> None:
-        """Raises UnsupportedModelError when its logits over a pool are not those watched."""
+        """Raises UnsupportedModelError, and closes, when its logits are not those watched."""
 
         def run(pool: KVPool, chunk: Slice) -> torch.Tensor:
             self.attach(pool)
             return self.step([chunk], [len(chunk.tokens) - 1], CancelFlag())[0]
 
         error_max = max(ERROR_MAX[layout.dtype], ERROR_MAX_INT8 if int8 else 0.0)
-        check_logits(watched, layout, run, error_max)
+        try:
+            check_logits(watched, layout, run, error_max)
+        except UnsupportedModelError:
+            self.close()
+            raise
         self._pool = None
 
     @property
@@ -168,8 +176,8 @@ class GenericModel:
             StepCancelledError: `cancelled` was set meanwhile.
         """
         assert self._pool is not None, "attach a pool first"
-        step = paged_step(self._pool, slices, cancelled, self._team)
+        step = paged_step(self._pool, slices, cancelled, self.team)
         return run_paged(self._model, step, last_rows)
 
     def close(self) -> None:
-        self._team.close()
+        self.team.close()

@@ -57,7 +57,10 @@ class EngineHost:
     ) -> "EngineHost":
         if config.device == "cuda" and not torch.cuda.is_available():
             raise UnsupportedModelError("--device cuda: torch finds no CUDA device here")
-        torch.set_num_threads(config.threads)
+        # Where the weights are packed, the engine has threads of its own, and what is left for
+        # torch is small; its own would take the cores from them, and round by how they share.
+        packed = config.device == "cpu" and config.dtype == "float32"
+        torch.set_num_threads(1 if packed else config.threads)
         runner = ModelRunner.load(
             config.model_path,
             dtype=config.dtype,

@@ -5,10 +5,14 @@ Called by ModelRunner.load where nothing is prepared. cluster/weights.py runs it
 worker ever holds the unpacked weights.
 """
 
+import contextlib
 import json
 import logging
+import os
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,15 @@ from kvrelay.config import Quantize
 from kvrelay.engine.fingerprint import fingerprint
 from kvrelay.engine.fused import FusedModel
 from kvrelay.engine.fused_weights import find_shape, packed_weights
-from kvrelay.engine.generic import linear_weights, load_model
-from kvrelay.engine.kernels.threads import aligned
-from kvrelay.engine.prepared import WEIGHTS, Prepared, Progress, entry
+from kvrelay.engine.generic import (
+    GenericModel,
+    linear_names,
+    linear_weights,
+    load_model,
+    pack_linears,
+)
+from kvrelay.engine.kernels.threads import Team, aligned
+from kvrelay.engine.prepared import WEIGHTS, Prepared, Progress, entry, find
 from kvrelay.engine.probe import ERROR_MAX, ERROR_MAX_INT8, Watched, check_logits, watch
 from kvrelay.engine.shapes import LINE_BYTES, FusedShape
 from kvrelay.engine.step import CancelFlag, Slice, UnsupportedModelError
@@ -54,8 +64,32 @@ def prepare(
     def on_wait() -> None:
         on_progress("waiting for another start that prepares the same weights", None)
 
-    path = entry(model_path, weights, quantize, cache_dir)
-    return Prepared.open(build_once(path, build, on_wait))
+    path = entry(model_path, quantize, cache_dir)
+    if (found := find(model_path, quantize, cache_dir)) is not None:
+        return found
+    _put_aside(path)
+    made = Prepared.open(build_once(path, build, on_wait))
+    _remove_superseded(made)
+    return made
+
+
+def _put_aside(path: Path) -> None:
+    """Removes an entry that is not whole. Of two starts that do so, one has the folder."""
+    aside = path.with_name(f"{path.name}.damaged-{os.getpid()}")
+    with contextlib.suppress(OSError):
+        path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_superseded(made: Prepared) -> None:
+    """Removes entries for the same weights of other versions of the code, or of the files. Workers
+    that have mapped one keep what they have."""
+    for other in made.path.parent.iterdir():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if other != made.path and Prepared.open(other).model_fingerprint == (
+                made.model_fingerprint
+            ):
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def _build(
@@ -64,23 +98,44 @@ def _build(
     on_progress("reading the model", None)
     model = load_model(model_path, "float32", "cpu")
     watched = watch(model)
-    int8 = quantize == "int8"
-    shape = find_shape(model, watched.probe, int8)
-    arrays = {}
+    shape = find_shape(model, watched.probe, int8=False)
     if shape is not None:
-        parts = 4 + shape.layers * (7 + shape.qkv_bias + 2 * shape.qk_norm)
-        for name, array in packed_weights(model, shape):
-            arrays[name] = array
-            on_progress("packing weights", min(1.0, len(arrays) / parts))
+        # In float32 whatever is asked for: int8 is too far from it to tell a wrong shape by.
         on_progress("comparing with transformers", None)
-        if not _is_equal(watched, shape, arrays, own):
+        if not _is_equal(watched, shape, dict(packed_weights(model, shape)), own):
+            shape = None
+    int8 = quantize == "int8"
+    if shape is not None:
+        shape = replace(shape, int8=int8)
+        arrays = _packed(packed_weights(model, shape), shape.arrays, on_progress)
+        if int8 and not _is_equal(watched, shape, arrays, own):
             shape = None
     if shape is None:
-        on_progress("packing weights", None)
-        arrays = dict(linear_weights(model, int8))
+        count = len(linear_names(model))
+        arrays = _packed(linear_weights(model, int8), count, on_progress)
+        _check_generic(model, watched, arrays, own, int8)
     on_progress("writing packed weights", None)
     _save(arrays, folder / WEIGHTS)
     Prepared(folder, own, shape).describe()
+
+
+def _packed(
+    weights: Iterator[tuple[str, np.ndarray]], count: int, on_progress: Progress
+) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    for name, array in weights:
+        arrays[name] = array
+        on_progress("packing weights", min(1.0, len(arrays) / max(1, count)))
+    return arrays
+
+
+def _check_generic(
+    model: Any, watched: Watched, arrays: Mapping[str, np.ndarray], own: str, int8: bool
+) -> None:
+    generic = GenericModel(model, Team(1))
+    pack_linears(model, _lined_up(arrays), int8, generic.team)
+    generic.check(watched, watched.layout(own, "float32", 1), int8=int8)
+    generic.close()
 
 
 def _is_equal(

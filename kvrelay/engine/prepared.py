@@ -4,6 +4,8 @@ packing.py makes entries; ModelRunner.load and cluster/weights.py look for them 
 folder with one safetensors file and a description of what it holds. Light to import.
 """
 
+import functools
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,7 +23,6 @@ Progress = Callable[[str, float | None], None]
 
 WEIGHTS = "packed.safetensors"
 _DESCRIPTION = "prepared.json"
-_FORMAT = 1  # part of every entry's name: raise it when what is written there changes
 _WARM_BYTES = 16 << 20
 _NAME_CHARS_MAX = 48
 
@@ -36,7 +37,10 @@ class Prepared:
 
     @classmethod
     def open(cls, path: Path) -> "Prepared":
+        """Raises OSError, ValueError or KeyError for an entry that is not whole."""
         described = json.loads((path / _DESCRIPTION).read_bytes())
+        if (path / WEIGHTS).stat().st_size != described["weights_bytes"]:
+            raise ValueError(f"{path / WEIGHTS} is not whole")
         shape = described["shape"]
         if shape is not None:
             shape = FusedShape(**{**shape, "windows": tuple(shape["windows"])})
@@ -46,6 +50,7 @@ class Prepared:
         """Writes what `open` reads."""
         described = {
             "model_fingerprint": self.model_fingerprint,
+            "weights_bytes": (self.path / WEIGHTS).stat().st_size,
             "shape": asdict(self.shape) if self.shape else None,
         }
         (self.path / _DESCRIPTION).write_text(json.dumps(described, indent=1))
@@ -80,12 +85,28 @@ class Prepared:
 
 
 def find(model_path: Path, quantize: Quantize, cache_dir: Path) -> Prepared | None:
-    """The packed weights of the fp32 model in `model_path`, if they have been made."""
-    path = entry(model_path, fingerprint(model_path), quantize, cache_dir)
-    return Prepared.open(path) if path.is_dir() else None
+    """The packed weights of the fp32 model in `model_path`, if they are there and whole."""
+    try:
+        return Prepared.open(entry(model_path, quantize, cache_dir))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def entry(model_path: Path, weights: str, quantize: Quantize, cache_dir: Path) -> Path:
-    """Where the entry for weights of that fingerprint is, or would be."""
-    name = f"{model_path.name[:_NAME_CHARS_MAX]}-{weights[:16]}-{quantize}-v{_FORMAT}"
+def entry(model_path: Path, quantize: Quantize, cache_dir: Path) -> Path:
+    """Where the entry for the model folder, as it is now, is or would be.
+
+    Its name covers the weights' fingerprint, which samples them, and when their files were written;
+    and the code that decides what an entry holds.
+    """
+    digest = hashlib.sha256(fingerprint(model_path).encode() + _code())
+    for file in sorted(model_path.glob("*.safetensors")):
+        digest.update(str(file.stat().st_mtime_ns).encode())
+    name = f"{model_path.name[:_NAME_CHARS_MAX]}-{quantize}-{digest.hexdigest()[:16]}"
     return cache_dir / "prepared" / name
+
+
+@functools.cache
+def _code() -> bytes:
+    here = Path(__file__).parent
+    files = sorted([*here.glob("*.py"), *here.glob("kernels/*.py")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).digest()

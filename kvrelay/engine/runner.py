@@ -74,6 +74,10 @@ class ModelRunner:
             CacheError: packed weights cannot be written.
         """
         kv = dtype if kv_dtype == "auto" else kv_dtype
+        if quantize != "none" and (device != "cpu" or dtype != "float32"):
+            raise UnsupportedModelError(
+                f"{quantize} is for a CPU and float32, not for {dtype} on {device}"
+            )
         if device != "cpu" or dtype != "float32":
             return cls._load_plain(path, dtype, device, block_size, kv, threads)
         cache = cache_dir or default_cache()
@@ -106,10 +110,9 @@ class ModelRunner:
 
         source = load_model(path, "float32", "cpu")
         watched = watch(source)
-        team = Team(threads)
-        pack_linears(source, prepared.weights(), quantize == "int8", team)
-        model = GenericModel(source, team)
         layout = watched.layout(prepared.model_fingerprint, kv, block_size)
+        model = GenericModel(source, Team(threads))
+        pack_linears(source, prepared.weights(), quantize == "int8", model.team)
         model.check(watched, layout, int8=quantize == "int8")
         limit = context_limit(source.config.get_text_config())
         return cls(model, layout, limit, _described("generic", quantize, kv, threads))

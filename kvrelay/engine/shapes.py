@@ -70,6 +70,11 @@ class FusedShape:
     def qkv_width(self) -> int:
         return (self.q_heads + 2 * self.kv_heads) * self.head_dim
 
+    @property
+    def arrays(self) -> int:
+        """Of packed weights, in all."""
+        return 4 + self.layers * (7 + self.qkv_bias + 2 * self.qk_norm)
+
     def linears(self) -> list[PackedShape]:
         """Of one layer, then of the head."""
         sizes = (

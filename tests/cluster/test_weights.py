@@ -49,8 +49,8 @@ def test_packing_shows_how_it_goes_in_order(llama, cache):
     assert seen.names == [
         "starting to pack the weights",
         "reading the model",
-        "packing weights",
         "comparing with transformers",
+        "packing weights",
         "writing packed weights",
         "loading weights",
     ]

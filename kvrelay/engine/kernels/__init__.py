@@ -14,7 +14,8 @@ from kvrelay.cache import default_cache
 
 def _digest() -> str:
     digest = hashlib.sha256(numba.__version__.encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for file in (*sorted(here.glob("*.py")), here.parent / "shapes.py"):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -23,6 +23,8 @@ from numba.extending import intrinsic
 from kvrelay.engine.shapes import LINE_BYTES
 
 LANES = 16
+_HALF_MAX = 65504.0
+_NAN_BITS = 0x7FC00000
 
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _F32 = ir.FloatType()
@@ -178,7 +180,10 @@ class Code:
         self._store(address, value.value, 4)
 
     def store_half(self, address: Int, value: Vec) -> None:
-        self._store(address, self.builder.fptrunc(value.value, ir.VectorType(_HALF, LANES)), 2)
+        """What is too large becomes the largest: infinity would spoil whoever gives it weight 0."""
+        low = self.select_less(value, -_HALF_MAX, -_HALF_MAX, value)
+        inside = self.select_less(self.floats(_HALF_MAX), low, _HALF_MAX, low)
+        self._store(address, self.builder.fptrunc(inside.value, ir.VectorType(_HALF, LANES)), 2)
 
     def store_bfloat(self, address: Int, value: Vec) -> None:
         """Rounds to nearest, ties to even."""
@@ -186,6 +191,8 @@ class Code:
         bits = b.bitcast(value.value, I32)
         odd = b.and_(b.lshr(bits, sixteen), ir.Constant(I32, [1] * LANES))
         rounded = b.add(b.add(bits, ir.Constant(I32, [0x7FFF] * LANES)), odd)
+        is_nan = b.fcmp_unordered("uno", value.value, value.value)
+        rounded = b.select(is_nan, ir.Constant(I32, [_NAN_BITS] * LANES), rounded)
         words = b.trunc(b.lshr(rounded, sixteen), ir.VectorType(_I16, LANES))
         self._store(address, words, 2)
 
