@@ -70,6 +70,7 @@ def _engine_options(quantize: Quantize) -> Callable[[Callable[..., None]], Calla
     "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it, into a .png file."
 )
 @click.option("--quick", is_flag=True, help="A few rows, and less time for each.")
+@click.option("--profile", is_flag=True, help="Also show where the time of one step goes.")
 def engine(
     model: str,
     *,
@@ -77,6 +78,7 @@ def engine(
     chunk_tokens: int,
     plot: Path | None,
     quick: bool,
+    profile: bool,
     as_json: bool,
     **choice: Any,
 ) -> None:
@@ -95,7 +97,11 @@ def engine(
             from cluster.bench.loading import EngineChoice
 
             asked = EngineBench(
-                EngineChoice(**choice), compare == BASELINE, chunk_tokens, quick=quick
+                EngineChoice(**choice),
+                compare == BASELINE,
+                chunk_tokens,
+                quick=quick,
+                profile=profile,
             )
             report = bench_engine(prepared, asked, on_progress)
         _show(report, as_json, lambda: report.table(BASELINE))

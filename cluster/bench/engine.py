@@ -24,6 +24,7 @@ from cluster.bench.limits import (
 )
 from cluster.bench.loading import EngineChoice
 from cluster.bench.machine import OtherPrograms, describe_machine, unrest
+from cluster.bench.profile import profile_rows
 from cluster.bench.report import BenchError, Report, Row
 from cluster.bench.timing import Budget, Work, interleaved_medians, timed
 from cluster.bench.transformers_side import TransformersSide
@@ -52,6 +53,7 @@ class EngineBench:
     compare: bool = True
     chunk_tokens: int = 256
     quick: bool = False
+    profile: bool = False
 
 
 class KvrelaySide:
@@ -78,13 +80,23 @@ class KvrelaySide:
 
         return lambda: timed(prefill)
 
-    def decode(self, batch: int, context: int) -> Work:
-        """One step with one token a sequence, up to the tokens chosen."""
+    def last_chunk(self, tokens: int) -> list[Slice]:
+        """The last step of a prompt of that length."""
+        count = min(tokens, self._chunk_tokens)
+        blocks = self._blocks[: self._runner.layout.blocks_for(tokens)]
+        return [Slice(self._random_tokens(count), tokens - count, blocks)]
+
+    def decode_step(self, batch: int, context: int) -> list[Slice]:
+        """One token a sequence."""
         each = self._runner.layout.blocks_for(context + 1)
-        slices = [
+        return [
             Slice([token], context, self._blocks[row * each : (row + 1) * each])
             for row, token in enumerate(self._random_tokens(batch))
         ]
+
+    def decode(self, batch: int, context: int) -> Work:
+        """One step, up to the tokens chosen."""
+        slices = self.decode_step(batch, context)
         wanted = [True] * batch
         return lambda: timed(lambda: self._runner.step(slices, wanted).numpy().argmax(-1))
 
@@ -136,10 +148,21 @@ def bench_engine(model: PreparedModel, asked: EngineBench, on_progress: Progress
         ours = KvrelaySide(runner, pool, config.vocab_size, asked.chunk_tokens)
         measured = _measure(cases, ours, theirs, asked.quick, on_progress)
         rows = _rows(measured, _Limited.of(outline, runner, asked.engine))
+        if asked.profile:
+            on_progress("looking into single steps", None)
+            profiles = profile_rows(runner, [(c.name, _slices(ours, c)) for c in cases])
+            rows += profiles or []
+            notes += [] if profiles else ["--profile: only fused models have phases"]
         machine = _machine(model, asked, runner, theirs, [one.limits for one in measured])
     machine["others_busy_cores"] = others.cores_busy()
     notes += [INT8_NOTE] if asked.engine.quantize == "int8" else []
     return Report(machine, rows, notes + unrest(machine["others_busy_cores"]))
+
+
+def _slices(ours: "KvrelaySide", case: Case) -> list[Slice]:
+    if case.phase == "prefill":
+        return ours.last_chunk(case.tokens)
+    return ours.decode_step(case.batch, case.tokens)
 
 
 def _kv_bytes_max(layout: KVLayout, compared: bool) -> float:

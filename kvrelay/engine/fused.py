@@ -116,10 +116,27 @@ class FusedModel:
             plan.slices, plan.tables, plan.row_slice, plan.tokens, np.array(last_rows, np.int64),
             room.works, plan.prompts, plan.decodes,
         )  # fmt: skip
+        self._decoded = plan.decodes
         self._team.run(lambda thread: llama.run_step(thread, *arguments))
         if cancelled.is_set() and room.stopped:
             raise StepCancelledError
         return room.logits[: len(last_rows), : self.shape.vocab]
+
+    def profile(self) -> dict[str, float]:
+        """Which part of the last step each kind of phase took, the threads' waiting included."""
+        noted = self._room.clock[self._room.clock > 0]
+        taken = np.diff(noted) / (noted[-1] - noted[0])
+        in_layer = [name for name in llama.PHASES if self._has_phase(name)]
+        names = ["embedding", *in_layer * self.shape.layers, "last norm", "head"]
+        parts = dict.fromkeys(names, 0.0)
+        for name, part in zip(names, taken, strict=True):
+            parts[name] += float(part)
+        return parts
+
+    def _has_phase(self, name: str) -> bool:
+        if name == "attention: join":
+            return self._decoded
+        return name != "quantise" or self.shape.int8
 
     def _reserve(self, plan: StepPlan, wanted: int) -> None:
         room = self._room
@@ -186,10 +203,12 @@ class _Room:
         head_pad = up_to(shape.head_dim, 32)
         each = self.segments * shape.q_heads * (LANES + head_pad) * 4
         self.step["partials"] = (self._allocate(each).ctypes.data, 0)
-        phases = shape.layers * llama.PHASES_MAX + llama.LAST_PHASES
+        phases = shape.layers * llama.PHASES_MAX + llama.OTHER_PHASES
         self._counters = self._allocate(phases * LINE_BYTES)
+        self.clock = self._allocate(phases * 8).view(np.int64)
         self._stop = self._allocate(LINE_BYTES).view(np.int64)
         self.step["counters"] = self._counters.ctypes.data
+        self.step["clock"] = self.clock.ctypes.data
         self.step["stop"] = self._stop.ctypes.data
         self.step["barrier"] = self._allocate(2 * LINE_BYTES).ctypes.data
         sizes = paged.work_floats(shape.head_dim, head_pad, shape.q_heads // shape.kv_heads)
@@ -214,6 +233,7 @@ class _Room:
 
     def begin(self, plan: StepPlan, wanted: int, threads: int, cancelled: CancelFlag) -> None:
         self._counters.fill(0)
+        self.clock.fill(0)
         self._stop[0] = 0
         self.step["rows"] = len(plan.tokens)
         self.step["wanted"] = wanted

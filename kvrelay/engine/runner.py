@@ -172,6 +172,10 @@ class ModelRunner:
                 last_rows.append(end - 1)
         return self._run(slices, last_rows, cancelled or CancelFlag())
 
+    def profile(self) -> dict[str, float] | None:
+        """Which part of the last step each kind of phase took; None unless the model is fused."""
+        return self._model.profile() if isinstance(self._model, FusedModel) else None
+
     def logits(self, slices: Sequence[Slice]) -> torch.Tensor:
         """As `step`, the logits `[tokens of all slices, vocab]` of every token."""
         return self._run(slices, range(sum(len(s.tokens) for s in slices)), CancelFlag())

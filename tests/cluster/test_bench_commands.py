@@ -303,3 +303,16 @@ def test_a_perplexity_that_is_not_a_number_is_refused(
     assert "fp32: the model's output is not a number" in one_line(
         run("perplexity", tiny, "--text", prose)
     )
+
+
+def test_engine_shows_where_a_step_goes(tiny: Path) -> None:
+    asked = ["--quick", "--compare", "none", "--json", "--threads", "1", "--profile"]
+
+    rows = rows_of(run("engine", tiny, *asked))
+
+    parts = {name: row["value"] for name, row in rows.items() if name.startswith("profile/")}
+    for case in QUICK_ROWS:
+        of_case = [part for name, part in parts.items() if name.startswith(f"profile/{case}/")]
+        assert 80 < sum(of_case) < 120  # medians of parts, not one step's
+    assert "profile/decode/b1/c16/attention: join" in parts
+    assert "profile/prefill/128/attention: join" not in parts

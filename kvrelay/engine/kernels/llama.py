@@ -9,13 +9,32 @@ import numpy as np
 from numba import njit
 
 from kvrelay.engine.kernels import paged, rows
-from kvrelay.engine.kernels.threads import read_flag, take, wait_for_all, write_flag
+from kvrelay.engine.kernels.threads import (
+    note_time,
+    read_flag,
+    take,
+    wait_for_all,
+    write_flag,
+)
 from kvrelay.engine.kernels.tiles import BUFFER, ROW_BLOCK, linear, multiply
 from kvrelay.engine.shapes import GROUP, GROUP_SCALE_BYTES, LINE_BYTES, PANEL, PANEL_BYTES
 
+# Phases of a layer as a profile names them; those that a step has no need of are left out.
+PHASES = (
+    "norm",
+    "q/k/v",
+    "rope, KV write",
+    "attention",
+    "attention: join",
+    "quantise",
+    "output",
+    "norm",
+    "gate, up, activation",
+    "down",
+)
 LINEARS = ("qkv", "output", "gate", "up", "down")  # of a layer; after the last layer comes the head
 PHASES_MAX = 11  # of a layer
-LAST_PHASES = 3
+OTHER_PHASES = 4  # the start, the embedding, the last norm, the head
 _ROWS_A_PIECE = 2
 
 # What a step does not change. Names ending in _at are addresses of a float32 or of a row of them.
@@ -64,7 +83,16 @@ BUFFERS = (
 STEP = np.dtype(
     [
         (name, np.int64)
-        for name in ("rows", "wanted", "threads", "barrier", "counters", "stop", "cancelled")
+        for name in (
+            "rows",
+            "wanted",
+            "threads",
+            "barrier",
+            "counters",
+            "clock",
+            "stop",
+            "cancelled",
+        )
     ]
     + [(name, BUFFER) for name in BUFFERS]
 )
@@ -72,8 +100,9 @@ STEP = np.dtype(
 
 @njit(nogil=True, cache=True)
 def _next_phase(counter, step):  # type: ignore[no-untyped-def]
-    """Waits for the other threads; gives the counter of the next phase."""
+    """Waits for the other threads, notes the time; gives the counter of the next phase."""
     wait_for_all(step.barrier, step.threads)
+    note_time(step.clock + (counter - step.counters) // LINE_BYTES * 8)
     return counter + LINE_BYTES
 
 
@@ -235,7 +264,7 @@ def run_step(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One thread's part of a step; all but the first and the last two are arrays of records."""
     model, pool, step, work = models[0], pools[0], steps[0], works[thread]
-    counter = step.counters
+    counter = _next_phase(step.counters, step)
     _embed(counter, model, step, tokens)
     for number in range(model.layers):
         layer, rule = layers[number], rules[number]
@@ -274,3 +303,4 @@ def run_step(  # type: ignore[no-untyped-def]
     _last_norm(counter, model, step, head.groups, last_rows)
     counter = _next_phase(counter, step)
     linear(counter, head, step.wanted, step.normed, step.bytes, step.scales, step.logits, 0)
+    _next_phase(counter, step)

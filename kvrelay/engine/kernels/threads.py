@@ -45,6 +45,17 @@ def _yield_core(c: Code) -> Int:
     return Int(c, c.builder.sext(result, _INT64))
 
 
+@emitted
+def _cycles(c: Code) -> Int:
+    """The processor's time stamp."""
+    return Int(c, c.call("llvm.readcyclecounter", _INT64))
+
+
+@njit(nogil=True, cache=True)
+def note_time(address):  # type: ignore[no-untyped-def]
+    _write(address, _cycles())
+
+
 @njit(nogil=True, cache=True)
 def take(counter):  # type: ignore[no-untyped-def]
     """The next piece of the work that `counter` (an address) counts."""
