@@ -50,5 +50,6 @@ def _follow(packer: "subprocess.Popen[str]", on_progress: Progress) -> None:
         if "error" in said:
             raise ModelError(said["error"])
         on_progress(said["what"], said["fraction"])
-    if packer.wait() != 0:
-        raise ModelError("the weights could not be packed: see the traceback above")
+    if (status := packer.wait()) != 0:
+        ended = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+        raise ModelError(f"the process that packs the weights {ended}: is there enough memory?")

@@ -30,8 +30,15 @@ def default_cache() -> Path:
     return Path.home() / ".cache" / "kvrelay"
 
 
-def build_once(target: Path, build: Callable[[Path], None], on_wait: Callable[[], None]) -> Path:
+def build_once(
+    target: Path,
+    build: Callable[[Path], None],
+    on_wait: Callable[[], None],
+    is_whole: Callable[[Path], bool] = Path.is_dir,
+) -> Path:
     """`target`, which `build` fills if it is not there; one builder at a time on this host.
+
+    `is_whole` looks at an entry that is there: one that is not whole is removed and built again.
 
     `build` gets an empty sibling folder, renamed when it returns: nobody sees an entry half made.
     `on_wait` is called when another process is at it.
@@ -40,13 +47,14 @@ def build_once(target: Path, build: Callable[[Path], None], on_wait: Callable[[]
         CacheError: the cache cannot be written (an OSError of `build` counts as that), or another
             has been building for too long. Whatever else `build` raises passes through.
     """
-    if target.is_dir():
+    if is_whole(target):
         return target
     partial = target.with_name(target.name + ".partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _builders_lock(target, on_wait):
-            if not target.is_dir():  # else another built it meanwhile
+            if not is_whole(target):  # else another built it meanwhile
+                shutil.rmtree(target, ignore_errors=True)
                 shutil.rmtree(partial, ignore_errors=True)  # of a builder that was killed
                 partial.mkdir()
                 _build_whole(partial, build)
@@ -88,7 +96,7 @@ def _builders_lock(target: Path, on_wait: Callable[[], None]) -> Iterator[None]:
             lock.acquire(timeout=_BUILD_WAIT_S)
         except Timeout as error:
             raise CacheError(
-                f"another kvrelay has been converting this model for {_BUILD_WAIT_S / 60:.0f} min"
+                f"another kvrelay has been preparing this model for {_BUILD_WAIT_S / 60:.0f} min"
                 f" and holds {lock.lock_file}: end it and start again"
             ) from error
     try:

@@ -1,6 +1,6 @@
 """A model of the common Llama shape: its packed weights, its buffers, its threads.
 
-ModelRunner makes it of what prepared.py has packed. What a step computes is in kernels/llama.py.
+ModelRunner makes it of what packing.py has packed. What a step computes is in kernels/llama.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ class FusedModel:
     """Runs steps of a model whose packed weights are `weights`; `attach` a pool first.
 
     weights: "embedding", "final_norm", "inv_freq", "head" and "LAYER.NAME" for qkv, output,
-        gate_up, down, norm, mlp_norm, and bias, q_norm, k_norm where the shape has them.
+        gate, up, down, norm, mlp_norm, and bias, q_norm, k_norm where the shape has them.
     """
 
     def __init__(self, shape: FusedShape, weights: Mapping[str, np.ndarray], threads: int) -> None:
@@ -108,6 +108,8 @@ class FusedModel:
             StepCancelledError: `cancelled` was set meanwhile.
         """
         plan = StepPlan(slices, self._pool.layout.block_size)
+        if plan.tokens.min() < 0 or plan.tokens.max() >= self.shape.vocab:
+            raise IndexError(f"a token id that is not below {self.shape.vocab}")
         self._reserve(plan, len(last_rows))
         room = self._room
         room.begin(plan, len(last_rows), self._team.threads, cancelled)

@@ -1,6 +1,6 @@
 """Finds the Llama shape in a transformers model and packs its weights for fused.py.
 
-Called by prepared.py. There is no list of architectures: a model fits when its layers have the
+Called by packing.py. There is no list of architectures: a model fits when its layers have the
 modules of the shape and no parameter besides; that it computes the same is proved afterwards.
 """
 
@@ -38,7 +38,10 @@ def find_shape(model: Any, probe: LayerProbe, int8: bool) -> FusedShape | None:
     body: Any = getattr(model, "model", None)
     layers = getattr(body, "layers", None)
     rope = getattr(config, "rope_parameters", None) or {}
-    if layers is None or rope.get("rope_type") not in _ROPES or set(rope) - _ROPE_PARAMETERS:
+    rotary, epsilon = getattr(body, "rotary_emb", None), getattr(config, "rms_norm_eps", None)
+    if layers is None or rotary is None or epsilon is None:
+        return None
+    if rope.get("rope_type") not in _ROPES or set(rope) - _ROPE_PARAMETERS:
         return None
     names = [{name for name, _ in layer.named_parameters()} for layer in layers]
     if any(found != names[0] for found in names) or not _fits(names[0]):
@@ -57,15 +60,15 @@ def find_shape(model: Any, probe: LayerProbe, int8: bool) -> FusedShape | None:
         head_dim=head_dim,
         inner=layers[0].mlp.gate_proj.weight.shape[0],
         vocab=model.lm_head.weight.shape[0],
-        epsilon=config.rms_norm_eps,
+        epsilon=epsilon,
         scale=rules[0].scale,
-        rope_scale=float(getattr(body.rotary_emb, "attention_scaling", 1.0)),
+        rope_scale=float(getattr(rotary, "attention_scaling", 1.0)),
         windows=tuple(rule.window or 0 for rule in rules),
         qkv_bias="self_attn.q_proj.bias" in names[0],
         qk_norm="self_attn.q_norm.weight" in names[0],
         int8=int8,
     )
-    angles = len(body.rotary_emb.inv_freq)
+    angles = len(rotary.inv_freq)
     whole_vectors = all(n % _VECTOR == 0 for n in (shape.hidden, shape.inner, head_dim))
     whole_rope = angles * 2 == head_dim and (angles % _VECTOR == 0 or angles == _VECTOR // 2)
     activation = getattr(config, "hidden_act", None)

@@ -148,7 +148,8 @@ class GenericModel:
             self.attach(pool)
             return self.step([chunk], [len(chunk.tokens) - 1], CancelFlag())[0]
 
-        error_max = max(ERROR_MAX[layout.dtype], ERROR_MAX_INT8 if int8 else 0.0)
+        own = str(self._model.dtype).removeprefix("torch.")
+        error_max = max(ERROR_MAX[layout.dtype], ERROR_MAX[own], ERROR_MAX_INT8 if int8 else 0.0)
         try:
             check_logits(watched, layout, run, error_max)
         except UnsupportedModelError:

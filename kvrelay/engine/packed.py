@@ -1,6 +1,6 @@
 """How a linear layer's weights are stored for the matrix kernel (kernels/tiles.py has the format).
 
-prepared.py packs weights, fused.py and generic.py compute with them.
+packing.py packs weights, fused.py and generic.py compute with them.
 """
 
 import numpy as np

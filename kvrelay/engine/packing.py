@@ -5,12 +5,11 @@ Called by ModelRunner.load where nothing is prepared. cluster/weights.py runs it
 worker ever holds the unpacked weights.
 """
 
-import contextlib
 import json
 import logging
-import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,13 +32,15 @@ from kvrelay.engine.generic import (
     pack_linears,
 )
 from kvrelay.engine.kernels.threads import Team, aligned
-from kvrelay.engine.prepared import WEIGHTS, Prepared, Progress, entry, find
+from kvrelay.engine.prepared import WEIGHTS, Prepared, Progress, entry, find, is_whole
 from kvrelay.engine.probe import ERROR_MAX, ERROR_MAX_INT8, Watched, check_logits, watch
 from kvrelay.engine.shapes import LINE_BYTES, FusedShape
 from kvrelay.engine.step import CancelFlag, Slice, UnsupportedModelError
 from kvrelay.kv.pool import KVPool
 
 log = logging.getLogger(__name__)
+
+_KEPT_DAYS = 7
 
 
 def prepare(
@@ -67,29 +68,20 @@ def prepare(
     path = entry(model_path, quantize, cache_dir)
     if (found := find(model_path, quantize, cache_dir)) is not None:
         return found
-    _put_aside(path)
-    made = Prepared.open(build_once(path, build, on_wait))
+    made = Prepared.open(build_once(path, build, on_wait, is_whole))
     _remove_superseded(made)
     return made
 
 
-def _put_aside(path: Path) -> None:
-    """Removes an entry that is not whole. Of two starts that do so, one has the folder."""
-    aside = path.with_name(f"{path.name}.damaged-{os.getpid()}")
-    with contextlib.suppress(OSError):
-        path.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
 def _remove_superseded(made: Prepared) -> None:
-    """Removes entries for the same weights of other versions of the code, or of the files. Workers
-    that have mapped one keep what they have."""
+    """Removes entries for the same weights that other versions of the code, or of the files, made
+    long ago. Workers that have mapped one keep what they have."""
+    long_ago = time.time() - _KEPT_DAYS * 86_400
     for other in made.path.parent.iterdir():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            if other != made.path and Prepared.open(other).model_fingerprint == (
-                made.model_fingerprint
-            ):
-                shutil.rmtree(other, ignore_errors=True)
+        if other == made.path or not is_whole(other) or other.stat().st_mtime > long_ago:
+            continue
+        if Prepared.open(other).model_fingerprint == made.model_fingerprint:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def _build(
@@ -194,9 +186,10 @@ def main() -> None:
     """Arguments: model folder, quantize, cache folder. Prints one JSON object a line: `what` and
     `fraction` as it goes on, or `error`."""
     path, quantize, cache_dir = sys.argv[1:]
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
 
     def say(**what: Any) -> None:
-        print(json.dumps(what), flush=True)
+        print(json.dumps(what), file=answers, flush=True)
 
     try:
         prepare(
@@ -205,6 +198,10 @@ def main() -> None:
         )  # fmt: skip
     except (CacheError, UnsupportedModelError) as error:
         say(error=str(error))
+        sys.exit(1)
+    except Exception as error:  # transformers raises all kinds: to the person they are one
+        log.debug("packing failed", exc_info=True)
+        say(error=f"{Path(path).name} cannot be packed: {' '.join(str(error).split())}")
         sys.exit(1)
 
 

@@ -10,6 +10,8 @@ import torch
 
 from kvrelay.engine.step import CancelFlag, Slice, StepCancelledError
 
+_HALF_MAX = torch.finfo(torch.float16).max
+
 
 class PoolStep(ABC):
     """One step over a pool. Everything that all layers need is worked out once, when it is made.
@@ -57,11 +59,17 @@ class PoolStep(ABC):
             raise StepCancelledError
         # In the pool's type from here on: whether a token is read back from the pool or is still
         # at hand must not change what is seen of it.
-        k, v = k.to(self.pool.dtype), v.to(self.pool.dtype)
+        k, v = self._narrowed(k), self._narrowed(v)
         at = (self._write_block, self._write_slot)
         self.pool[:, layer, 0].index_put_(at, k)
         self.pool[:, layer, 1].index_put_(at, v)
         return self._look(layer, q, k, v, scale, window, softcap)
+
+    def _narrowed(self, x: torch.Tensor) -> torch.Tensor:
+        if self.pool.dtype is torch.float16:
+            # What is too large becomes the largest: infinity would spoil whoever gives it weight 0.
+            x = x.clamp(-_HALF_MAX, _HALF_MAX)
+        return x.to(self.pool.dtype)
 
     @abstractmethod
     def _look(

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,16 @@ WEIGHTS = "packed.safetensors"
 _DESCRIPTION = "prepared.json"
 _WARM_BYTES = 16 << 20
 _NAME_CHARS_MAX = 48
+_DECIDING = (
+    "fused",
+    "fused_weights",
+    "generic",
+    "packed",
+    "packing",
+    "prepared",
+    "probe",
+    "shapes",
+)
 
 
 @dataclass(frozen=True)
@@ -86,10 +97,17 @@ class Prepared:
 
 def find(model_path: Path, quantize: Quantize, cache_dir: Path) -> Prepared | None:
     """The packed weights of the fp32 model in `model_path`, if they are there and whole."""
+    path = entry(model_path, quantize, cache_dir)
+    return Prepared.open(path) if is_whole(path) else None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether an entry is there, and all of it."""
     try:
-        return Prepared.open(entry(model_path, quantize, cache_dir))
+        Prepared.open(path)
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return False
+    return True
 
 
 def entry(model_path: Path, quantize: Quantize, cache_dir: Path) -> Path:
@@ -107,6 +125,10 @@ def entry(model_path: Path, quantize: Quantize, cache_dir: Path) -> Path:
 
 @functools.cache
 def _code() -> bytes:
+    """Of what decides what is packed, and of what it was compared with."""
     here = Path(__file__).parent
-    files = sorted([*here.glob("*.py"), *here.glob("kernels/*.py")])
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).digest()
+    files = sorted([*(here / f"{name}.py" for name in _DECIDING), *here.glob("kernels/*.py")])
+    digest = hashlib.sha256(version("transformers").encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.digest()

@@ -1,6 +1,6 @@
 """Whether a model works over a paged KV pool, found out by running it.
 
-Called by generic.py at every load and by prepared.py when it packs weights.
+Called by generic.py at every load and by packing.py when it packs weights.
 
 There is no list of architectures. A model is refused when its configuration asks for attention that
 ours does not do, or when its logits through the pool, chunk by chunk, are not its own.

@@ -1,9 +1,10 @@
 """Loads a model and runs steps of it over a KV pool. Both workers own one runner each.
 
-On a CPU in float32 the weights come packed from prepared.py, and a model of the Llama shape runs
+On a CPU in float32 the weights come packed (packing.py), and a model of the Llama shape runs
 fused (fused.py). Everything else runs as transformers' modules (generic.py).
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +22,8 @@ from kvrelay.engine.prepared import Prepared, find
 from kvrelay.engine.step import CancelFlag, Slice, UnsupportedModelError
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.pool import KVPool
+
+log = logging.getLogger(__name__)
 
 __all__ = ["ModelRunner", "UnsupportedModelError"]
 
@@ -73,6 +76,8 @@ class ModelRunner:
             UnsupportedModelError: the model cannot be served; says why in one line.
             CacheError: packed weights cannot be written.
         """
+        if quantize == "int8" and not HAS_VNNI:
+            log.warning("no AVX512-VNNI here: int8 needs less memory, but prefill is slower in it")
         kv = dtype if kv_dtype == "auto" else kv_dtype
         if quantize != "none" and (device != "cpu" or dtype != "float32"):
             raise UnsupportedModelError(
@@ -126,7 +131,7 @@ class ModelRunner:
 
         source = load_model(path, dtype, device)
         watched = watch(source)
-        model = GenericModel(source, Team(threads))
+        model = GenericModel(source, Team(threads if device == "cpu" else 1))
         layout = watched.layout(fingerprint(path), kv, block_size)
         model.check(watched, layout, int8=False)
         limit = context_limit(source.config.get_text_config())

@@ -462,3 +462,20 @@ def test_a_closed_team_leaves_no_thread():
     assert threading.active_count() == before + 3
     team.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_what_a_step_raises_in_any_thread_is_raised_and_the_team_goes_on(where):
+    team = Team(2)
+    ran = []
+
+    def step(thread: int) -> None:
+        ran.append(thread)
+        if thread == where:
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        team.run(step)
+    team.run(ran.append)
+    team.close()
+    assert sorted(ran) == [0, 0, 1, 1]

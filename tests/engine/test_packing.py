@@ -302,9 +302,10 @@ def test_weights_written_again_are_packed_again(llama, cache):
     os.utime(file, ns=(1, 1))  # a change that falls between the fingerprint's samples
     try:
         assert find(llama, "none", cache) is None
+        os.utime(before.path, (1, 1))
         after = prepare(llama, "none", cache)
         assert after.path != before.path
-        assert not before.path.exists()
+        assert not before.path.exists()  # it was old
     finally:
         os.utime(file)
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import reference
@@ -361,3 +361,22 @@ def test_a_model_that_is_not_decoder_only_is_refused_in_one_line(tmp_path):
     with pytest.raises(UnsupportedModelError) as caught:
         load(make_not_decoder_only(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_kv_may_be_kept_in_another_dtype(
+    tmp_path: Path, dtype: str, kv_dtype: Literal["float32", "float16", "bfloat16"]
+) -> None:
+    runner = ModelRunner.load(make_tiny("phi", tmp_path), dtype=dtype, kv_dtype=kv_dtype)
+    assert runner.layout.dtype == kv_dtype
+    runner.close()
+
+
+def test_a_token_that_the_model_does_not_have(tmp_path: Path) -> None:
+    runner = ModelRunner.load(make_tiny("llama", tmp_path))
+    runner.attach(KVPool(runner.layout, 2))
+    with pytest.raises(IndexError):
+        runner.step([Slice([100_000], 0, [0])], [True])
+    runner.step([Slice([1], 0, [0])], [True])
+    runner.close()

@@ -2,7 +2,7 @@
 
 Per layer: norm, q/k/v in one matmul, rope, KV write, attention, output; norm, gate and up in one
 matmul, activation, down. All threads run `run_step`; each phase is shared out through a counter of
-its own and ends at a barrier. Called by fused.py; prepared.py proves it equal to transformers' own.
+its own and ends at a barrier. Called by fused.py; packing.py proves it equal to transformers' own.
 """
 
 import numpy as np

@@ -4,6 +4,7 @@ A step is compiled code that all threads run at once, the engine's own and its h
 the helpers: they sleep between steps.
 """
 
+import platform
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +47,13 @@ def _yield_core(c: Code) -> Int:
 
 
 @emitted
+def _pause(c: Code) -> None:
+    """Leaves the core to its other hyperthread, or its clock to the others, for a moment."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        c.call("llvm.x86.sse2.pause", ir.VoidType())
+
+
+@emitted
 def _cycles(c: Code) -> Int:
     """The processor's time stamp."""
     return Int(c, c.call("llvm.readcyclecounter", _INT64))
@@ -85,6 +93,7 @@ def wait_for_all(barrier, threads):  # type: ignore[no-untyped-def]
         return
     spins = 0
     while _read(rounds) == this:
+        _pause()
         spins += 1
         if spins > _SPINS:
             _yield_core()
@@ -98,6 +107,7 @@ class Team:
         self._step: Callable[[int], Any] | None = None
         self._begin = [threading.Semaphore(0) for _ in range(threads - 1)]
         self._ended = threading.Semaphore(0)
+        self._failed: BaseException | None = None
         self._helpers = [
             threading.Thread(target=self._help, args=(number,), daemon=True)
             for number in range(1, threads)
@@ -108,14 +118,20 @@ class Team:
     def run(self, step: Callable[[int], Any]) -> None:
         """Calls step(0) here and step(1) ... in the helpers, and waits for all.
 
-        step must let go of the interpreter's lock (compiled code does), and not raise.
+        step must let go of the interpreter's lock, as compiled code does. What it raises in any
+        thread is raised here, once all have ended.
         """
         self._step = step
         for begin in self._begin:
             begin.release()
-        step(0)
-        for _ in self._begin:
-            self._ended.acquire()
+        try:
+            step(0)
+        finally:  # nobody may be left in a step whose buffers the next one uses
+            for _ in self._begin:
+                self._ended.acquire()
+            failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
 
     def close(self) -> None:
         self._step = None
@@ -129,8 +145,12 @@ class Team:
             self._begin[number - 1].acquire()
             if self._step is None:
                 return
-            self._step(number)
-            self._ended.release()
+            try:
+                self._step(number)
+            except BaseException as error:
+                self._failed = error
+            finally:
+                self._ended.release()
 
 
 def aligned(count: int, dtype: Any) -> np.ndarray:
