@@ -264,7 +264,7 @@ def test_who_waits_too_long_for_another_build_is_told(cache, monkeypatch):
     target, said = cache / "models" / "m", []
 
     def build(partial: Path) -> None:
-        with pytest.raises(ModelError, match="another kvrelay has been converting"):
+        with pytest.raises(ModelError, match="another kvrelay has been preparing"):
             model_store._build_once(target, "m", build, lambda what, _: said.append(what))
 
     model_store._build_once(target, "m", build, lambda *_: None)
