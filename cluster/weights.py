@@ -23,9 +23,10 @@ def pack_weights(
     Raises:
         ModelError: the model cannot be served, or the cache cannot be written.
     """
-    if find(model_path, quantize, cache_dir) is None:
-        _pack(model_path, quantize, cache_dir, on_progress)
     prepared = find(model_path, quantize, cache_dir)
+    if prepared is None:
+        _pack(model_path, quantize, cache_dir, on_progress)
+        prepared = find(model_path, quantize, cache_dir)
     assert prepared is not None
     prepared.warm(on_progress)
 

@@ -32,7 +32,7 @@ from kvrelay.engine.generic import (
     pack_linears,
 )
 from kvrelay.engine.kernels.threads import Team, aligned
-from kvrelay.engine.prepared import WEIGHTS, Prepared, Progress, entry, find, is_whole
+from kvrelay.engine.prepared import WEIGHTS, Prepared, Progress, entry, open_whole
 from kvrelay.engine.probe import ERROR_MAX, ERROR_MAX_INT8, Watched, check_logits, watch
 from kvrelay.engine.shapes import LINE_BYTES, FusedShape
 from kvrelay.engine.step import CancelFlag, Slice, UnsupportedModelError
@@ -65,8 +65,11 @@ def prepare(
     def on_wait() -> None:
         on_progress("waiting for another start that prepares the same weights", None)
 
+    def is_whole(path: Path) -> bool:
+        return open_whole(path) is not None
+
     path = entry(model_path, quantize, cache_dir)
-    if (found := find(model_path, quantize, cache_dir)) is not None:
+    if (found := open_whole(path)) is not None:
         return found
     made = Prepared.open(build_once(path, build, on_wait, is_whole))
     _remove_superseded(made)
@@ -78,9 +81,10 @@ def _remove_superseded(made: Prepared) -> None:
     long ago. Workers that have mapped one keep what they have."""
     long_ago = time.time() - _KEPT_DAYS * 86_400
     for other in made.path.parent.iterdir():
-        if other == made.path or not is_whole(other) or other.stat().st_mtime > long_ago:
+        found = open_whole(other)
+        if found is None or found.model_fingerprint != made.model_fingerprint:
             continue
-        if Prepared.open(other).model_fingerprint == made.model_fingerprint:
+        if other != made.path and other.stat().st_mtime <= long_ago:
             shutil.rmtree(other, ignore_errors=True)
 
 

@@ -97,17 +97,15 @@ class Prepared:
 
 def find(model_path: Path, quantize: Quantize, cache_dir: Path) -> Prepared | None:
     """The packed weights of the fp32 model in `model_path`, if they are there and whole."""
-    path = entry(model_path, quantize, cache_dir)
-    return Prepared.open(path) if is_whole(path) else None
+    return open_whole(entry(model_path, quantize, cache_dir))
 
 
-def is_whole(path: Path) -> bool:
-    """Whether an entry is there, and all of it."""
+def open_whole(path: Path) -> Prepared | None:
+    """The entry at `path` if it is there, and all of it."""
     try:
-        Prepared.open(path)
+        return Prepared.open(path)
     except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return True
+        return None
 
 
 def entry(model_path: Path, quantize: Quantize, cache_dir: Path) -> Path:

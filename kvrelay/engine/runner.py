@@ -84,11 +84,12 @@ class ModelRunner:
                 f"{quantize} is for a CPU and float32, not for {dtype} on {device}"
             )
         if device != "cpu" or dtype != "float32":
-            return cls._load_plain(path, dtype, device, block_size, kv, threads)
+            return cls._load_generic(path, dtype, device, block_size, kv, threads)
         cache = cache_dir or default_cache()
         prepared = find(path, quantize, cache) or cls._prepare(path, quantize, cache)
         if prepared.shape is None:
-            return cls._load_packed(path, prepared, quantize, block_size, kv, threads)
+            sizes = (block_size, kv, threads)
+            return cls._load_generic(path, dtype, device, *sizes, prepared, quantize)
         model = FusedModel(prepared.shape, prepared.weights(), threads)
         description = _described("fused", quantize, kv, threads)
         return cls(model, prepared.layout(kv, block_size), None, description)
@@ -101,41 +102,36 @@ class ModelRunner:
         return prepare(path, quantize, cache_dir)
 
     @classmethod
-    def _load_packed(
+    def _load_generic(
         cls,
         path: Path,
-        prepared: Prepared,
-        quantize: Quantize,
+        dtype: str,
+        device: str,
         block_size: int,
         kv: str,
         threads: int,
+        prepared: Prepared | None = None,
+        quantize: Quantize = "none",
     ) -> "ModelRunner":
+        """transformers' modules; with the packed weights of `prepared` where there are any."""
         from kvrelay.engine.generic import GenericModel, load_model, pack_linears
         from kvrelay.engine.probe import context_limit, watch
 
-        source = load_model(path, "float32", "cpu")
-        watched = watch(source)
-        layout = watched.layout(prepared.model_fingerprint, kv, block_size)
-        model = GenericModel(source, Team(threads))
-        pack_linears(source, prepared.weights(), quantize == "int8", model.team)
-        model.check(watched, layout, int8=quantize == "int8")
-        limit = context_limit(source.config.get_text_config())
-        return cls(model, layout, limit, _described("generic", quantize, kv, threads))
-
-    @classmethod
-    def _load_plain(
-        cls, path: Path, dtype: str, device: str, block_size: int, kv: str, threads: int
-    ) -> "ModelRunner":
-        from kvrelay.engine.generic import GenericModel, load_model
-        from kvrelay.engine.probe import context_limit, watch
-
+        int8 = quantize == "int8"
         source = load_model(path, dtype, device)
         watched = watch(source)
         model = GenericModel(source, Team(threads if device == "cpu" else 1))
-        layout = watched.layout(fingerprint(path), kv, block_size)
-        model.check(watched, layout, int8=False)
+        if prepared is not None:
+            pack_linears(source, prepared.weights(), int8, model.team)
+            weights = prepared.model_fingerprint
+            description = _described("generic", quantize, kv, threads)
+        else:
+            weights = fingerprint(path)
+            description = f"transformers' modules, {dtype} on {device}, KV {kv}"
+        layout = watched.layout(weights, kv, block_size)
+        model.check(watched, layout, int8=int8)
         limit = context_limit(source.config.get_text_config())
-        return cls(model, layout, limit, f"transformers' modules, {dtype} on {device}, KV {kv}")
+        return cls(model, layout, limit, description)
 
     @property
     def weight_bytes(self) -> int:

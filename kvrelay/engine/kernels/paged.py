@@ -11,6 +11,7 @@ times the panel of values are another one.
 import numpy as np
 from numba import njit
 
+from kvrelay.engine.kernels.rows import clear, copy_row
 from kvrelay.engine.kernels.threads import take
 from kvrelay.engine.kernels.tiles import ROWS_MAX, multiply_float
 from kvrelay.engine.kernels.vector import LANES, Code, Int, Vec, emitted
@@ -113,12 +114,6 @@ def _narrow_half(c: Code, source: Int, target: Int) -> None:
 @emitted
 def _narrow_bfloat(c: Code, source: Int, target: Int) -> None:
     c.store_bfloat(target, c.load(source))
-
-
-@emitted
-def _zero(c: Code, target: Int, count: Int) -> None:
-    with c.each(count, LANES) as i:
-        c.store(target + i * 4, c.floats(0.0))
 
 
 @emitted
@@ -245,30 +240,35 @@ def _place(pool, tables, table, layer, position):  # type: ignore[no-untyped-def
 
 
 @njit(nogil=True, cache=True)
-def write_row(pool, tables, table, layer, position, k, v):  # type: ignore[no-untyped-def]
-    """Stores one token's keys and values, `[kv_heads * head_dim]` float32 at k and v."""
-    place = _place(pool, tables, table, layer, position)
-    width = pool.row_bytes // (pool.kv_heads * pool.head_dim)
-    for i in range(0, pool.kv_heads * pool.head_dim, LANES):
-        if pool.dtype == _FLOAT32:
-            _copy_floats(k + i * 4, place + i * width)
-            _copy_floats(v + i * 4, place + pool.side_bytes + i * width)
-        elif pool.dtype == _FLOAT16:
-            _narrow_half(k + i * 4, place + i * width)
-            _narrow_half(v + i * 4, place + pool.side_bytes + i * width)
-        else:
-            _narrow_bfloat(k + i * 4, place + i * width)
-            _narrow_bfloat(v + i * 4, place + pool.side_bytes + i * width)
+def _read(pool, source, target):  # type: ignore[no-untyped-def]
+    """16 numbers of the pool as floats."""
+    if pool.dtype == _FLOAT32:
+        _copy_floats(source, target)
+    elif pool.dtype == _FLOAT16:
+        _widen_half(source, target)
+    else:
+        _widen_bfloat(source, target)
 
 
 @njit(nogil=True, cache=True)
-def _widen(pool, source, target, count):  # type: ignore[no-untyped-def]
+def _write(pool, source, target):  # type: ignore[no-untyped-def]
+    """16 floats into the pool."""
+    if pool.dtype == _FLOAT32:
+        _copy_floats(source, target)
+    elif pool.dtype == _FLOAT16:
+        _narrow_half(source, target)
+    else:
+        _narrow_bfloat(source, target)
+
+
+@njit(nogil=True, cache=True)
+def write_row(pool, tables, table, layer, position, k, v):  # type: ignore[no-untyped-def]
+    """Stores one token's keys and values, `[kv_heads * head_dim]` float32 at k and v."""
+    place = _place(pool, tables, table, layer, position)
     width = pool.head_bytes // pool.head_dim
-    for i in range(0, count, LANES):
-        if pool.dtype == _FLOAT16:
-            _widen_half(source + i * width, target + i * 4)
-        else:
-            _widen_bfloat(source + i * width, target + i * 4)
+    for i in range(0, pool.kv_heads * pool.head_dim, LANES):
+        _write(pool, k + i * 4, place + i * width)
+        _write(pool, v + i * 4, place + pool.side_bytes + i * width)
 
 
 @njit(nogil=True, cache=True)
@@ -279,6 +279,7 @@ def _pack_keys(  # type: ignore[no-untyped-def]
 
     Meanwhile asks memory for ahead_count positions of ahead_head from `ahead` on.
     """
+    width = pool.head_bytes // pool.head_dim
     for at in range(0, count, LANES):
         following = 0
         if at < ahead_count:
@@ -295,15 +296,11 @@ def _pack_keys(  # type: ignore[no-untyped-def]
                 if not together:
                     place = _place(pool, tables, table, layer, first + at + n)
                     place += head * pool.head_bytes
-                if pool.dtype != _FLOAT32:
-                    _widen(pool, place, source + n * stride, pool.head_dim)
-                else:
-                    for i in range(0, pool.head_dim, LANES):
-                        _copy_floats(place + i * 4, source + n * stride + i * 4)
+                for i in range(0, pool.head_dim, LANES):
+                    _read(pool, place + i * width, source + n * stride + i * 4)
                 if together:
                     place += pool.row_bytes
         for i in range(0, pool.head_dim, LANES):
-            width = pool.head_bytes // pool.head_dim
             _turn_keys(
                 source + i * 4, stride, target + i * PANEL_BYTES,
                 following + i * width, pool.row_bytes, pool.side_bytes,
@@ -314,6 +311,7 @@ def _pack_keys(  # type: ignore[no-untyped-def]
 def _pack_values(pool, tables, table, layer, head, first, count, work):  # type: ignore[no-untyped-def]
     """Values of those positions as panels `[64, 32]` at work.values."""
     place = 0
+    width = pool.head_bytes // pool.head_dim
     for n in range(count):
         if n == 0 or (first + n) % pool.block_size == 0:
             place = _place(pool, tables, table, layer, first + n)
@@ -324,13 +322,9 @@ def _pack_values(pool, tables, table, layer, head, first, count, work):  # type:
             panel = work.values + i // PANEL * KEY_TILE * PANEL_BYTES
             target = panel + n * PANEL_BYTES + i % PANEL * 4
             if i >= pool.head_dim:
-                _zero(target, LANES)
-            elif pool.dtype == _FLOAT32:
-                _copy_floats(place + i * 4, target)
-            elif pool.dtype == _FLOAT16:
-                _widen_half(place + i * 2, target)
+                clear(target, LANES)
             else:
-                _widen_bfloat(place + i * 2, target)
+                _read(pool, place + i * width, target)
 
 
 @njit(nogil=True, cache=True)
@@ -510,10 +504,9 @@ def attend_split(counter, pool, rule, slices, tables, layer, q, q_stride, partia
                 )  # fmt: skip
                 for n in range(rule.group):
                     target = place + (head * rule.group + n) * each
-                    _copy_floats(work.part_states + n * 8, target)
-                    for i in range(0, pool.head_pad, LANES):
-                        source = work.part_totals + (n * pool.head_pad + i) * 4
-                        _copy_floats(source, target + (LANES + i) * 4)
+                    copy_row(work.part_states + n * 8, target, LANES)
+                    source = work.part_totals + n * pool.head_pad * 4
+                    copy_row(source, target + LANES * 4, pool.head_pad)
             piece = take(counter)
         passed += parts
 
