@@ -5,8 +5,9 @@ Light to import: the commands read it before they know that Ray and torch are ne
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
-from kvrelay.config import Device, Dtype, KvDtype, Quantize, Transport
+from kvrelay.config import Device, Dtype, KvDtype, Quantize, Transport, WireCodec
 
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
@@ -31,6 +32,10 @@ class ServeOptions:
     dtype: Dtype = "float32"
     quantize: Quantize = "none"
     kv_dtype: KvDtype = "auto"
+    decode_kv_dtype: KvDtype | None = None
+    wire_codec: WireCodec = "asis"
+    checksums: bool = True
+    certificates: Path | None = None
     threads: int = 0
     kv_gib: float = 1.0
     chunk_tokens: int = 256

@@ -10,7 +10,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,8 @@ class _Vacancy:
 
 @dataclass
 class Pools:
-    """`config` is for every worker, but for its cores; `slots` has one place for each.
+    """`config` is for every worker, but for its cores and what `of_role` says of its role;
+    `slots` has one place for each.
 
     A slot has one owner at any time: a member, a start or a vacancy.
     """
@@ -83,6 +84,7 @@ class Pools:
     config: WorkerConfig
     slots: list[Slot]
     ray_dir: Path
+    of_role: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     _members: list[_Member] = field(default_factory=list)
     _starting: list[_Starting] = field(default_factory=list)
     _vacancies: list[_Vacancy] = field(default_factory=list)
@@ -174,7 +176,8 @@ class Pools:
         options = WorkerActor.options(  # type: ignore[attr-defined]
             num_cpus=self.config.threads, num_gpus=gpus, max_restarts=0
         )
-        config = self.config.model_copy(update={"cores": slot.cores})
+        own = {"cores": slot.cores, **self.of_role.get(slot.role, {})}
+        config = self.config.model_copy(update=own)
         return options.remote(slot.role, config.model_dump_json())
 
     def _add(self, starting: _Starting) -> None:

@@ -7,8 +7,9 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from rich.console import Console
@@ -21,6 +22,7 @@ from cluster.progress import console, errors_in_one_line, reporting
 from cluster.weights import pack_weights
 from kvrelay.cache import default_cache
 from kvrelay.client import Client, KvrelayError
+from kvrelay.config import Device, Dtype, KvDtype, Quantize, Transport, WireCodec
 
 if TYPE_CHECKING:
     from cluster.serving import Serving
@@ -48,23 +50,44 @@ class _Finite(click.FloatRange):
 @click.option("--port", type=click.IntRange(0, 65535), default=50051, help="0 picks a free one.")
 @click.option(
     "--transport",
-    type=click.Choice(["auto", "shm", "tcp"]),
+    type=click.Choice(get_args(Transport)),
     default="auto",
     help="How KV moves; auto takes shm on one host.",
 )
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
+@click.option("--device", type=click.Choice(get_args(Device)), default="cpu")
+@click.option("--dtype", type=click.Choice(get_args(Dtype)), default="float32")
 @click.option(
     "--quantize",
-    type=click.Choice(["none", "int8"]),
+    type=click.Choice(get_args(Quantize)),
     default="none",
     help="int8: W8A8 linear layers on the CPU's integer units.",
 )
 @click.option(
     "--kv-dtype",
-    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    type=click.Choice(get_args(KvDtype)),
     default="auto",
     help="How the KV cache is stored; auto: as the model computes.",
+)
+@click.option(
+    "--decode-kv-dtype",
+    type=click.Choice(get_args(KvDtype)),
+    help="The decode workers', where it differs from --kv-dtype; links convert.",
+)
+@click.option(
+    "--wire-codec",
+    type=click.Choice(get_args(WireCodec)),
+    default="asis",
+    help="What KV travels as over tcp; asis keeps every bit.",
+)
+@click.option(
+    "--checksums/--no-checksums",
+    default=True,
+    help="Check every KV block that travels (on unless told otherwise).",
+)
+@click.option(
+    "--certificates",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder with ca.pem, cert.pem, key.pem: KV travels over TLS on tcp.",
 )
 @click.option(
     "--threads", type=click.IntRange(0, 1024), default=0, help="Per worker; 0 shares the cores out."

@@ -60,7 +60,9 @@ class Serving:
             raise ServeError("; ".join(wrong)) from None
         except (OverflowError, ValueError) as error:  # infinities and NaN have no int
             raise ServeError(f"kv_gib or drain_s: {error}") from None
-        self._pools = Pools(worker_config, slots(options), self._run_dir / "ray")
+        decode = {"kv_dtype": options.decode_kv_dtype} if options.decode_kv_dtype else {}
+        ray_dir = self._run_dir / "ray"
+        self._pools = Pools(worker_config, slots(options), ray_dir, {"decode": decode})
         self._router: subprocess.Popen[str] | None = None
 
     def start(self, report: Progress) -> None:
@@ -203,6 +205,9 @@ def _configs(
         block_size=options.block_size,
         kv_bytes=int(options.kv_gib * (1 << 30)),
         transport=options.transport,
+        wire_codec=options.wire_codec,
+        checksums=options.checksums,
+        certificates=options.certificates,
         chunk_tokens=options.chunk_tokens,
     )
     return router, worker

@@ -5,15 +5,16 @@ from its event loop and carries out what it answers. It is the only caller of th
 """
 
 import secrets
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.layout import KVLayout, reserved_blocks
 from kvrelay.kv.ledger import BlockEvent, BlockLedger, OutOfBlocksError
 from kvrelay.lifecycle import IllegalTransitionError, advance
-from kvrelay.transport.listener import RefusedError
+from kvrelay.transport.errors import RefusedError, Rejection
 
 
 class ReservationState(Enum):
@@ -70,6 +71,8 @@ class Reservation:
     lease_end_ms: float
     state: ReservationState = ReservationState.RESERVED
     blocks_received: int = 0
+    bad_blocks: set[int] = field(default_factory=set)  # indexes that must come again
+    resends: Counter[int] = field(default_factory=Counter)  # asked for, by index
 
     @property
     def blocks(self) -> list[int]:
@@ -83,12 +86,19 @@ class HandOff:
     """All reservations of one worker. Times are in ms of any one monotonic clock."""
 
     def __init__(
-        self, layout: KVLayout, ledger: BlockLedger, *, lease_ms: int, reservations_max: int
+        self,
+        layout: KVLayout,
+        ledger: BlockLedger,
+        *,
+        lease_ms: int,
+        reservations_max: int,
+        resends_max: int,
     ) -> None:
         self.ledger = ledger
         self._layout = layout
         self._lease_ms = lease_ms
         self._reservations_max = reservations_max
+        self._resends_max = resends_max
         self._by_key: dict[Key, Reservation] = {}
         self._by_transfer: dict[int, Reservation] = {}
         self._next_transfer_id = 1
@@ -135,35 +145,72 @@ class HandOff:
         """Gives the holder of the ticket leave to write, once."""
         reservation = self._by_transfer.get(transfer_id)
         if reservation is None:
-            raise RefusedError("no such transfer: it ended, or its lease ran out")
+            text = "no such transfer: it ended, or its lease ran out"
+            raise RefusedError(Rejection.STALE, text)
         if not secrets.compare_digest(secret, reservation.secret):
-            raise RefusedError("the ticket's secret is wrong")
+            raise RefusedError(Rejection.SECRET, "the ticket's secret is wrong")
         if reservation.state is not ReservationState.RESERVED:
-            raise RefusedError("the ticket has been used")
+            raise RefusedError(Rejection.DUPLICATE, "the ticket has been used")
         reservation.on(ReservationEvent.BEGIN)
         self.ledger.move(reservation.key, reservation.prompt_blocks, BlockEvent.BEGIN)
         reservation.lease_end_ms = now_ms + self._lease_ms
 
-    def expect(self, transfer_id: int, first_index: int, count: int) -> Sequence[int]:
-        """The pool blocks for these blocks of the prompt, in order and each once.
+    def expect(
+        self, transfer_id: int, first_index: int, count: int, *, again: bool = False
+    ) -> Sequence[int]:
+        """The pool blocks for these blocks of the prompt, in order and each once, or `again` when
+        they were bad.
 
         Answers for an aborted transfer too: its blocks are in quarantine, and what is already on
         the wire must go somewhere.
         """
         reservation = self._by_transfer[transfer_id]
         end = first_index + count
-        if first_index != reservation.blocks_received or end > len(reservation.prompt_blocks):
-            raise RefusedError(
-                f"blocks {first_index} to {end} sent, expected from {reservation.blocks_received}"
-                f" and at most to {len(reservation.prompt_blocks)}"
-            )
+        if end > len(reservation.prompt_blocks):
+            text = f"blocks to {end} sent, the ticket ends at {len(reservation.prompt_blocks)}"
+            raise RefusedError(Rejection.OVERSIZED, text)
+        if again:
+            unasked = set(range(first_index, end)) - set(reservation.bad_blocks)
+            if unasked:
+                text = f"blocks {sorted(unasked)} sent again, which nobody asked for"
+                raise RefusedError(Rejection.DUPLICATE, text)
+        elif first_index != reservation.blocks_received:
+            text = f"blocks from {first_index} sent, expected from {reservation.blocks_received}"
+            early = first_index > reservation.blocks_received
+            raise RefusedError(Rejection.REORDERED if early else Rejection.DUPLICATE, text)
         return reservation.prompt_blocks[first_index:end]
 
-    def received(self, transfer_id: int, count: int, now_ms: float) -> None:
-        """`count` more blocks are in the pool. One that is wrong never sees a commit."""
+    def received(
+        self,
+        transfer_id: int,
+        first_index: int,
+        count: int,
+        bad: Sequence[int],
+        now_ms: float,
+    ) -> None:
+        """These blocks are in the pool, but for the indexes in `bad`, which shall come again.
+
+        Raises:
+            RefusedError: one of them came too often.
+        """
         reservation = self._by_transfer[transfer_id]
-        reservation.blocks_received += count
+        reservation.blocks_received = max(reservation.blocks_received, first_index + count)
         reservation.lease_end_ms = now_ms + self._lease_ms
+        for index in range(first_index, first_index + count):
+            if index not in bad:
+                reservation.bad_blocks.discard(index)
+        for index in bad:
+            reservation.bad_blocks.add(index)
+            reservation.resends[index] += 1
+            if reservation.resends[index] > self._resends_max:
+                text = (
+                    f"block {index} has a wrong checksum for the {reservation.resends[index]}. time"
+                )
+                raise RefusedError(Rejection.CHECKSUM, text)
+
+    def awaits_again(self, transfer_id: int) -> bool:
+        """Whether blocks that were bad have not come again yet."""
+        return bool(self._by_transfer[transfer_id].bad_blocks)
 
     def commit(self, transfer_id: int, blocks: int) -> Reservation | None:
         """The reservation, now decoding; None when it was aborted meanwhile."""
@@ -171,8 +218,10 @@ class HandOff:
         if reservation.state is ReservationState.ABORTING:
             return None
         missing = len(reservation.prompt_blocks) - reservation.blocks_received
+        missing += len(reservation.bad_blocks)
         if missing or blocks != len(reservation.prompt_blocks):
-            raise RefusedError(f"Commit of {blocks} blocks while {missing} are missing")
+            text = f"Commit of {blocks} blocks while {missing} are missing"
+            raise RefusedError(Rejection.INCOMPLETE, text)
         reservation.on(ReservationEvent.COMMIT)
         del self._by_transfer[transfer_id]
         self.ledger.move(reservation.key, reservation.prompt_blocks, BlockEvent.COMMIT)

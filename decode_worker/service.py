@@ -48,6 +48,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             self.ledger,
             lease_ms=config.lease_ms,
             reservations_max=config.reservations_max,
+            resends_max=config.resends_max,
         )
         self._batch = Batch(config.batch_max)
         self._in_step: set[Key] = set()
@@ -281,14 +282,15 @@ class _Book:
     def __init__(self, service: DecodeService, handoff: HandOff) -> None:
         self._handoff = handoff
         self.expect = handoff.expect
+        self.awaits_again = handoff.awaits_again
         self.lost = service.writer_lost
         self.commit = service.committed
 
     def begin(self, transfer_id: int, secret: bytes) -> None:
         self._handoff.begin(transfer_id, secret, _now_ms())
 
-    def received(self, transfer_id: int, count: int) -> None:
-        self._handoff.received(transfer_id, count, _now_ms())
+    def received(self, transfer_id: int, first_index: int, count: int, bad: Sequence[int]) -> None:
+        self._handoff.received(transfer_id, first_index, count, bad, _now_ms())
 
 
 def _now_ms() -> float:

@@ -8,12 +8,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Transport = Literal["auto", "shm", "tcp"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
 Quantize = Literal["none", "int8"]
+WireCodec = Literal["asis", "bf16", "int8"]
 KvDtype = Literal["auto", "float32", "bfloat16", "float16"]  # auto: as the model computes
 
 
@@ -39,6 +40,9 @@ class WorkerConfig(_Frozen):
     block_size: int = Field(default=16, ge=1)
     kv_bytes: int = Field(default=1 << 30, ge=1)
     transport: Transport = "auto"
+    wire_codec: WireCodec = "asis"  # what KV travels as over tcp and nccl
+    checksums: bool = True  # of every block that travels; on as soon as either end has it on
+    certificates: Path | None = None  # folder with ca.pem, cert.pem, key.pem: TLS on tcp links
 
     # Prefill
     chunk_tokens: int = Field(default=256, ge=1)  # longest time a cancel waits for the engine
@@ -48,6 +52,8 @@ class WorkerConfig(_Frozen):
     # Decode
     batch_max: int = 64  # sequences in one step
     reservations_max: int = 4096
+    links_max: int = 1024  # connections of prefill workers, shaken hands or not
+    resends_max: int = 2  # of one block with a wrong checksum
 
     # Waits, each with its end
     lease_ms: int = 120_000  # a reservation that makes no progress

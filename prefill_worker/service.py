@@ -20,7 +20,8 @@ from kvrelay.engine.step import CancelFlag, StepCancelledError
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockLedger
 from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session
-from kvrelay.transport.frames import LinkError, to_end
+from kvrelay.transport.channel import to_end
+from kvrelay.transport.errors import LinkError
 from kvrelay.transport.writer import Transfer
 from kvrelay.transport.writer_pool import WriterPool
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
@@ -110,7 +111,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             sampling=SamplingParams.from_wire(prefill.sampling),
             ticket=prefill.ticket,
         )
-        differences = self._layout.differences(KVLayout.from_wire(prefill.ticket.layout))
+        differences = self._layout.mismatch(KVLayout.from_wire(prefill.ticket.layout))
         if differences:
             message = f"KV layouts of prefill and decode worker differ: {differences}"
             self._fail(job, FailureCode.FAILURE_CODE_INVALID, message)

@@ -110,8 +110,8 @@ class Fleet:
         if info.protocol_version != PROTOCOL_VERSION:
             raise ValueError(f"protocol {PROTOCOL_VERSION} here, {info.protocol_version} there")
         layout = KVLayout.from_wire(info.layout)
-        if self._connected and self._layout and layout != self._layout:
-            raise ValueError(f"KV layouts differ: {self._layout.differences(layout)}")
+        if self._connected and self._layout and self._layout.mismatch(layout):
+            raise ValueError(f"KV layouts differ: {self._layout.mismatch(layout)}")
         up = self.dispatcher.prefill_up if worker.role == "prefill" else self.dispatcher.decode_up
         commands = up(info.instance_id, info, now_ms())
         self._layout = layout

@@ -5,6 +5,7 @@ The event loop of a worker answers peers at any moment, so the engine must not r
 
 import asyncio
 import logging
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -27,6 +28,11 @@ class EngineHost:
         self.pool = pool
         self._runner = runner
         self._thread = thread
+        self._closed = threading.Event()
+        self._touching = threading.Thread(
+            target=pool.touch_pages, args=[self._closed], name="touch pages", daemon=True
+        )
+        self._touching.start()
 
     def info(self, instance_id: str) -> worker_pb2.WorkerInfo:
         """What a worker with this engine says of itself at the start of a session."""
@@ -128,6 +134,8 @@ class EngineHost:
             await loop.run_in_executor(self._thread, self.pool.to_device, blocks)
 
     def close(self) -> None:
+        self._closed.set()
+        self._touching.join()
         self._thread.shutdown(wait=True, cancel_futures=True)
         self._runner.close()
         self.pool.close()

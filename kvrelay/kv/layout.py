@@ -4,7 +4,7 @@ Used by the pool that holds blocks, the transports that carry them and the hands
 to pair workers whose layouts differ. No torch: the router reads layouts too.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 
 from kvrelay.wire import transfer_pb2
@@ -57,6 +57,12 @@ class KVLayout:
             for field in ours
             if ours[field] != theirs[field]
         )
+
+    def mismatch(self, other: "KVLayout") -> str:
+        """What keeps two workers from being paired: every difference but that of dtypes we know,
+        which the links convert; empty when they can be."""
+        known = other.dtype in DTYPE_BYTES
+        return self.differences(replace(other, dtype=self.dtype) if known else other)
 
 
 def blocks_for(tokens: int, block_size: int) -> int:

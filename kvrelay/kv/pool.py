@@ -5,8 +5,10 @@ write blocks in place, and so that the kernel takes it back however the process 
 may be used is the ledger's business, not this file's.
 """
 
+import ctypes
 import mmap
 import os
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,6 +21,9 @@ TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, of Linux 5.14 and later
+_TOUCH_BYTES = 8 << 20
+_LEAST_URGENT = 19  # of nice values
 
 
 class KVPool:
@@ -69,6 +74,21 @@ class KVPool:
     def _copy(self, source: torch.Tensor, target: torch.Tensor, blocks: Sequence[int]) -> None:
         for block in blocks:
             target[block].copy_(source[block])
+
+    def touch_pages(self, stop: threading.Event) -> None:
+        """Has the kernel make the pool's pages until `stop` is set. For a thread of its own.
+
+        The first write to a new page may take ten times as long as the next, and would come in
+        the middle of somebody's hand-off. Where the kernel cannot do it, writing will.
+        """
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_URGENT)
+        madvise = ctypes.CDLL(None, use_errno=True).madvise  # ctypes lets other threads run
+        start = self.bytes.ctypes.data
+        for offset in range(0, self.size_bytes, _TOUCH_BYTES):
+            length = min(_TOUCH_BYTES, self.size_bytes - offset)
+            address, size = ctypes.c_void_p(start + offset), ctypes.c_size_t(length)
+            if stop.is_set() or madvise(address, size, _POPULATE_WRITE):
+                return
 
     def close(self) -> None:
         if self.fd >= 0:

@@ -1,22 +1,27 @@
-"""The decode worker's end of the KV links: accepts writers and checks all that they say.
+"""The decode worker's KV links: exposes its pool, accepts writers and shakes hands with them.
 
-decode_worker's service owns one Listener. Which transfer may write which blocks is decided by the
-TransferBook (decode_worker/handoff.py); this file carries its decisions over sockets. When a link
-ends, every transfer it had begun has lost its writer, and the book is told so.
+decode_worker's service owns one Listener. What happens on a link after its handshake is in
+reader.py.
 """
 
 import asyncio
 import logging
 import socket
-from collections.abc import Coroutine, Sequence
+from collections import Counter
+from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.pool import KVPool
-from kvrelay.transport.frames import FrameSocket, LinkError, tune_tcp
-from kvrelay.transport.movers import checksum, receive_shm, receive_tcp, send_fd
+from kvrelay.tls import server_context
+from kvrelay.transport.codec import CODECS, wire_dtype
+from kvrelay.transport.errors import LinkError, ProtocolError, Rejection
+from kvrelay.transport.frames import FrameSocket, tune_tcp
+from kvrelay.transport.movers import Receiver, ShmReceiver, TcpReceiver, Wire, send_fd
+from kvrelay.transport.reader import ReaderLink, TransferBook
 from kvrelay.wire import transfer_pb2
 from kvrelay.wire.transfer_pb2 import Endpoint, Frame
 
@@ -25,42 +30,27 @@ log = logging.getLogger(__name__)
 _ACCEPT_PAUSE_S = 0.1
 
 
-class RefusedError(Exception):
-    """The book does not allow what a writer asks; the text goes to the writer."""
-
-
-class TransferBook(Protocol):
-    """Decides over transfers. Every method but `lost` raises RefusedError to refuse."""
-
-    def begin(self, transfer_id: int, secret: bytes) -> None: ...
-
-    def expect(self, transfer_id: int, first_index: int, count: int) -> Sequence[int]:
-        """The pool blocks that these blocks of the prompt go to."""
-        ...
-
-    def received(self, transfer_id: int, count: int) -> None: ...
-
-    def commit(self, transfer_id: int, blocks: int, first_token_id: int) -> None: ...
-
-    def lost(self, transfer_id: int, reason: str) -> None:
-        """The writer will write no more, by its own word or because its link ended."""
-        ...
-
-
 class Listener:
-    """Listens on a unix socket (shm) and a TCP port (tcp), as far as the config allows."""
+    """Listens on a unix socket (shm) and a TCP port (tcp), as far as the config allows.
+
+    rejected: what came over links and was not accepted, by reason.
+    """
 
     def __init__(
         self, config: WorkerConfig, instance_id: str, pool: KVPool, book: TransferBook
     ) -> None:
+        self.rejected: Counter[Rejection] = Counter()
+        self.endpoints: list[Endpoint] = []
         self._config = config
+        self._stall_s = config.link_reply_ms / 1000
         self._instance_id = instance_id
         self._pool = pool
         self._book = book
+        self._tls = server_context(config.certificates) if config.certificates else None
         self._sockets: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._links: dict[int, _Link] = {}  # by transfer
-        self.endpoints: list[Endpoint] = []
+        self._open = 0  # links, shaken hands or not
+        self._links: dict[int, ReaderLink] = {}  # by transfer
         self._path = Path(config.socket_dir) / f"{instance_id}.sock"
 
     async def start(self) -> None:
@@ -78,12 +68,11 @@ class Listener:
         link = self._links[transfer_id]
         frame = transfer_pb2.Abort(transfer_id=transfer_id, reason=reason)
         self._spawn(link.send(Frame(abort=frame)))
-        loop = asyncio.get_running_loop()
-        loop.call_later(self._config.link_reply_ms / 1000, link.give_up, transfer_id)
+        asyncio.get_running_loop().call_later(self._stall_s, link.give_up, transfer_id)
 
     def committed(self, transfer_id: int) -> None:
         link = self._links.pop(transfer_id)
-        link.transfers.discard(transfer_id)
+        link.forget(transfer_id)
         frame = transfer_pb2.Committed(transfer_id=transfer_id)
         self._spawn(link.send(Frame(committed=frame)))
 
@@ -104,7 +93,6 @@ class Listener:
 
     async def _accept(self, sock: socket.socket, transport: str) -> None:
         loop = asyncio.get_running_loop()
-        stall_s = self._config.link_reply_ms / 1000
         while True:
             try:
                 peer, _ = await loop.sock_accept(sock)
@@ -112,26 +100,69 @@ class Listener:
                 log.warning("could not take a link: %s", error)
                 await asyncio.sleep(_ACCEPT_PAUSE_S)
                 continue
+            if self._open >= self._config.links_max:
+                log.warning("%d links are open: one more is turned away", self._open)
+                peer.close()
+                continue
+            self._open += 1
             if transport == "tcp":
-                tune_tcp(peer, stall_s)
-            frames = FrameSocket(peer, stall_s)
-            link = _Link(frames, transport, self._pool, self._book, self._links)
-            self._spawn(self._serve(link))
+                tune_tcp(peer, self._stall_s)
+            self._spawn(self._serve(FrameSocket(peer, self._stall_s), transport))
 
-    async def _serve(self, link: "_Link") -> None:
+    async def _serve(self, frames: FrameSocket, transport: str) -> None:
+        link: ReaderLink | None = None
         reason = "the prefill worker closed the link"
         try:
             async with asyncio.timeout(self._config.link_connect_ms / 1000):
-                await link.shake_hands(self._instance_id)
+                link = await self._shake_hands(frames, transport)
             while True:
                 await link.serve_one()
         except (LinkError, TimeoutError, OSError) as error:
             reason = str(error) or "no handshake in time"
-            log.info("link with %s ended: %s", link.peer, reason)
-            # What it may still write goes to its blocks until it has seen the end of the link.
-            await link.let_writer_stop()
+            if isinstance(error, ProtocolError):
+                self.rejected[error.rejection] += 1
+            log.info("link with %s ended: %s", link.peer if link else "an unknown peer", reason)
+            if link:
+                await link.let_writer_stop()
         finally:
-            link.close(reason)
+            self._open -= 1
+            if link:
+                link.close(reason)
+            frames.close()
+
+    async def _shake_hands(self, frames: FrameSocket, transport: str) -> ReaderLink:
+        """Version and layout first: workers that differ are never paired."""
+        if self._tls and transport != "shm":
+            try:
+                await frames.channel.start_tls(self._tls, server_side=True)
+            except LinkError as error:
+                raise ProtocolError(Rejection.HANDSHAKE, str(error)) from error
+        frame = await frames.receive()
+        if frame.WhichOneof("body") != "hello":
+            raise ProtocolError(Rejection.HANDSHAKE, "the first frame is not Hello")
+        hello = frame.hello
+        problem = _mismatch(hello, self._pool.layout)
+        if problem:
+            await frames.send(Frame(refused=transfer_pb2.Refused(reason=problem)))
+            raise ProtocolError(Rejection.HANDSHAKE, problem)
+        theirs = KVLayout.from_wire(hello.layout)
+        dtype = wire_dtype(hello.codec, theirs, self._pool.layout, transport)
+        checksums = hello.checksums or self._config.checksums
+        welcome = transfer_pb2.Welcome(
+            instance_id=self._instance_id,
+            pool_bytes=self._pool.size_bytes,
+            wire_dtype=dtype,
+            checksums=checksums,
+        )
+        await frames.send(Frame(welcome=welcome))
+        wire = Wire(replace(self._pool.layout, dtype=dtype), checksums)
+        receiver: Receiver = TcpReceiver(self._pool, wire)
+        if transport == "shm":
+            send_fd(frames.channel.sock, self._pool.fd)
+            receiver = ShmReceiver(self._pool, wire)
+        return ReaderLink(
+            hello.instance_id, frames, receiver, self._book, self._links, self.rejected
+        )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)
@@ -145,146 +176,10 @@ class Listener:
             log.error("a link task failed", exc_info=task.exception())
 
 
-class _Link:
-    """One writer's connection."""
-
-    def __init__(
-        self,
-        frames: FrameSocket,
-        transport: str,
-        pool: KVPool,
-        book: TransferBook,
-        links: "dict[int, _Link]",
-    ) -> None:
-        self.peer = "an unknown peer"
-        self.transfers: set[int] = set()
-        self._refused: set[int] = set()  # of those, the ones whose Aborted is still to come
-        self._frames = frames
-        self._transport = transport
-        self._pool = pool
-        self._book = book
-        self._links = links
-        self.send = frames.send
-
-    async def shake_hands(self, instance_id: str) -> None:
-        """Version and layout first: workers that differ are never paired."""
-        frame = await self._frames.receive()
-        if frame.WhichOneof("body") != "hello":
-            raise LinkError("the first frame is not Hello")
-        self.peer = frame.hello.instance_id
-        problem = _mismatch(frame.hello, self._pool.layout)
-        if problem:
-            await self.send(Frame(refused=transfer_pb2.Refused(reason=problem)))
-            raise LinkError(problem)
-        welcome = transfer_pb2.Welcome(instance_id=instance_id, pool_bytes=self._pool.size_bytes)
-        await self.send(Frame(welcome=welcome))
-        if self._transport == "shm":
-            send_fd(self._frames.sock, self._pool.fd)
-
-    async def serve_one(self) -> None:
-        """Serves one frame. What the book refuses ends that transfer; a peer that breaks the
-        protocol loses the link."""
-        frame = await self._frames.receive()
-        kind = frame.WhichOneof("body")
-        if kind == "begin":
-            await self._begin(frame.begin)
-        elif kind == "blocks":
-            await self._receive(frame.blocks)
-        elif kind == "commit":
-            await self._commit(frame.commit)
-        elif kind in ("abort", "aborted"):
-            transfer_id = getattr(frame, kind).transfer_id
-            self._end(transfer_id, frame.abort.reason or "the prefill worker let go")
-        else:
-            raise LinkError(f"an unexpected {kind} frame")
-
-    def give_up(self, transfer_id: int) -> None:
-        """The writer should have said Aborted by now. On tcp its link ends: this side is the one
-        that writes. On shm it may be stopped in the middle of a copy and go on one day, so its
-        blocks stay in quarantine until it answers or dies."""
-        if transfer_id not in self.transfers:
-            return
-        log.warning("%s does not answer Abort", self.peer)
-        if self._transport == "tcp":
-            self._frames.close()
-
-    async def let_writer_stop(self) -> None:
-        if self._transport == "shm" and self.transfers:
-            await self._frames.drain()
-
-    def close(self, reason: str) -> None:
-        self._frames.close()
-        for transfer_id in list(self.transfers):
-            self._end(transfer_id, reason)
-
-    async def _begin(self, begin: transfer_pb2.Begin) -> None:
-        transfer_id = begin.transfer_id
-        if transfer_id in self.transfers:
-            raise LinkError("a second Begin of one transfer")
-        try:
-            self._book.begin(transfer_id, begin.secret)
-        except RefusedError as error:
-            await self._refuse(transfer_id, str(error))
-            return
-        self.transfers.add(transfer_id)
-        self._links[transfer_id] = self
-        await self.send(Frame(begun=transfer_pb2.Begun(transfer_id=transfer_id)))
-
-    async def _receive(self, header: transfer_pb2.Blocks) -> None:
-        """Takes the bytes of blocks in, checks their sums, and tells the book."""
-        count = len(header.checksums)
-        targets = self._targets(header, count)
-        take = receive_tcp if self._transport == "tcp" else receive_shm
-        await take(self._frames, self._pool, targets)
-        bad = await asyncio.to_thread(self._first_bad, targets, list(header.checksums))
-        if header.transfer_id not in self.transfers:
-            return
-        self._book.received(header.transfer_id, count)
-        if bad is not None and header.transfer_id not in self._refused:
-            reason = f"block {header.first_index + bad} has a wrong checksum"
-            await self._refuse(header.transfer_id, reason)
-
-    def _targets(self, header: transfer_pb2.Blocks, count: int) -> Sequence[int]:
-        """A frame that names blocks it has no leave for ends the link: on tcp its bytes could
-        go nowhere, on shm the writer has shown that it does not keep to what it was given."""
-        if header.transfer_id not in self.transfers:
-            raise LinkError(f"blocks of transfer {header.transfer_id}, which this link has not")
-        try:
-            return self._book.expect(header.transfer_id, header.first_index, count)
-        except RefusedError as error:
-            raise LinkError(str(error)) from error
-
-    def _first_bad(self, targets: Sequence[int], sums: Sequence[int]) -> int | None:
-        for index, (block, expected) in enumerate(zip(targets, sums, strict=True)):
-            if checksum(self._pool.bytes[block]) != expected:
-                return index
-        return None
-
-    async def _commit(self, commit: transfer_pb2.Commit) -> None:
-        if commit.transfer_id in self._refused:
-            return  # it crossed our Abort
-        try:
-            if commit.transfer_id not in self.transfers:
-                raise RefusedError("this link has no such transfer")
-            self._book.commit(commit.transfer_id, commit.blocks, commit.first_token_id)
-        except RefusedError as error:
-            await self._refuse(commit.transfer_id, str(error))
-
-    async def _refuse(self, transfer_id: int, reason: str) -> None:
-        if transfer_id in self.transfers:
-            self._refused.add(transfer_id)
-        await self.send(Frame(abort=transfer_pb2.Abort(transfer_id=transfer_id, reason=reason)))
-
-    def _end(self, transfer_id: int, reason: str) -> None:
-        if transfer_id in self.transfers:
-            self.transfers.discard(transfer_id)
-            self._refused.discard(transfer_id)
-            del self._links[transfer_id]
-            self._book.lost(transfer_id, reason)
-
-
 def _mismatch(hello: transfer_pb2.Hello, layout: KVLayout) -> str:
     if hello.protocol_version != PROTOCOL_VERSION:
         return f"link protocol {PROTOCOL_VERSION} here, {hello.protocol_version} there"
-    differences = layout.differences(KVLayout.from_wire(hello.layout))
-    return f"KV layouts differ: {differences}" if differences else ""
+    if hello.codec not in CODECS:
+        return f"wire codecs {', '.join(CODECS)} here, {hello.codec!r} there"
+    mismatch = layout.mismatch(KVLayout.from_wire(hello.layout))
+    return f"KV layouts differ: {mismatch}" if mismatch else ""

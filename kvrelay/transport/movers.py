@@ -1,7 +1,8 @@
-"""How block bytes get from one pool into another: the part in which transports differ.
+"""How block bytes get from one pool into another: the part in which shm and tcp differ.
 
 A Sender is the prefill worker's half, a Receiver the decode worker's. Everything else about a
-link (handshake, leave to write, commit, abort) is in writer.py and listener.py, once for all.
+link (handshake, leave to write, resending, commit, abort) is in writer.py and listener.py, once
+for all.
 """
 
 import asyncio
@@ -9,31 +10,38 @@ import mmap
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import xxhash
 
+from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.pool import KVPool
-from kvrelay.transport.frames import FrameSocket, LinkError
+from kvrelay.transport.codec import encode, transcode
+from kvrelay.transport.errors import LinkError
+from kvrelay.transport.frames import FrameSocket
 from kvrelay.wire import transfer_pb2
 
 
-def checksum(block: np.ndarray) -> int:
-    """xxh3, 64 bits, of one block's bytes `[block_bytes]`."""
-    return xxhash.xxh3_64_intdigest(block.data)
+@dataclass(frozen=True)
+class Wire:
+    """How blocks travel on one link, as its handshake agreed."""
+
+    layout: KVLayout
+    checksums: bool
 
 
 class Sender(Protocol):
-    """Sends blocks of `pool` into the peer's pool and the Blocks frame that announces them."""
+    """Sends blocks of our pool into the peer's, and the Blocks frame that announces them."""
 
     name: str
+    wire: Wire
 
     async def send(
         self,
         frames: FrameSocket,
         header: transfer_pb2.Blocks,
-        pool: KVPool,
         source: Sequence[int],
         target: Sequence[int],
     ) -> None: ...
@@ -44,26 +52,81 @@ class Sender(Protocol):
         ...
 
 
+class Receiver(Protocol):
+    """Takes the blocks of a Blocks frame in."""
+
+    wire: Wire
+    peer_writes: bool  # straight into our pool, so that it must stop before blocks are reused
+
+    async def receive(
+        self, frames: FrameSocket, header: transfer_pb2.Blocks, target: Sequence[int]
+    ) -> list[int]:
+        """Returns when they are in the pool: which of them, counted from 0, are not what was
+        sent."""
+        ...
+
+
+def checksum(block: np.ndarray) -> int:
+    """xxh3, 64 bits, of one block's bytes `[block_bytes]`."""
+    return xxhash.xxh3_64_intdigest(block.data)
+
+
 class TcpSender:
     """Block bytes follow the frame on the socket."""
 
     name = "tcp"
 
+    def __init__(self, pool: KVPool, wire: Wire) -> None:
+        self.wire = wire
+        self._pool = pool
+
     async def send(
         self,
         frames: FrameSocket,
         header: transfer_pb2.Blocks,
-        pool: KVPool,
         source: Sequence[int],
         target: Sequence[int],
     ) -> None:
-        sums = await asyncio.to_thread(lambda: [checksum(pool.bytes[block]) for block in source])
-        header.checksums.extend(sums)
-        payload = (pool.bytes[block].data for block in source)
-        await frames.send(transfer_pb2.Frame(blocks=header), payload)
+        blocks = await asyncio.to_thread(self._prepare, header, source)
+        await frames.send(transfer_pb2.Frame(blocks=header), [block.data for block in blocks])
+
+    def _prepare(self, header: transfer_pb2.Blocks, source: Sequence[int]) -> Sequence[np.ndarray]:
+        own = [self._pool.bytes[block] for block in source]
+        blocks = encode(own, self._pool.layout, self.wire.layout)
+        if self.wire.checksums:
+            header.checksums.extend(map(checksum, blocks))
+        return blocks
 
     async def close(self) -> None:
         """Nothing to wait for: the peer itself writes to its pool."""
+
+
+class TcpReceiver:
+    """Block bytes go from the socket into the pool, or are decoded into it."""
+
+    peer_writes = False
+
+    def __init__(self, pool: KVPool, wire: Wire) -> None:
+        self.wire = wire
+        self._pool = pool
+
+    async def receive(
+        self, frames: FrameSocket, header: transfer_pb2.Blocks, target: Sequence[int]
+    ) -> list[int]:
+        own = [self._pool.bytes[block] for block in target]
+        same = self.wire.layout.dtype == self._pool.layout.dtype
+        blocks = own
+        if not same:
+            blocks = list(np.empty((len(own), self.wire.layout.block_bytes), np.uint8))
+        await frames.receive_into([block.data for block in blocks])
+        bad = await wrong_blocks(self.wire, header, blocks)
+        if not same:
+            await asyncio.to_thread(self._decode, blocks, own)
+        return bad
+
+    def _decode(self, blocks: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> None:
+        for block, target in zip(blocks, own, strict=True):
+            transcode(block, self.wire.layout, target, self._pool.layout)
 
 
 class ShmSender:
@@ -71,13 +134,17 @@ class ShmSender:
 
     name = "shm"
 
-    def __init__(self, fd: int, pool_bytes: int, block_bytes: int) -> None:
+    def __init__(self, pool: KVPool, wire: Wire, fd: int, peer_bytes: int) -> None:
+        """fd: of the peer's pool, ours from now on."""
+        block_bytes = wire.layout.block_bytes
         try:
-            if os.fstat(fd).st_size != pool_bytes or pool_bytes % block_bytes:
-                raise LinkError(f"the peer's pool is not the {pool_bytes} bytes it said")
-            mapped = mmap.mmap(fd, pool_bytes)
+            if os.fstat(fd).st_size != peer_bytes or peer_bytes % block_bytes:
+                raise LinkError(f"the peer's pool is not the {peer_bytes} bytes it said")
+            mapped = mmap.mmap(fd, peer_bytes)
         finally:
             os.close(fd)
+        self.wire = wire
+        self._pool = pool
         peer = np.frombuffer(mapped, dtype=np.uint8).reshape(-1, block_bytes)
         self._peer: np.ndarray | None = peer
         self._writes = 0  # under way
@@ -88,7 +155,6 @@ class ShmSender:
         self,
         frames: FrameSocket,
         header: transfer_pb2.Blocks,
-        pool: KVPool,
         source: Sequence[int],
         target: Sequence[int],
     ) -> None:
@@ -97,36 +163,59 @@ class ShmSender:
         self._writes += 1
         self._quiet.clear()
         try:
-            write = asyncio.to_thread(self._write, self._peer, pool, source, target)
-            header.checksums.extend(await write)
+            await asyncio.to_thread(self._write, self._peer, header, source, target)
         finally:
             self._writes -= 1
             if not self._writes:
                 self._quiet.set()
         await frames.send(transfer_pb2.Frame(blocks=header))
 
-    @staticmethod
     def _write(
-        peer: np.ndarray, pool: KVPool, source: Sequence[int], target: Sequence[int]
-    ) -> list[int]:
-        sums = []
+        self,
+        peer: np.ndarray,
+        header: transfer_pb2.Blocks,
+        source: Sequence[int],
+        target: Sequence[int],
+    ) -> None:
         for mine, theirs in zip(source, target, strict=True):
-            np.copyto(peer[theirs], pool.bytes[mine])  # lets go of the interpreter lock
-            sums.append(checksum(pool.bytes[mine]))
-        return sums
+            (block,) = encode([self._pool.bytes[mine]], self._pool.layout, self.wire.layout)
+            np.copyto(peer[theirs], block)  # lets go of the interpreter lock
+            if self.wire.checksums:
+                header.checksums.append(checksum(block))
 
     async def close(self) -> None:
         self._peer = None  # the mapping goes with its last user
         await self._quiet.wait()
 
 
-async def receive_tcp(frames: FrameSocket, pool: KVPool, blocks: Sequence[int]) -> None:
-    for block in blocks:
-        await frames.receive_into(pool.bytes[block].data)
+class ShmReceiver:
+    """The peer had written the blocks before it sent the frame."""
+
+    peer_writes = True
+
+    def __init__(self, pool: KVPool, wire: Wire) -> None:
+        self.wire = wire
+        self._pool = pool
+
+    async def receive(
+        self, frames: FrameSocket, header: transfer_pb2.Blocks, target: Sequence[int]
+    ) -> list[int]:
+        return await wrong_blocks(self.wire, header, [self._pool.bytes[b] for b in target])
 
 
-async def receive_shm(frames: FrameSocket, pool: KVPool, blocks: Sequence[int]) -> None:
-    """Nothing to do: the peer had written them before it sent the frame."""
+async def wrong_blocks(
+    wire: Wire, header: transfer_pb2.Blocks, blocks: Sequence[np.ndarray]
+) -> list[int]:
+    """Positions of those whose checksum is not the header's."""
+    if not wire.checksums:
+        return []
+    expected = list(header.checksums)
+
+    def compare() -> list[int]:
+        pairs = enumerate(zip(blocks, expected, strict=True))
+        return [position for position, (block, sum_) in pairs if checksum(block) != sum_]
+
+    return await asyncio.to_thread(compare)
 
 
 def send_fd(sock: socket.socket, fd: int) -> None:

@@ -12,8 +12,9 @@ import time
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from kvrelay.kv.pool import KVPool
-from kvrelay.transport.frames import FrameSocket, LinkError, to_end
+from kvrelay.transport.channel import to_end
+from kvrelay.transport.errors import LinkError
+from kvrelay.transport.frames import FrameSocket
 from kvrelay.transport.movers import Sender
 from kvrelay.wire import transfer_pb2
 from kvrelay.wire.transfer_pb2 import Frame, Ticket
@@ -28,6 +29,7 @@ class Transfer:
         self.busy_s = 0.0
         self.committed = False
         self._link = link
+        self._sources: list[int] = []  # blocks of our pool, for what must be sent again
         self._writing = asyncio.Lock()
         self._aborted: str | None = None
         self.answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -38,7 +40,7 @@ class Transfer:
 
     @property
     def bytes_sent(self) -> int:
-        return self.blocks_sent * self._link.pool.layout.block_bytes
+        return self.blocks_sent * self._link.sender.wire.layout.block_bytes
 
     async def push(self, source: Sequence[int]) -> None:
         """Sends the next len(source) blocks of the prompt out of these blocks of our pool.
@@ -50,13 +52,29 @@ class Transfer:
         """
         first = self.blocks_sent
         target = self.ticket.block_ids[first : first + len(source)]
-        header = transfer_pb2.Blocks(transfer_id=self.ticket.transfer_id, first_index=first)
+        header = transfer_pb2.Blocks(
+            transfer_id=self.ticket.transfer_id, first_index=first, count=len(source)
+        )
         async with self._writing:
             self._raise_if_aborted()
             started = time.perf_counter()
+            self._sources.extend(source)  # first: the answer may come before the send returns
             await self._link.send_blocks(header, source, target)
             self.busy_s += time.perf_counter() - started
             self.blocks_sent += len(source)
+
+    async def send_again(self, indexes: Sequence[int]) -> None:
+        """Called by the link: these blocks of the ticket did not arrive as they were sent."""
+        for index in indexes:
+            if index >= len(self._sources):
+                raise LinkError(f"asked to send block {index} again, which was never sent")
+            header = transfer_pb2.Blocks(
+                transfer_id=self.ticket.transfer_id, first_index=index, count=1, again=True
+            )
+            target = self.ticket.block_ids[index : index + 1]
+            async with self._writing:
+                if self._aborted is None:
+                    await self._link.send_blocks(header, self._sources[index : index + 1], target)
 
     async def commit(self, first_token_id: int, timeout_s: float) -> None:
         """Returns when the decode worker has checked and accepted every block.
@@ -107,9 +125,8 @@ class Transfer:
 class WriterLink:
     """One connection to one decode worker; made by WriterPool."""
 
-    def __init__(self, frames: FrameSocket, sender: Sender, pool: KVPool) -> None:
+    def __init__(self, frames: FrameSocket, sender: Sender) -> None:
         self.sender = sender
-        self.pool = pool
         self.closed = False
         self._frames = frames
         self._transfers: dict[int, Transfer] = {}
@@ -153,7 +170,7 @@ class WriterLink:
         if self.closed:
             raise LinkError("the link is closed")
         try:
-            await to_end(self.sender.send(self._frames, header, self.pool, source, target))
+            await to_end(self.sender.send(self._frames, header, source, target))
         except LinkError as error:
             self._lose(error)
             raise
@@ -182,6 +199,10 @@ class WriterLink:
             transfer = self._transfers.get(frame.committed.transfer_id)
             if transfer and not transfer.answer.done():
                 transfer.answer.set_result(None)
+        elif kind == "resend":
+            transfer = self._transfers.get(frame.resend.transfer_id)
+            if transfer:
+                self._keep(_quietly(transfer.send_again(frame.resend.indexes)))
         elif kind == "abort":
             self._abort(frame.abort.transfer_id, frame.abort.reason)
         else:

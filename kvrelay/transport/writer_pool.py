@@ -5,11 +5,15 @@ prefill_worker's service calls WriterPool.begin for a ticket and gets a Transfer
 
 import asyncio
 import socket
+from dataclasses import replace
 
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
+from kvrelay.kv.layout import DTYPE_BYTES
 from kvrelay.kv.pool import KVPool
-from kvrelay.transport.frames import FrameSocket, LinkError, tune_tcp
-from kvrelay.transport.movers import ShmSender, TcpSender, receive_fd
+from kvrelay.tls import client_context
+from kvrelay.transport.errors import LinkError
+from kvrelay.transport.frames import FrameSocket, tune_tcp
+from kvrelay.transport.movers import ShmSender, TcpSender, Wire, receive_fd
 from kvrelay.transport.writer import Transfer, WriterLink
 from kvrelay.wire import transfer_pb2
 from kvrelay.wire.transfer_pb2 import Frame, Ticket
@@ -22,6 +26,7 @@ class WriterPool:
         self._config = config
         self._instance_id = instance_id
         self._pool = pool
+        self._tls = client_context(config.certificates) if config.certificates else None
         self._links: dict[tuple[str, str], asyncio.Task[WriterLink]] = {}
 
     async def begin(self, ticket: Ticket) -> Transfer:
@@ -63,7 +68,9 @@ class WriterPool:
         frames = FrameSocket(_socket_for(endpoint, stall_s), stall_s)
         try:
             async with asyncio.timeout(self._config.link_connect_ms / 1000):
-                await _dial(frames.sock, endpoint)
+                await _dial(frames.channel.sock, endpoint)
+                if self._tls and endpoint.transport != "shm":
+                    await frames.channel.start_tls(self._tls, server_side=False)
                 return await self._shake_hands(frames, instance_id, endpoint.transport)
         except (OSError, TimeoutError, LinkError) as error:
             frames.close()
@@ -79,18 +86,23 @@ class WriterPool:
             protocol_version=PROTOCOL_VERSION,
             instance_id=self._instance_id,
             layout=self._pool.layout.to_wire(),
+            codec=self._config.wire_codec,
+            checksums=self._config.checksums,
         )
         await frames.send(Frame(hello=hello))
         answer = await frames.receive()
         if answer.WhichOneof("body") == "refused":
             raise LinkError(answer.refused.reason)
-        if answer.welcome.instance_id != instance_id:
-            raise LinkError(f"{answer.welcome.instance_id} answers there, not {instance_id}")
+        welcome = answer.welcome
+        if welcome.instance_id != instance_id:
+            raise LinkError(f"{welcome.instance_id} answers there, not {instance_id}")
+        if welcome.wire_dtype not in DTYPE_BYTES:
+            raise LinkError(f"KV blocks as {welcome.wire_dtype!r} are asked for, unknown here")
+        wire = Wire(replace(self._pool.layout, dtype=welcome.wire_dtype), welcome.checksums)
         if transport == "tcp":
-            return WriterLink(frames, TcpSender(), self._pool)
-        fd = await receive_fd(frames.sock)
-        sender = ShmSender(fd, answer.welcome.pool_bytes, self._pool.layout.block_bytes)
-        return WriterLink(frames, sender, self._pool)
+            return WriterLink(frames, TcpSender(self._pool, wire))
+        fd = await receive_fd(frames.channel.sock)
+        return WriterLink(frames, ShmSender(self._pool, wire, fd, welcome.pool_bytes))
 
 
 def _usable(connecting: asyncio.Task[WriterLink]) -> bool:

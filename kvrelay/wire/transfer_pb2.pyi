@@ -53,7 +53,7 @@ class Endpoint(_message.Message):
     def __init__(self, transport: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "welcome", "refused", "begin", "begun", "blocks", "commit", "committed", "abort", "aborted")
+    __slots__ = ("hello", "welcome", "refused", "begin", "begun", "blocks", "commit", "committed", "abort", "aborted", "resend")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +64,7 @@ class Frame(_message.Message):
     COMMITTED_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     ABORTED_FIELD_NUMBER: _ClassVar[int]
+    RESEND_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     welcome: Welcome
     refused: Refused
@@ -74,25 +75,34 @@ class Frame(_message.Message):
     committed: Committed
     abort: Abort
     aborted: Aborted
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., blocks: _Optional[_Union[Blocks, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ...) -> None: ...
+    resend: Resend
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., blocks: _Optional[_Union[Blocks, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "instance_id", "layout")
+    __slots__ = ("protocol_version", "instance_id", "layout", "codec", "checksums")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     instance_id: str
     layout: KvLayout
-    def __init__(self, protocol_version: _Optional[int] = ..., instance_id: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ...) -> None: ...
+    codec: str
+    checksums: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., instance_id: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., codec: _Optional[str] = ..., checksums: _Optional[bool] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("instance_id", "pool_bytes")
+    __slots__ = ("instance_id", "pool_bytes", "wire_dtype", "checksums")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     POOL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WIRE_DTYPE_FIELD_NUMBER: _ClassVar[int]
+    CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     pool_bytes: int
-    def __init__(self, instance_id: _Optional[str] = ..., pool_bytes: _Optional[int] = ...) -> None: ...
+    wire_dtype: str
+    checksums: bool
+    def __init__(self, instance_id: _Optional[str] = ..., pool_bytes: _Optional[int] = ..., wire_dtype: _Optional[str] = ..., checksums: _Optional[bool] = ...) -> None: ...
 
 class Refused(_message.Message):
     __slots__ = ("reason",)
@@ -115,14 +125,26 @@ class Begun(_message.Message):
     def __init__(self, transfer_id: _Optional[int] = ...) -> None: ...
 
 class Blocks(_message.Message):
-    __slots__ = ("transfer_id", "first_index", "checksums")
+    __slots__ = ("transfer_id", "first_index", "checksums", "count", "again")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
     transfer_id: int
     first_index: int
     checksums: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, transfer_id: _Optional[int] = ..., first_index: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ...) -> None: ...
+    count: int
+    again: bool
+    def __init__(self, transfer_id: _Optional[int] = ..., first_index: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ..., count: _Optional[int] = ..., again: _Optional[bool] = ...) -> None: ...
+
+class Resend(_message.Message):
+    __slots__ = ("transfer_id", "indexes")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    INDEXES_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: int
+    indexes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, transfer_id: _Optional[int] = ..., indexes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Commit(_message.Message):
     __slots__ = ("transfer_id", "blocks", "first_token_id")

@@ -1,0 +1,42 @@
+"""What goes wrong on a KV link, and the reasons a decode worker counts."""
+
+from enum import Enum
+
+
+class Rejection(Enum):
+    """Why something that came over a link was not accepted; `Listener.rejected` counts them."""
+
+    HANDSHAKE = "handshake"  # version, model or shapes differ; no Hello; no certificate
+    MALFORMED = "malformed"  # not a frame, or one that has no place there
+    OVERSIZED = "oversized"  # a frame beyond its limit, or blocks beyond the ticket
+    TRUNCATED = "truncated"  # the link ended inside a frame
+    SECRET = "secret"
+    STALE = "stale"  # of a transfer that has ended, or never was
+    DUPLICATE = "duplicate"  # a ticket or a block that has been used
+    REORDERED = "reordered"  # blocks before their turn
+    INCOMPLETE = "incomplete"  # a commit while blocks are missing
+    CHECKSUM = "checksum"
+
+
+class LinkError(Exception):
+    """The link is of no more use: closed, broken, timed out, or the peer broke the protocol."""
+
+
+class ClosedError(LinkError):
+    """The peer closed the link."""
+
+
+class ProtocolError(LinkError):
+    """The peer broke the protocol: the link ends."""
+
+    def __init__(self, rejection: Rejection, message: str) -> None:
+        super().__init__(message)
+        self.rejection = rejection
+
+
+class RefusedError(Exception):
+    """The book does not allow what a writer asks; the text goes to the writer."""
+
+    def __init__(self, rejection: Rejection, message: str) -> None:
+        super().__init__(message)
+        self.rejection = rejection
