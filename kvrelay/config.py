@@ -47,7 +47,7 @@ class WorkerConfig(_Frozen):
     # Prefill
     chunk_tokens: int = Field(default=256, ge=1)  # longest time a cancel waits for the engine
     jobs_max: int = 1024
-    push_bytes_max: int = 8 << 20  # of blocks in one frame: others on the link wait for it
+    push_bytes_max: int = 16 << 20  # of blocks in one frame: others on the link wait for it
 
     # Decode
     batch_max: int = 64  # sequences in one step

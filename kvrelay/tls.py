@@ -35,7 +35,7 @@ def _context(folder: Path, protocol: int) -> ssl.SSLContext:
     ca, certificate, key = (folder / name for name in _FILES)
     try:
         context.load_verify_locations(ca)
-        context.load_cert_chain(certificate, key)
+        context.load_cert_chain(certificate, key, password="")  # else OpenSSL asks the terminal
     except (ssl.SSLError, OSError) as error:
         raise CertificatesError(f"the certificates in {folder} are not usable: {error}") from error
     return context

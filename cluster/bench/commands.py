@@ -12,7 +12,7 @@ from rich.console import Console
 from cluster.bench.machine import cores_usable
 from cluster.bench.report import BenchError, Report
 from cluster.bench.text import TEXT, read_text
-from cluster.model_store import ModelError, PreparedModel, prepare
+from cluster.model_store import BUILT_IN, ModelError, PreparedModel, prepare
 from cluster.preparation import Progress
 from cluster.progress import console, errors_in_one_line, reporting
 from kvrelay.config import KvDtype, Quantize
@@ -131,6 +131,41 @@ def perplexity(model: str, *, text: Path | None, as_json: bool, **choice: Any) -
 
             report = bench_perplexity(prepared, content, EngineChoice(**choice), on_progress)
         _show(report, as_json, lambda: comparison_table(report))
+
+
+@bench.command()
+@click.option(
+    "--size",
+    "sizes_mb",
+    type=click.IntRange(1, 4096),
+    multiple=True,
+    default=(1, 16, 47, 256),
+    show_default=True,
+    help="MB of one hand-off; may be given several times.",
+)
+@click.option("--model", default=BUILT_IN, show_default=True, help="'none' measures links alone.")
+@click.option("--quantize", type=click.Choice(get_args(Quantize)), default="none")
+@click.option("--quick", is_flag=True, help="Less time for each row.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def transport(
+    sizes_mb: tuple[int, ...], model: str, quantize: Quantize, *, quick: bool, as_json: bool
+) -> None:
+    """Measure the KV links between two processes, and what a hand-off costs a request.
+
+    Each link stands beside gloo, and beside what the machine allows: a copy into shared memory, a
+    loop over a plain TCP socket; all in turns, in the same run.
+    """
+    with (
+        errors_in_one_line(ModelError, BenchError),
+        contextlib.redirect_stdout(sys.stderr),
+        reporting() as on_progress,
+    ):
+        prepared = None if model == "none" else prepare(model, on_progress=on_progress)
+        from cluster.bench.transport import TransportBench, bench_transport
+
+        asked = TransportBench(sizes_mb, prepared, quantize, quick)
+        report = bench_transport(asked, on_progress)
+    _show(report, as_json, lambda: report.table("gloo"))
 
 
 @contextlib.contextmanager

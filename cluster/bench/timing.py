@@ -1,5 +1,5 @@
 """Times programs against each other on a machine that is not quiet. Every bench that compares two
-programs calls `interleaved_medians`."""
+programs calls one of the `interleaved_...`."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +27,14 @@ class Budget:
 def interleaved_medians(
     sides: Sequence[Work], budget: Budget, *, clock: Clock = time.perf_counter
 ) -> list[float]:
-    """The median time of each side, in seconds.
+    """The median time of each side, in seconds; see `interleaved_times`."""
+    return [median(taken) for taken in interleaved_times(sides, budget, clock=clock)]
+
+
+def interleaved_times(
+    sides: Sequence[Work], budget: Budget, *, clock: Clock = time.perf_counter
+) -> list[list[float]]:
+    """All times of each side, in seconds.
 
     The sides take turns, so that a neighbour on the machine hits all of them. A turn goes on for
     `turn_s`: short work is repeated, so that it is not timed only with caches that the other side
@@ -43,7 +50,7 @@ def interleaved_medians(
             while clock() < turn_end:
                 taken.append(work())
         rounds += 1
-    return [median(taken) for taken in times]
+    return times
 
 
 def timed(work: Callable[[], object], *, clock: Clock = time.perf_counter) -> float:

@@ -78,7 +78,8 @@ class Channel:
             return
         self._closing = True
         with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+            # Not SSLSocket's own: it turns TLS off first, and a thread might then send in plain.
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
         if not self._operations:
             self.sock.close()
 
@@ -156,7 +157,6 @@ class Channel:
             async with asyncio.timeout(self._stall_s if bounded else None):
                 await ready.wait()
         except TimeoutError:
-            self.close()
             raise LinkError(f"the peer moved nothing for {self._stall_s:g} s") from None
         finally:
             if wants is _Wants.READ:

@@ -44,7 +44,8 @@ class FrameSocket:
     async def receive(self) -> transfer_pb2.Frame:
         """The next frame; block bytes behind it are the caller's to take."""
         head = bytearray(_LENGTH.size)
-        await self.channel.read_into([memoryview(head)], bounded=False)
+        await self.channel.read_into([memoryview(head)[:1]], bounded=False)
+        await self.receive_into([memoryview(head)[1:]])
         (length,) = _LENGTH.unpack(head)
         if length > FRAME_BYTES_MAX:
             text = f"a frame of {length} bytes; the limit is {FRAME_BYTES_MAX}"

@@ -130,13 +130,16 @@ class ReaderLink:
         targets = self._targets(header)
         wrong = await self._receiver.receive(self._frames, header, targets)
         bad = [first + position for position in wrong]
-        self._rejected[Rejection.CHECKSUM] += len(bad)
-        if transfer_id not in self.transfers or transfer_id in self._refused:
-            return
+        if bad:
+            self._rejected[Rejection.CHECKSUM] += len(bad)
+        refused = transfer_id in self._refused  # what was on the wire still comes, in order
         try:
             self._book.received(transfer_id, first, len(targets), bad)
         except RefusedError as error:
-            await self._refuse(transfer_id, error)
+            if not refused:
+                await self._refuse(transfer_id, error)
+            return
+        if refused:
             return
         if bad:
             log.warning("blocks %s from %s have wrong checksums: asking again", bad, self.peer)

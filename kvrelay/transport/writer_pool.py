@@ -23,7 +23,7 @@ class WriterPool:
     """The links of one prefill worker, made when a ticket first needs them."""
 
     def __init__(self, config: WorkerConfig, instance_id: str, pool: KVPool) -> None:
-        self._config = config
+        self.config = config
         self._instance_id = instance_id
         self._pool = pool
         self._tls = client_context(config.certificates) if config.certificates else None
@@ -37,14 +37,14 @@ class WriterPool:
         """
         tried = []
         for endpoint in ticket.endpoints:
-            if self._config.transport not in ("auto", endpoint.transport):
+            if self.config.transport not in ("auto", endpoint.transport):
                 continue
             try:
                 link = await self._link(ticket.decode_instance_id, endpoint)
             except LinkError as error:
                 tried.append(f"{endpoint.transport}: {error}")
                 continue
-            return await link.begin(ticket, self._config.link_reply_ms / 1000)
+            return await link.begin(ticket, self.config.link_reply_ms / 1000)
         raise LinkError(f"no way to {ticket.decode_instance_id}: {'; '.join(tried) or 'none fits'}")
 
     async def close(self) -> None:
@@ -64,10 +64,10 @@ class WriterPool:
         return await asyncio.shield(self._links[key])
 
     async def _connect(self, instance_id: str, endpoint: transfer_pb2.Endpoint) -> WriterLink:
-        stall_s = self._config.link_reply_ms / 1000
+        stall_s = self.config.link_reply_ms / 1000
         frames = FrameSocket(_socket_for(endpoint, stall_s), stall_s)
         try:
-            async with asyncio.timeout(self._config.link_connect_ms / 1000):
+            async with asyncio.timeout(self.config.link_connect_ms / 1000):
                 await _dial(frames.channel.sock, endpoint)
                 if self._tls and endpoint.transport != "shm":
                     await frames.channel.start_tls(self._tls, server_side=False)
@@ -86,8 +86,8 @@ class WriterPool:
             protocol_version=PROTOCOL_VERSION,
             instance_id=self._instance_id,
             layout=self._pool.layout.to_wire(),
-            codec=self._config.wire_codec,
-            checksums=self._config.checksums,
+            codec=self.config.wire_codec,
+            checksums=self.config.checksums,
         )
         await frames.send(Frame(hello=hello))
         answer = await frames.receive()

@@ -1,5 +1,6 @@
 import mmap
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -94,3 +95,33 @@ def test_to_device_copies_exactly_the_named_blocks(staged):
     staged.to_device([0, 2])
     assert [bool(staged.kv[block].any()) for block in range(4)] == [True, False, True, False]
     assert (staged.kv[0].flatten().view(torch.uint8) == 1).all()
+
+
+def resident_pages(pool: KVPool) -> int:
+    """Of a shared pool's file: pages that exist."""
+    return os.fstat(pool.fd).st_blocks * 512 // mmap.PAGESIZE
+
+
+def test_touched_pages_exist_and_keep_what_was_written():
+    pool = KVPool(replace(LAYOUT, head_dim=1 << 12), 4, shared=True)
+    pool.bytes[1] = 7
+    before = resident_pages(pool)
+    assert before < pool.size_bytes // mmap.PAGESIZE
+    touch = threading.Thread(target=pool.touch_pages, args=[threading.Event()])
+    touch.start()
+    touch.join()
+    assert resident_pages(pool) == pool.size_bytes // mmap.PAGESIZE
+    assert (pool.bytes[1] == 7).all()
+    assert not pool.bytes[2:].any()
+    pool.close()
+
+
+def test_touching_pages_stops_when_told():
+    pool = KVPool(replace(LAYOUT, head_dim=1 << 12), 4, shared=True)
+    stop = threading.Event()
+    stop.set()
+    touch = threading.Thread(target=pool.touch_pages, args=[stop])
+    touch.start()
+    touch.join()
+    assert resident_pages(pool) == 0
+    pool.close()

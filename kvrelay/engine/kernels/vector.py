@@ -15,7 +15,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -25,6 +25,7 @@ from kvrelay.engine.shapes import LINE_BYTES
 LANES = 16
 _HALF_MAX = 65504.0
 _NAN_BITS = 0x7FC00000
+_X86 = binding.get_default_triple().startswith("x86_64")
 
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _F32 = ir.FloatType()
@@ -178,6 +179,19 @@ class Code:
 
     def store(self, address: Int, value: Vec) -> None:
         self._store(address, value.value, 4)
+
+    def store_past_caches(self, address: Int, value: Vec) -> None:
+        """To an address that is a multiple of 64. `finish_stores` must follow."""
+        self._store(address, value.value, LINE_BYTES)
+        hint = self.builder.module.add_metadata([ir.Constant(_I32, 1)])
+        self.builder.block.instructions[-1].set_metadata("nontemporal", hint)
+
+    def finish_stores(self) -> None:
+        """All that was stored is seen by others before whatever comes next."""
+        if _X86:
+            self.call("llvm.x86.sse.sfence", ir.VoidType())
+        else:
+            self.builder.fence("seq_cst")
 
     def store_half(self, address: Int, value: Vec) -> None:
         """What is too large becomes the largest: infinity would spoil whoever gives it weight 0."""
