@@ -18,6 +18,9 @@ RANKS = 2
 
 _SUCCESS, _IN_PROGRESS = 0, 7
 _UINT8 = 1  # ncclUint8: a block is bytes to NCCL
+# CUDA thread blocks of one pair. A kernel that waits for its peer keeps them: few, so that the
+# kernels of all pairs fit beside each other and the engine's, and none waits for another pair's.
+_CTAS_MAX = 4
 
 
 class Direction(enum.Enum):
@@ -120,6 +123,7 @@ class NvidiaNccl:
             raise NcclError(f"no CUDA stream on device {device}: {error}") from error
         config = self._bindings.Config()
         config.blocking = 0
+        config.max_ctas = _CTAS_MAX
         id_struct = self._bindings.UniqueId.from_buffer(unique_id)
         handle = self.call("comm_init_rank_config", RANKS, id_struct.ptr, rank, config.ptr)
         return _CudaCommunicator(self, handle, stream, peer=1 - rank)

@@ -97,12 +97,16 @@ class NcclPair:
         self._overdue: asyncio.TimerHandle | None = None
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # None: no more
         self._stop = threading.Event()
-        threading.Thread(
+        thread = threading.Thread(
             target=self._run,
             args=(library, unique_id, rank, device),
             name=f"nccl-pair-rank{rank}",
             daemon=True,  # it may never end
-        ).start()
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise NcclError(f"no thread for an NCCL pair: {error}") from error
 
     @property
     def memory_safe(self) -> bool:

@@ -110,14 +110,18 @@ class NcclPairs:
         epoch = invitation.epoch
         if not self._book.opening(peer, epoch):
             raise NcclError(f"the pair with {peer} of epoch {epoch} was given up")
-        pair = NcclPair(
-            self._library,
-            invitation.unique_id,
-            self._rank,
-            self._device,
-            abort_s=self._limits.abort_s,
-            lost=lambda reason: self._lost(peer, epoch, reason),
-        )
+        try:
+            pair = NcclPair(
+                self._library,
+                invitation.unique_id,
+                self._rank,
+                self._device,
+                abort_s=self._limits.abort_s,
+                lost=lambda reason: self._lost(peer, epoch, reason),
+            )
+        except NcclError:
+            self._book.ended(peer, epoch, self._now(), failed=True)
+            raise
         self._pairs[peer] = HeldPair(peer, epoch, pair)
         try:
             await pair.opened(self._limits.open_s)
@@ -185,6 +189,8 @@ class NcclPairs:
         except TimeoutError:
             self._calls_hung += 1
             raise NcclError(f"NCCL gave no id within {self._limits.open_s:g} s") from None
+        except RuntimeError as error:
+            raise NcclError(f"no thread for NCCL: {error}") from error
 
     def _check_not_ending(self) -> None:
         if self._ending:

@@ -256,14 +256,14 @@ STUB = r"""
 #include <stdio.h>
 #include <unistd.h>
 typedef struct { char internal[128]; } Id;
-typedef struct { size_t size; unsigned magic, version; int blocking; } Config;
+typedef struct { size_t size; unsigned magic, version; int blocking, cga, least, most; } Config;
 static int asked, sent;
 #define SAY(...) do { printf(__VA_ARGS__); printf("\n"); fflush(stdout); } while (0)
 int ncclGetVersion(int *version) { *version = 23203; return 0; }
 int ncclCommInitRankConfig(void **comm, int ranks, Id id, int rank, Config *config) {
     *comm = (void *)0xc0;
-    SAY("init of %d id %c%c rank %d blocking %d", ranks, id.internal[0], id.internal[127], rank,
-        config->blocking);
+    SAY("init of %d id %c%c rank %d blocking %d ctas %d", ranks, id.internal[0], id.internal[127],
+        rank, config->blocking, config->most);
     return 7;
 }
 int ncclCommGetAsyncError(void *comm, int *state) {
@@ -351,7 +351,7 @@ communicator.destroy()
     )
     assert said.splitlines() == [
         "device 1",
-        "init of 2 id az rank 0 blocking 0",
+        "init of 2 id az rank 0 blocking 0 ctas 4",
         "async error of 0xc0",
         "async error of 0xc0",
         "group start",

@@ -1,6 +1,7 @@
 """The NCCL pairs of a worker: which are opened and closed (the book), and that it is done."""
 
 import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
@@ -322,6 +323,19 @@ async def test_an_id_that_nccl_refuses_is_a_failure_like_any(prefill):
     assert prefill.pairs.hung == 0
     with pytest.raises(NcclError, match="failed 1 times"):
         await prefill.pairs.invite("D")
+
+
+@pytest.mark.parametrize("step", ["invite", "open"])
+async def test_a_worker_without_threads_to_spare_refuses(prefill, monkeypatch, step):
+    def none_left(thread):
+        raise RuntimeError("can't start new thread")
+
+    invitation = await prefill.pairs.invite("D") if step == "open" else None
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    work = prefill.pairs.open("D", invitation) if invitation else prefill.pairs.invite("D")
+    with pytest.raises(NcclError, match="no thread for"):
+        await work
+    assert prefill.pairs.open_pairs == 0
 
 
 async def test_a_transfer_on_a_pair_that_fails_releases_without_harm(prefill, decode):
