@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 PROTOCOL_VERSION = 2
 
-Transport = Literal["auto", "shm", "tcp"]
+Transport = Literal["auto", "shm", "tcp", "nccl"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
 Quantize = Literal["none", "int8"]
@@ -58,7 +58,8 @@ class WorkerConfig(_Frozen):
     # Waits, each with its end
     lease_ms: int = 120_000  # a reservation that makes no progress
     link_connect_ms: int = 5_000
-    link_reply_ms: int = 15_000  # an answer on the KV link
+    link_reply_ms: int = 15_000  # an answer on the KV link, or any progress of a frame on it
+    nccl_pairs_max: int = 32  # communicators of one worker; the least used makes room
     session_events_max: int = 65_536  # events a router has not read yet
 
 

@@ -33,23 +33,23 @@ def wire_dtype(codec: str, prefill: KVLayout, decode: KVLayout, transport: str) 
 
 
 def encode(source: Sequence[np.ndarray], layout: KVLayout, wire: KVLayout) -> Sequence[np.ndarray]:
-    """Blocks of a pool as they travel: the very same memory, or copies `[block_bytes]` uint8."""
+    """Blocks in host memory as they travel: the very same memory, or copies `[block_bytes]`."""
     if layout.dtype == wire.dtype:
         return source
     blocks = np.empty((len(source), wire.block_bytes), np.uint8)
     for block, target in zip(source, blocks, strict=True):
-        transcode(block, layout, target, wire)
+        transcode(torch.from_numpy(block), layout, torch.from_numpy(target), wire)
     return list(blocks)
 
 
 def transcode(
-    source: np.ndarray, source_layout: KVLayout, target: np.ndarray, target_layout: KVLayout
+    source: torch.Tensor, source_layout: KVLayout, target: torch.Tensor, target_layout: KVLayout
 ) -> None:
-    """One block `[block_bytes]` uint8 into another. What float16 cannot hold becomes its largest:
-    an infinity would spoil the scores of all that looks at it."""
-    values = torch.from_numpy(source).view(TORCH_DTYPES[source_layout.dtype])
+    """One block `[block_bytes]` uint8 into another, on any device. What float16 cannot hold becomes
+    its largest: an infinity would spoil the scores of all that looks at it."""
+    values = source.view(TORCH_DTYPES[source_layout.dtype])
     kind = TORCH_DTYPES[target_layout.dtype]
     if kind is torch.float16:
         largest = torch.finfo(kind).max
         values = values.float().clamp(-largest, largest)
-    torch.from_numpy(target).view(kind).copy_(values)
+    target.view(kind).copy_(values)

@@ -12,6 +12,7 @@ from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
 from kvrelay.kv.layout import KVLayout
@@ -20,8 +21,12 @@ from kvrelay.tls import server_context
 from kvrelay.transport.codec import CODECS, wire_dtype
 from kvrelay.transport.errors import LinkError, ProtocolError, Rejection
 from kvrelay.transport.frames import FrameSocket, tune_tcp
-from kvrelay.transport.movers import Receiver, ShmReceiver, TcpReceiver, Wire, send_fd
+from kvrelay.transport.movers import Receiver, Wire
+from kvrelay.transport.nccl_library import NcclLibrary
+from kvrelay.transport.nccl_link import NcclReceiver, make_pairs
 from kvrelay.transport.reader import ReaderLink, TransferBook
+from kvrelay.transport.shm import ShmReceiver, send_fd
+from kvrelay.transport.tcp import TcpReceiver
 from kvrelay.wire import transfer_pb2
 from kvrelay.wire.transfer_pb2 import Endpoint, Frame
 
@@ -31,13 +36,18 @@ _ACCEPT_PAUSE_S = 0.1
 
 
 class Listener:
-    """Listens on a unix socket (shm) and a TCP port (tcp), as far as the config allows.
+    """Listens on a unix socket (shm) and TCP ports (tcp, nccl), as far as the config allows.
 
     rejected: what came over links and was not accepted, by reason.
     """
 
     def __init__(
-        self, config: WorkerConfig, instance_id: str, pool: KVPool, book: TransferBook
+        self,
+        config: WorkerConfig,
+        instance_id: str,
+        pool: KVPool,
+        book: TransferBook,
+        nccl: NcclLibrary | None = None,
     ) -> None:
         self.rejected: Counter[Rejection] = Counter()
         self.endpoints: list[Endpoint] = []
@@ -47,6 +57,9 @@ class Listener:
         self._pool = pool
         self._book = book
         self._tls = server_context(config.certificates) if config.certificates else None
+        self._pairs = make_pairs(nccl, "decode", pool, config, self._pair_ended) if nccl else None
+        # The newest of each peer; gone with its link.
+        self._nccl_receivers: WeakValueDictionary[str, NcclReceiver] = WeakValueDictionary()
         self._sockets: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._open = 0  # links, shaken hands or not
@@ -54,14 +67,14 @@ class Listener:
         self._path = Path(config.socket_dir) / f"{instance_id}.sock"
 
     async def start(self) -> None:
+        if self._pairs is not None:
+            self._accept_tcp("nccl")
         if self._config.transport in ("auto", "shm"):
             sock = socket.socket(socket.AF_UNIX)
             sock.bind(str(self._path))
             self._accept_on(sock, "shm", str(self._path))
         if self._config.transport in ("auto", "tcp"):
-            sock = socket.socket(socket.AF_INET)
-            sock.bind((self._config.host, 0))
-            self._accept_on(sock, "tcp", f"{self._config.host}:{sock.getsockname()[1]}")
+            self._accept_tcp("tcp")
 
     def abort(self, transfer_id: int, reason: str) -> None:
         """Asks the writer to stop; the book hears `lost` when it has."""
@@ -82,7 +95,14 @@ class Listener:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._pairs is not None:
+            await self._pairs.close()
         self._path.unlink(missing_ok=True)
+
+    def _accept_tcp(self, transport: str) -> None:
+        sock = socket.socket(socket.AF_INET)
+        sock.bind((self._config.host, 0))
+        self._accept_on(sock, transport, f"{self._config.host}:{sock.getsockname()[1]}")
 
     def _accept_on(self, sock: socket.socket, transport: str, address: str) -> None:
         sock.listen()
@@ -105,7 +125,7 @@ class Listener:
                 peer.close()
                 continue
             self._open += 1
-            if transport == "tcp":
+            if transport != "shm":
                 tune_tcp(peer, self._stall_s)
             self._spawn(self._serve(FrameSocket(peer, self._stall_s), transport))
 
@@ -156,13 +176,27 @@ class Listener:
         )
         await frames.send(Frame(welcome=welcome))
         wire = Wire(replace(self._pool.layout, dtype=dtype), checksums)
-        receiver: Receiver = TcpReceiver(self._pool, wire)
         if transport == "shm":
             send_fd(frames.channel.sock, self._pool.fd)
-            receiver = ShmReceiver(self._pool, wire)
+        receiver = self._receiver(transport, wire, hello.instance_id, frames)
         return ReaderLink(
             hello.instance_id, frames, receiver, self._book, self._links, self.rejected
         )
+
+    def _receiver(self, transport: str, wire: Wire, peer: str, frames: FrameSocket) -> Receiver:
+        if transport == "shm":
+            return ShmReceiver(self._pool, wire)
+        if transport == "tcp":
+            return TcpReceiver(self._pool, wire)
+        assert self._pairs is not None
+        receiver = NcclReceiver(self._pool, wire, peer, self._pairs, frames, self._stall_s)
+        self._nccl_receivers[peer] = receiver
+        return receiver
+
+    def _pair_ended(self, peer: str, epoch: int, reason: str) -> None:
+        receiver = self._nccl_receivers.get(peer)
+        if receiver is not None:
+            receiver.tell(epoch, reason)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.ensure_future(work)

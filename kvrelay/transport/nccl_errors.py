@@ -1,6 +1,6 @@
 """What NCCL's results mean for a link. Used by every file of the nccl link."""
 
-from kvrelay.transport.frames import LinkError
+from kvrelay.transport.errors import LinkError
 
 # By ncclResult_t. Codes of a newer NCCL are named by their number.
 _MEANINGS = {

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvrelay.lifecycle import advance
-from kvrelay.transport.frames import to_end
+from kvrelay.transport.channel import to_end
 from kvrelay.transport.nccl_errors import NcclError
 from kvrelay.transport.nccl_library import Communicator, Direction, NcclLibrary, Region
 

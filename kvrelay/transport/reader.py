@@ -63,6 +63,7 @@ class ReaderLink:
         self.send = frames.send
         self._refused: set[int] = set()  # of those, the ones whose Aborted is still to come
         self._commits: dict[int, transfer_pb2.Commit] = {}  # that wait for blocks sent again
+        self._proven = False  # that it holds tickets of ours
         self._frames = frames
         self._receiver = receiver
         self._book = book
@@ -83,8 +84,10 @@ class ReaderLink:
         elif kind in ("abort", "aborted"):
             transfer_id = getattr(frame, kind).transfer_id
             self._end(transfer_id, frame.abort.reason or "the prefill worker let go")
+        elif kind == "pair_open" and not self._proven:
+            raise ProtocolError(Rejection.SECRET, "an invitation to a pair before any ticket")
         else:
-            raise ProtocolError(Rejection.MALFORMED, f"an unexpected {kind} frame")
+            await self._receiver.on_frame(frame)
 
     def give_up(self, transfer_id: int) -> None:
         """The writer should have said Aborted by now. Where this side is the one that writes, the
@@ -97,10 +100,9 @@ class ReaderLink:
             self._frames.close()
 
     async def let_writer_stop(self) -> None:
-        """After an error: what the writer may still write goes to its blocks until it has seen
-        the end of the link."""
-        if self._receiver.peer_writes and self.transfers:
-            await self._frames.channel.drain()
+        """After an error, and before `close`, which gives the blocks back."""
+        if self.transfers:
+            await self._receiver.quiet(self._frames)
 
     def close(self, reason: str) -> None:
         self._frames.close()
@@ -120,6 +122,7 @@ class ReaderLink:
         except RefusedError as error:
             await self._refuse(transfer_id, error)
             return
+        self._proven = True
         self.transfers.add(transfer_id)
         self._links[transfer_id] = self
         await self.send(Frame(begun=transfer_pb2.Begun(transfer_id=transfer_id)))

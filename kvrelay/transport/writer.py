@@ -185,11 +185,11 @@ class WriterLink:
     async def _read(self) -> None:
         try:
             while True:
-                self._receive(await self._frames.receive())
+                await self._receive(await self._frames.receive())
         except LinkError as error:
             self._lose(error)
 
-    def _receive(self, frame: Frame) -> None:
+    async def _receive(self, frame: Frame) -> None:
         kind = frame.WhichOneof("body")
         if kind == "begun":
             begun = self._begun.get(frame.begun.transfer_id)
@@ -206,7 +206,7 @@ class WriterLink:
         elif kind == "abort":
             self._abort(frame.abort.transfer_id, frame.abort.reason)
         else:
-            raise LinkError(f"an unexpected {kind} frame")
+            await self.sender.on_frame(frame)
 
     def _abort(self, transfer_id: int, reason: str) -> None:
         begun = self._begun.get(transfer_id)

@@ -6,6 +6,7 @@ prefill_worker's service calls WriterPool.begin for a ticket and gets a Transfer
 import asyncio
 import socket
 from dataclasses import replace
+from weakref import WeakValueDictionary
 
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
 from kvrelay.kv.layout import DTYPE_BYTES
@@ -13,7 +14,11 @@ from kvrelay.kv.pool import KVPool
 from kvrelay.tls import client_context
 from kvrelay.transport.errors import LinkError
 from kvrelay.transport.frames import FrameSocket, tune_tcp
-from kvrelay.transport.movers import ShmSender, TcpSender, Wire, receive_fd
+from kvrelay.transport.movers import Wire
+from kvrelay.transport.nccl_library import NcclLibrary
+from kvrelay.transport.nccl_link import NcclSender, make_pairs
+from kvrelay.transport.shm import ShmSender, receive_fd
+from kvrelay.transport.tcp import TcpSender
 from kvrelay.transport.writer import Transfer, WriterLink
 from kvrelay.wire import transfer_pb2
 from kvrelay.wire.transfer_pb2 import Frame, Ticket
@@ -22,11 +27,20 @@ from kvrelay.wire.transfer_pb2 import Frame, Ticket
 class WriterPool:
     """The links of one prefill worker, made when a ticket first needs them."""
 
-    def __init__(self, config: WorkerConfig, instance_id: str, pool: KVPool) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        instance_id: str,
+        pool: KVPool,
+        nccl: NcclLibrary | None = None,
+    ) -> None:
         self.config = config
         self._instance_id = instance_id
         self._pool = pool
         self._tls = client_context(config.certificates) if config.certificates else None
+        self._pairs = make_pairs(nccl, "prefill", pool, config, self._pair_ended) if nccl else None
+        # The newest to each peer; gone with its link.
+        self._nccl_senders: WeakValueDictionary[str, NcclSender] = WeakValueDictionary()
         self._links: dict[tuple[str, str], asyncio.Task[WriterLink]] = {}
 
     async def begin(self, ticket: Ticket) -> Transfer:
@@ -38,6 +52,8 @@ class WriterPool:
         tried = []
         for endpoint in ticket.endpoints:
             if self.config.transport not in ("auto", endpoint.transport):
+                continue
+            if endpoint.transport == "nccl" and self._pairs is None:
                 continue
             try:
                 link = await self._link(ticket.decode_instance_id, endpoint)
@@ -54,6 +70,8 @@ class WriterPool:
         for link in await asyncio.gather(*links, return_exceptions=True):
             if isinstance(link, WriterLink):
                 await link.close()
+        if self._pairs is not None:
+            await self._pairs.close()
 
     async def _link(self, instance_id: str, endpoint: transfer_pb2.Endpoint) -> WriterLink:
         """The one link there is, or the one attempt to make it, shared by all who need it."""
@@ -99,10 +117,24 @@ class WriterPool:
         if welcome.wire_dtype not in DTYPE_BYTES:
             raise LinkError(f"KV blocks as {welcome.wire_dtype!r} are asked for, unknown here")
         wire = Wire(replace(self._pool.layout, dtype=welcome.wire_dtype), welcome.checksums)
+        if transport == "nccl":
+            return WriterLink(frames, self._nccl_sender(instance_id, wire, frames))
         if transport == "tcp":
             return WriterLink(frames, TcpSender(self._pool, wire))
         fd = await receive_fd(frames.channel.sock)
         return WriterLink(frames, ShmSender(self._pool, wire, fd, welcome.pool_bytes))
+
+    def _nccl_sender(self, peer: str, wire: Wire, frames: FrameSocket) -> NcclSender:
+        assert self._pairs is not None
+        deadline_s = self.config.link_reply_ms / 1000
+        sender = NcclSender(self._pool, wire, peer, self._pairs, frames, deadline_s)
+        self._nccl_senders[peer] = sender
+        return sender
+
+    def _pair_ended(self, peer: str, epoch: int, reason: str) -> None:
+        sender = self._nccl_senders.get(peer)
+        if sender is not None:
+            sender.tell(epoch, reason)
 
 
 def _usable(connecting: asyncio.Task[WriterLink]) -> bool:

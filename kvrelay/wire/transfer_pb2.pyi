@@ -53,7 +53,7 @@ class Endpoint(_message.Message):
     def __init__(self, transport: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("hello", "welcome", "refused", "begin", "begun", "blocks", "commit", "committed", "abort", "aborted", "resend")
+    __slots__ = ("hello", "welcome", "refused", "begin", "begun", "blocks", "commit", "committed", "abort", "aborted", "resend", "pair_open", "pair_ended")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
@@ -65,6 +65,8 @@ class Frame(_message.Message):
     ABORT_FIELD_NUMBER: _ClassVar[int]
     ABORTED_FIELD_NUMBER: _ClassVar[int]
     RESEND_FIELD_NUMBER: _ClassVar[int]
+    PAIR_OPEN_FIELD_NUMBER: _ClassVar[int]
+    PAIR_ENDED_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     welcome: Welcome
     refused: Refused
@@ -76,7 +78,9 @@ class Frame(_message.Message):
     abort: Abort
     aborted: Aborted
     resend: Resend
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., blocks: _Optional[_Union[Blocks, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ...) -> None: ...
+    pair_open: PairOpen
+    pair_ended: PairEnded
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., begin: _Optional[_Union[Begin, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ..., blocks: _Optional[_Union[Blocks, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., committed: _Optional[_Union[Committed, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., aborted: _Optional[_Union[Aborted, _Mapping]] = ..., resend: _Optional[_Union[Resend, _Mapping]] = ..., pair_open: _Optional[_Union[PairOpen, _Mapping]] = ..., pair_ended: _Optional[_Union[PairEnded, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol_version", "instance_id", "layout", "codec", "checksums")
@@ -125,18 +129,20 @@ class Begun(_message.Message):
     def __init__(self, transfer_id: _Optional[int] = ...) -> None: ...
 
 class Blocks(_message.Message):
-    __slots__ = ("transfer_id", "first_index", "checksums", "count", "again")
+    __slots__ = ("transfer_id", "first_index", "checksums", "count", "again", "pair_epoch")
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     CHECKSUMS_FIELD_NUMBER: _ClassVar[int]
     COUNT_FIELD_NUMBER: _ClassVar[int]
     AGAIN_FIELD_NUMBER: _ClassVar[int]
+    PAIR_EPOCH_FIELD_NUMBER: _ClassVar[int]
     transfer_id: int
     first_index: int
     checksums: _containers.RepeatedScalarFieldContainer[int]
     count: int
     again: bool
-    def __init__(self, transfer_id: _Optional[int] = ..., first_index: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ..., count: _Optional[int] = ..., again: _Optional[bool] = ...) -> None: ...
+    pair_epoch: int
+    def __init__(self, transfer_id: _Optional[int] = ..., first_index: _Optional[int] = ..., checksums: _Optional[_Iterable[int]] = ..., count: _Optional[int] = ..., again: _Optional[bool] = ..., pair_epoch: _Optional[int] = ...) -> None: ...
 
 class Resend(_message.Message):
     __slots__ = ("transfer_id", "indexes")
@@ -145,6 +151,22 @@ class Resend(_message.Message):
     transfer_id: int
     indexes: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, transfer_id: _Optional[int] = ..., indexes: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class PairOpen(_message.Message):
+    __slots__ = ("epoch", "unique_id")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    UNIQUE_ID_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    unique_id: bytes
+    def __init__(self, epoch: _Optional[int] = ..., unique_id: _Optional[bytes] = ...) -> None: ...
+
+class PairEnded(_message.Message):
+    __slots__ = ("epoch", "reason")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    reason: str
+    def __init__(self, epoch: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Commit(_message.Message):
     __slots__ = ("transfer_id", "blocks", "first_token_id")
