@@ -198,6 +198,24 @@ async def test_fail_ends_every_operation_under_way_with_the_reason(double):
     assert decode.memory_safe
 
 
+async def test_a_failed_pair_is_aborted_and_not_closed_in_good_order(double):
+    prefill, _ = await double.both()
+    double.library.faults.hang |= {"finalize", "destroy"}
+    prefill.fail("told to")
+    await asyncio.wait_for(prefill.wait_closed(), DEADLINE_S)
+
+
+async def test_an_abort_that_ended_in_time_is_not_overdue_later(double):
+    errors = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+    prefill, _ = await double.both(abort_s=SOON_S)
+    prefill.fail("told to")
+    await prefill.wait_closed()
+    await asyncio.sleep(2 * SOON_S)
+    assert prefill.state is PairState.CLOSED
+    assert errors == []
+
+
 async def test_regions_of_another_size_are_never_done(double):
     prefill, decode = await double.both()
     source, target = double.memory(0, data(100)), double.memory(1, bytes(100))

@@ -68,6 +68,24 @@ def test_at_the_cap_the_least_recently_used_pair_goes(book):
     assert not book.hold("b", 6)
 
 
+def test_a_pair_counts_as_used_until_its_transfer_ends(book):
+    open_in(book, "a", 1)
+    open_in(book, "b", 1)
+    for name, hold_s, release_s in (("a", 2, 9), ("b", 3, 4)):
+        book.hold(name, hold_s)
+        book.release(name, 1, release_s)
+    assert book.begin("c", 10, 0) == "b"
+
+
+def test_a_failed_pair_takes_its_holds_along(book):
+    open_in(book, "a", 0)
+    book.hold("a", 0)
+    book.ended("a", 1, 0, failed=True)
+    open_in(book, "a", 1)
+    open_in(book, "b", 2)
+    assert book.begin("c", 3, 0) == "a"
+
+
 def test_a_pair_that_a_transfer_holds_is_not_closed(book):
     open_in(book, "a", 1)
     open_in(book, "b", 2)
@@ -234,6 +252,25 @@ async def test_at_the_cap_the_least_used_pair_is_closed_and_its_peer_told(prefil
     assert prefill.pairs.hold("D2") is None
     assert await carry(prefill, decode, p="P-D1", d="D1")
     assert await carry(prefill, decode, p="P-D3", d="D3")
+
+
+async def test_a_decode_worker_at_its_cap_closes_its_least_used_pair(prefill, decode):
+    for name in ("D1", "D2"):
+        await connect(prefill, decode, p=f"P-{name}", d=name)
+    prefill.pairs.fail("D1", 1, "told to")  # the cap is then D's alone
+    await connect(prefill, decode, p="P-D3", d="D3")
+    assert decode.told == [("P-D1", 1, "closed to make room for another pair")]
+    assert decode.pairs.open_pairs == 2
+    ended = decode.library.communicators[0]
+    await until(lambda: ended._over, within_s=DEADLINE_S)
+
+
+async def test_a_pair_that_hangs_while_it_makes_room_counts_as_hung(prefill, decode):
+    for name in ("D1", "D2"):
+        await connect(prefill, decode, p=f"P-{name}", d=name)
+    prefill.library.faults.hang.add("finalize")
+    await prefill.pairs.invite("D3")
+    assert prefill.pairs.hung == 1
 
 
 async def test_a_pair_that_failed_is_rebuilt_under_a_new_epoch(prefill, decode):
