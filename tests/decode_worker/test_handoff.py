@@ -19,11 +19,12 @@ from decode_worker.handoff import (
 )
 from kvrelay.kv.ledger import BlockLedger, BlockState, OutOfBlocksError
 from kvrelay.lifecycle import IllegalTransitionError
-from kvrelay.transport.listener import RefusedError
+from kvrelay.transport.errors import RefusedError, Rejection
 
 S, E, B = ReservationState, ReservationEvent, BlockState
 TOTAL = 8
 LEASE_MS = 100
+RESENDS_MAX = 2
 KEY: Key = ("router", 1)
 PROMPT = 8  # tokens; two blocks, and one more for the answer
 
@@ -32,7 +33,9 @@ PROMPT = 8  # tokens; two blocks, and one more for the answer
 def handoff() -> Iterator[HandOff]:
     """Whatever the test leaves behind is let go of; then every block must be free."""
     ledger = BlockLedger(TOTAL)
-    handoff = HandOff(LAYOUT, ledger, lease_ms=LEASE_MS, reservations_max=4)
+    handoff = HandOff(
+        LAYOUT, ledger, lease_ms=LEASE_MS, reservations_max=4, resends_max=RESENDS_MAX
+    )
     yield handoff
     ledger.check()
     for reservation in list(handoff._by_key.values()):
@@ -61,7 +64,7 @@ def receive(handoff: HandOff, reservation: Reservation, now: float = 0) -> None:
     """All blocks of the prompt, one by one."""
     for index in range(len(reservation.prompt_blocks)):
         handoff.expect(reservation.transfer_id, index, 1)
-        handoff.received(reservation.transfer_id, 1, now)
+        handoff.received(reservation.transfer_id, reservation.blocks_received, 1, (), now)
 
 
 def brought_to(handoff: HandOff, state: ReservationState, number: int = 1) -> Reservation:
@@ -204,28 +207,98 @@ def test_blocks_go_where_the_reservation_says_in_order(handoff):
     reservation = brought_to(handoff, S.RECEIVING)
     first, second = reservation.prompt_blocks
     assert handoff.expect(reservation.transfer_id, 0, 1) == [first]
-    handoff.received(reservation.transfer_id, 1, 0)
+    handoff.received(reservation.transfer_id, reservation.blocks_received, 1, (), 0)
     assert handoff.expect(reservation.transfer_id, 1, 1) == [second]
 
 
 @pytest.mark.parametrize(
-    ("received", "first", "count"),
-    [(0, 1, 1), (1, 0, 1), (1, 2, 1), (0, 0, 3), (1, 1, 2), (2, 2, 1)],
-    ids=["gap", "repeated", "out of order", "too many", "too many at the end", "after the last"],
+    ("received", "first", "count", "rejection"),
+    [
+        (0, 1, 1, Rejection.REORDERED),
+        (1, 0, 1, Rejection.DUPLICATE),
+        (0, 0, 3, Rejection.OVERSIZED),
+        (1, 1, 2, Rejection.OVERSIZED),
+        (2, 2, 1, Rejection.OVERSIZED),
+        (2, 0, 2, Rejection.DUPLICATE),
+    ],
+    ids=["gap", "repeated", "too many", "too many at the end", "after the last", "all repeated"],
 )
-def test_blocks_out_of_order_repeated_or_too_many_are_refused(handoff, received, first, count):
+def test_blocks_out_of_order_repeated_or_too_many_are_refused(
+    handoff, received, first, count, rejection
+):
     reservation = brought_to(handoff, S.RECEIVING)
-    handoff.received(reservation.transfer_id, received, 0)
-    with pytest.raises(RefusedError, match=f"expected from {received} and at most to 2"):
+    handoff.received(reservation.transfer_id, 0, received, (), 0)
+    expected = {
+        Rejection.OVERSIZED: f"blocks to {first + count} sent, the ticket ends at 2",
+        Rejection.REORDERED: f"blocks from {first} sent, expected from {received}",
+        Rejection.DUPLICATE: f"blocks from {first} sent, expected from {received}",
+    }
+    with pytest.raises(RefusedError, match=expected[rejection]) as refused:
         handoff.expect(reservation.transfer_id, first, count)
+    assert refused.value.rejection is rejection
     assert reservation.blocks_received == received
 
 
 def test_blocks_already_on_the_wire_find_their_place_after_an_abort(handoff):
     reservation = brought_to(handoff, S.ABORTING)
     assert handoff.expect(reservation.transfer_id, 0, 2) == reservation.prompt_blocks
-    handoff.received(reservation.transfer_id, 2, 0)
+    handoff.received(reservation.transfer_id, reservation.blocks_received, 2, (), 0)
     assert counts(handoff)[B.QUARANTINED] == 2
+
+
+# ---- bad blocks
+
+
+def test_a_bad_block_may_come_again_and_no_other(handoff):
+    r = brought_to(handoff, S.RECEIVING)
+    handoff.received(r.transfer_id, 0, 2, [1], 0)
+    assert handoff.awaits_again(r.transfer_id)
+    for first, count in ((0, 1), (0, 2)):
+        with pytest.raises(RefusedError, match=r"blocks \[0\] sent again, which nobody") as refused:
+            handoff.expect(r.transfer_id, first, count, again=True)
+        assert refused.value.rejection is Rejection.DUPLICATE
+    assert handoff.expect(r.transfer_id, 1, 1, again=True) == r.prompt_blocks[1:]
+    handoff.received(r.transfer_id, 1, 1, (), 0)
+    assert not handoff.awaits_again(r.transfer_id)
+    with pytest.raises(RefusedError, match="nobody asked for"):
+        handoff.expect(r.transfer_id, 1, 1, again=True)
+
+
+def test_blocks_go_on_in_order_while_a_bad_one_is_awaited(handoff):
+    r = brought_to(handoff, S.RECEIVING)
+    handoff.received(r.transfer_id, 0, 1, [0], 0)
+    assert handoff.expect(r.transfer_id, 1, 1) == r.prompt_blocks[1:]
+    handoff.received(r.transfer_id, 1, 1, (), 0)
+    handoff.received(r.transfer_id, 0, 1, (), 0)
+    assert r.blocks_received == 2
+    assert handoff.commit(r.transfer_id, 2) is r
+
+
+def test_a_bad_block_is_missing_until_it_came_again(handoff):
+    r = brought_to(handoff, S.RECEIVING)
+    handoff.received(r.transfer_id, 0, 2, [0], 0)
+    with pytest.raises(RefusedError, match="Commit of 2 blocks while 1 are missing"):
+        handoff.commit(r.transfer_id, 2)
+    handoff.received(r.transfer_id, 0, 1, (), 0)
+    assert handoff.commit(r.transfer_id, 2) is r
+
+
+def test_each_block_may_be_bad_resends_max_times_and_not_once_more(handoff):
+    r = brought_to(handoff, S.RECEIVING)
+    handoff.received(r.transfer_id, 0, 2, [0, 1], 0)
+    handoff.received(r.transfer_id, 0, 1, [0], 0)
+    handoff.received(r.transfer_id, 1, 1, [1], 0)
+    with pytest.raises(RefusedError, match="block 1 has a wrong checksum") as refused:
+        handoff.received(r.transfer_id, 1, 1, [1], 0)
+    assert refused.value.rejection is Rejection.CHECKSUM
+
+
+def test_a_bad_block_that_comes_again_renews_the_lease(handoff):
+    r = brought_to(handoff, S.RECEIVING)
+    handoff.received(r.transfer_id, 0, 1, [0], 10)
+    handoff.received(r.transfer_id, 0, 1, (), 60)
+    assert handoff.expired(LEASE_MS + 59) == []
+    assert handoff.expired(LEASE_MS + 60) == [r.key]
 
 
 # ---- commit
@@ -241,7 +314,7 @@ def test_commit_makes_every_block_the_requests_own(handoff):
 @pytest.mark.parametrize(("received", "named"), [(0, 2), (1, 2), (1, 1), (2, 1), (2, 3)])
 def test_commit_is_refused_unless_every_block_is_in_and_named(handoff, received, named):
     reservation = brought_to(handoff, S.RECEIVING)
-    handoff.received(reservation.transfer_id, received, 0)
+    handoff.received(reservation.transfer_id, reservation.blocks_received, received, (), 0)
     with pytest.raises(RefusedError, match=f"Commit of {named} blocks while {2 - received} are"):
         handoff.commit(reservation.transfer_id, named)
     assert reservation.state is S.RECEIVING
@@ -353,7 +426,7 @@ def test_begin_and_every_block_renew_the_lease(handoff):
     reservation = reserve(handoff)
     begin(handoff, reservation, now=60)
     assert handoff.expired(LEASE_MS + 59) == []
-    handoff.received(reservation.transfer_id, 1, 120)
+    handoff.received(reservation.transfer_id, reservation.blocks_received, 1, (), 120)
     assert handoff.expired(LEASE_MS + 119) == []
     assert handoff.expired(LEASE_MS + 120) == [reservation.key]
 
@@ -376,7 +449,9 @@ class HandOffMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.ledger = BlockLedger(TOTAL)
-        self.handoff = HandOff(LAYOUT, self.ledger, lease_ms=LEASE_MS, reservations_max=5)
+        self.handoff = HandOff(
+            LAYOUT, self.ledger, lease_ms=LEASE_MS, reservations_max=5, resends_max=RESENDS_MAX
+        )
         self.now = 0.0
         self.number = 0
         self.live: dict[Key, Reservation] = {}
@@ -422,12 +497,26 @@ class HandOffMachine(RuleBasedStateMachine):
                 assert first + count > len(r.prompt_blocks)
             else:
                 assert list(targets) == r.prompt_blocks[first : first + count]
-                self.handoff.received(r.transfer_id, count, self.now)
+                bad = data.draw(st.sets(st.integers(first, first + count - 1)))
+                self.handoff.received(r.transfer_id, first, count, sorted(bad), self.now)
+
+    @rule(data=st.data(), good=st.booleans())
+    def again(self, data: st.DataObject, good: bool) -> None:
+        if (r := self.pick_writer(data)) and r.bad_blocks:
+            index = data.draw(st.sampled_from(sorted(r.bad_blocks)))
+            assert list(self.handoff.expect(r.transfer_id, index, 1, again=True)) == [
+                r.prompt_blocks[index]
+            ]
+            try:
+                self.handoff.received(r.transfer_id, index, 1, () if good else (index,), self.now)
+            except RefusedError:
+                assert r.resends[index] > RESENDS_MAX
+            assert (index in r.bad_blocks) == (not good)
 
     @rule(data=st.data())
     def commit(self, data: st.DataObject) -> None:
         if r := self.pick_writer(data):
-            complete = r.blocks_received == len(r.prompt_blocks)
+            complete = r.blocks_received == len(r.prompt_blocks) and not r.bad_blocks
             aborting = r.state is S.ABORTING
             try:
                 committed = self.handoff.commit(r.transfer_id, len(r.prompt_blocks))

@@ -56,6 +56,7 @@ class Book:
         self.handoff = handoff
         self.events: list[tuple[Any, ...]] = []
         self.expect = handoff.expect
+        self.awaits_again = handoff.awaits_again
         self.committed: Callable[[int], None]
         self._changed = asyncio.Event()
 
@@ -63,8 +64,8 @@ class Book:
         self.handoff.begin(transfer_id, secret, 0)
         self._note("begin", transfer_id)
 
-    def received(self, transfer_id: int, count: int) -> None:
-        self.handoff.received(transfer_id, count, 0)
+    def received(self, transfer_id: int, first_index: int, count: int, bad: Sequence[int]) -> None:
+        self.handoff.received(transfer_id, first_index, count, bad, 0)
         self._note("received", transfer_id, count)
 
     def commit(self, transfer_id: int, blocks: int, first_token_id: int) -> None:
@@ -147,9 +148,16 @@ async def decode_end(
     with tempfile.TemporaryDirectory(prefix="kvl-") as folder:
         pool = KVPool(layout, blocks, shared=True)
         ledger = BlockLedger(blocks)
-        handoff = HandOff(layout, ledger, lease_ms=1000, reservations_max=100)
+        settings = worker_config(Path(folder), **config)
+        handoff = HandOff(
+            layout,
+            ledger,
+            lease_ms=1000,
+            reservations_max=100,
+            resends_max=settings.resends_max,
+        )
         book = Book(handoff)
-        listener = Listener(worker_config(Path(folder), **config), name, pool, book)
+        listener = Listener(settings, name, pool, book)
         book.committed = listener.committed
         await listener.start()
         await asyncio.sleep(0)  # it accepts from here on

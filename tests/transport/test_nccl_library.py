@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kvrelay.transport import nccl_install
-from kvrelay.transport.frames import LinkError
+from kvrelay.transport.errors import LinkError
 from kvrelay.transport.nccl_errors import NcclError, NcclUnavailableError, error_of
 from kvrelay.transport.nccl_install import loaded_nccls, package_of, refuse_two_nccls
 from kvrelay.transport.nccl_library import UNIQUE_ID_BYTES, NvidiaNccl

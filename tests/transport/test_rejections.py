@@ -1,0 +1,134 @@
+"""Every reason for which something is not accepted can occur, and is counted once."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from kv_fixtures import LAYOUT
+from links import begun_by_hand, by_hand, greeting, is_closed, raw
+
+from kvrelay.config import PROTOCOL_VERSION
+from kvrelay.transport.errors import Rejection
+from kvrelay.transport.frames import FRAME_BYTES_MAX
+from kvrelay.wire.transfer_pb2 import Begin, Blocks, Commit, Committed, Frame, Hello
+
+BLOCK = bytes(LAYOUT.block_bytes)  # zeros, as the pool is
+WRONG = [1]  # a checksum it does not have
+
+
+def hello(**changes):
+    return greeting(LAYOUT, **changes)
+
+
+# What a peer says before its Hello.
+BEFORE = [
+    (Rejection.HANDSHAKE, "no Hello", Frame(begin=Begin(transfer_id=1))),
+    (Rejection.HANDSHAKE, "an empty frame", raw(0)),
+    (Rejection.HANDSHAKE, "version", hello(protocol_version=PROTOCOL_VERSION + 1)),
+    (Rejection.HANDSHAKE, "shapes", hello(layout=replace(LAYOUT, layers=3).to_wire())),
+    (
+        Rejection.HANDSHAKE,
+        "model",
+        hello(layout=replace(LAYOUT, model_fingerprint="huge").to_wire()),
+    ),
+    (Rejection.HANDSHAKE, "dtype", hello(layout=replace(LAYOUT, dtype="int4").to_wire())),
+    (Rejection.HANDSHAKE, "codec", hello(codec="zip")),
+    (Rejection.HANDSHAKE, "no codec", hello(codec="")),
+    (Rejection.MALFORMED, "no protobuf", raw(4, b"\xff\xff\xff\xff")),
+    (Rejection.OVERSIZED, "length", raw(FRAME_BYTES_MAX + 1)),
+    (Rejection.TRUNCATED, "body", raw(8, b"1234567")),
+    (Rejection.TRUNCATED, "head", raw(8)[:3]),
+]
+
+# What it says with leave to write the two blocks of transfer 1; transfer 2 awaits its Begin.
+AFTER = [
+    (Rejection.MALFORMED, "no protobuf", raw(4, b"\xff\xff\xff\xff")),
+    (Rejection.MALFORMED, "an empty frame", raw(0)),
+    (Rejection.MALFORMED, "committed", Frame(committed=Committed(transfer_id=1))),
+    (Rejection.MALFORMED, "Hello again", Frame(hello=Hello())),
+    (Rejection.MALFORMED, "sums", Frame(blocks=Blocks(transfer_id=1, count=1))),
+    (Rejection.OVERSIZED, "length", raw(2**32 - 1)),
+    (
+        Rejection.OVERSIZED,
+        "blocks",
+        Frame(blocks=Blocks(transfer_id=1, count=3, checksums=WRONG * 3)),
+    ),
+    (
+        Rejection.OVERSIZED,
+        "index",
+        Frame(blocks=Blocks(transfer_id=1, first_index=2**32 - 1, count=1, checksums=WRONG)),
+    ),
+    (Rejection.TRUNCATED, "body", raw(100, b"\x0a")),
+    (Rejection.TRUNCATED, "head", raw(100)[:1]),
+    (Rejection.SECRET, "wrong", Frame(begin=Begin(transfer_id=2, secret=b"x" * 16))),
+    (Rejection.SECRET, "none", Frame(begin=Begin(transfer_id=2))),
+    (Rejection.STALE, "begin", Frame(begin=Begin(transfer_id=77))),
+    (Rejection.STALE, "commit", Frame(commit=Commit(transfer_id=77))),
+    (Rejection.STALE, "not begun", Frame(commit=Commit(transfer_id=2, blocks=1))),
+    (
+        Rejection.STALE,
+        "blocks",
+        Frame(blocks=Blocks(transfer_id=77, count=1, checksums=WRONG)),
+    ),
+    (Rejection.DUPLICATE, "begin", Frame(begin=Begin(transfer_id=1))),
+    (
+        Rejection.DUPLICATE,
+        "nobody asked",
+        Frame(blocks=Blocks(transfer_id=1, count=1, checksums=WRONG, again=True)),
+    ),
+    (
+        Rejection.REORDERED,
+        "blocks",
+        Frame(blocks=Blocks(transfer_id=1, first_index=1, count=1, checksums=WRONG)),
+    ),
+    (Rejection.INCOMPLETE, "no block", Frame(commit=Commit(transfer_id=1, blocks=2))),
+    (Rejection.CHECKSUM, "one", Frame(blocks=Blocks(transfer_id=1, count=1, checksums=WRONG))),
+]
+
+
+def names(value):
+    return value.value if isinstance(value, Rejection) else None
+
+
+def test_the_tables_have_every_reason():
+    assert {row[0] for row in BEFORE + AFTER} == set(Rejection)
+
+
+async def say(frames, words, payload=()):
+    """And nothing more: a link that lives ends without a reason of its own."""
+    if isinstance(words, Frame):
+        body = words.SerializeToString()
+        words = raw(len(body), body)
+    await frames.channel.write([memoryview(words), *map(memoryview, payload)])
+    frames.channel.sock.shutdown(1)
+    assert await is_closed(frames)
+
+
+@pytest.mark.parametrize(("rejection", "what", "words"), BEFORE, ids=names)
+async def test_what_is_rejected_before_the_handshake_is_counted(
+    decode, transport, rejection, what, words
+):
+    async with by_hand(decode, transport, hello=False) as frames:
+        await say(frames, words)
+    assert decode.listener.rejected == Counter([rejection])
+    assert decode.book.events == []
+
+
+@pytest.mark.parametrize(("rejection", "what", "words"), AFTER, ids=names)
+async def test_what_is_rejected_on_a_link_is_counted(decode, transport, rejection, what, words):
+    async with by_hand(decode, transport) as frames:
+        await begun_by_hand(frames, decode.ticket(2))
+        decode.ticket(1)
+        sends_bytes = rejection is Rejection.CHECKSUM and transport == "tcp"
+        await say(frames, words, [BLOCK] * sends_bytes)
+    await decode.book.until(lambda: decode.book.lost_transfers() == [1])
+    assert decode.listener.rejected == Counter([rejection])
+    decode.abort(2)
+    decode.check_all_free()
+
+
+async def test_a_link_that_ends_between_two_frames_is_nothing_to_count(decode, transport):
+    async with by_hand(decode, transport) as frames:
+        await begun_by_hand(frames, decode.ticket(2))
+    await decode.book.until(lambda: decode.book.lost_transfers() == [1])
+    assert not decode.listener.rejected

@@ -1,0 +1,121 @@
+"""Peers that break the protocol lose their link, and nobody else notices."""
+
+import asyncio
+import contextlib
+
+import pytest
+from kv_fixtures import (
+    LAYOUT,
+    decode_end,
+)
+from links import (
+    REPLY_S,
+    by_hand,
+    is_closed,
+    raw,
+)
+
+from kvrelay.transport.errors import LinkError
+from kvrelay.transport.frames import FRAME_BYTES_MAX
+from kvrelay.wire.transfer_pb2 import (
+    Abort,
+    Begin,
+    Blocks,
+    Commit,
+    Committed,
+    Frame,
+    Hello,
+)
+
+FIRST_WORDS = {
+    "garbage": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a frame too long": raw(FRAME_BYTES_MAX + 1),
+    "not protobuf": raw(4, b"\xff\xff\xff\xff"),
+    "an empty frame": raw(0),
+    "begin before hello": raw(2, b"\x22\x00"),
+}
+
+
+@pytest.mark.parametrize("words", FIRST_WORDS.values(), ids=FIRST_WORDS)
+async def test_a_stranger_is_shut_out_and_others_go_on(decode, prefill, transport, words):
+    living = await prefill.begin(decode.ticket(1))
+    async with by_hand(decode, transport, hello=False) as frames:
+        await asyncio.get_running_loop().sock_sendall(frames.channel.sock, words)
+        assert await is_closed(frames)
+    await living.push([0])
+    await living.commit(1, REPLY_S)
+    assert decode.book.lost_transfers() == []
+
+
+async def test_a_stranger_that_says_nothing_is_shut_out_in_time(transport):
+    async with (
+        decode_end(transport=transport, link_connect_ms=30) as end,
+        by_hand(end, transport, hello=False) as frames,
+    ):
+        assert await is_closed(frames)
+
+
+async def test_a_link_idle_after_its_handshake_is_kept(transport):
+    async with (
+        decode_end(transport=transport, link_connect_ms=30) as end,
+        by_hand(end, transport, hello=False) as stranger,
+        by_hand(end, transport) as frames,
+    ):
+        assert await is_closed(stranger)  # so its time is up as well
+        await frames.send(Frame(begin=Begin(transfer_id=9)))
+        assert (await frames.receive()).abort.reason.startswith("no such transfer")
+
+
+BROKEN = {
+    "committed": Frame(committed=Committed(transfer_id=1)),
+    "hello again": Frame(hello=Hello()),
+    "blocks of another link": Frame(blocks=Blocks(transfer_id=1, count=1, checksums=[0])),
+    "blocks of nobody": Frame(blocks=Blocks(transfer_id=77, count=1, checksums=[0])),
+}
+
+
+@pytest.mark.parametrize("frame", BROKEN.values(), ids=BROKEN)
+async def test_a_peer_that_breaks_the_protocol_loses_its_link_and_no_other(
+    decode, prefill, transport, frame
+):
+    living = await prefill.begin(decode.ticket(1))
+    async with by_hand(decode, transport) as frames:
+        ticket = decode.ticket(1)
+        await frames.send(Frame(begin=Begin(transfer_id=2, secret=ticket.secret)))
+        assert (await frames.receive()).begun.transfer_id == 2
+        await frames.send(frame)
+        assert await is_closed(frames)
+    await decode.book.until(lambda: decode.book.lost_transfers() == [2])
+    await living.push([0])
+    await living.commit(1, REPLY_S)
+
+
+@pytest.mark.parametrize(
+    ("first", "count"), [(1, 1), (0, 3)], ids=["out of order", "more than the ticket has"]
+)
+async def test_blocks_without_leave_never_reach_the_pool(decode, transport, first, count):
+    async with by_hand(decode, transport) as frames:
+        ticket = decode.ticket(2)
+        await frames.send(Frame(begin=Begin(transfer_id=1, secret=ticket.secret)))
+        await frames.receive()
+        header = Blocks(transfer_id=1, first_index=first, count=count, checksums=[0] * count)
+        payload = [memoryview(bytes([7]) * LAYOUT.block_bytes)] * (count * (transport == "tcp"))
+        with contextlib.suppress(LinkError):
+            await frames.send(Frame(blocks=header), payload)
+        assert await is_closed(frames)
+    await decode.book.until(lambda: decode.book.lost_transfers() == [1])
+    assert not decode.pool.bytes.any()
+    decode.check_all_free()
+
+
+async def test_another_links_transfer_can_be_neither_committed_nor_aborted(
+    decode, prefill, transport
+):
+    living = await prefill.begin(decode.ticket(1))
+    async with by_hand(decode, transport) as frames:
+        await frames.send(Frame(abort=Abort(transfer_id=1, reason="malice")))
+        await frames.send(Frame(commit=Commit(transfer_id=1, blocks=1)))
+        assert (await frames.receive()).abort.reason == "this link has no such transfer"
+    await living.push([0])
+    await living.commit(1, REPLY_S)
+    assert decode.book.lost_transfers() == []
