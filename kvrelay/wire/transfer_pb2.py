@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkvrelay/wire/transfer.proto\x12\x13kvrelay.internal.v1\"|\n\x08KvLayout\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x0e\n\x06layers\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x10\n\x08kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\"\xf4\x01\n\x06Ticket\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x1a\n\x12\x64\x65\x63ode_instance_id\x18\x03 \x01(\t\x12\x13\n\x0btransfer_id\x18\x04 \x01(\x04\x12\x0e\n\x06secret\x18\x05 \x01(\x0c\x12\x11\n\tblock_ids\x18\x06 \x03(\r\x12-\n\x06layout\x18\x07 \x01(\x0b\x32\x1d.kvrelay.internal.v1.KvLayout\x12\x30\n\tendpoints\x18\x08 \x03(\x0b\x32\x1d.kvrelay.internal.v1.Endpoint\x12\x10\n\x08lease_ms\x18\t \x01(\r\".\n\x08\x45ndpoint\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xe9\x03\n\x05\x46rame\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.kvrelay.internal.v1.HelloH\x00\x12/\n\x07welcome\x18\x02 \x01(\x0b\x32\x1c.kvrelay.internal.v1.WelcomeH\x00\x12/\n\x07refused\x18\x03 \x01(\x0b\x32\x1c.kvrelay.internal.v1.RefusedH\x00\x12+\n\x05\x62\x65gin\x18\x04 \x01(\x0b\x32\x1a.kvrelay.internal.v1.BeginH\x00\x12+\n\x05\x62\x65gun\x18\x05 \x01(\x0b\x32\x1a.kvrelay.internal.v1.BegunH\x00\x12-\n\x06\x62locks\x18\x06 \x01(\x0b\x32\x1b.kvrelay.internal.v1.BlocksH\x00\x12-\n\x06\x63ommit\x18\x07 \x01(\x0b\x32\x1b.kvrelay.internal.v1.CommitH\x00\x12\x33\n\tcommitted\x18\x08 \x01(\x0b\x32\x1e.kvrelay.internal.v1.CommittedH\x00\x12+\n\x05\x61\x62ort\x18\t \x01(\x0b\x32\x1a.kvrelay.internal.v1.AbortH\x00\x12/\n\x07\x61\x62orted\x18\n \x01(\x0b\x32\x1c.kvrelay.internal.v1.AbortedH\x00\x42\x06\n\x04\x62ody\"e\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12-\n\x06layout\x18\x03 \x01(\x0b\x32\x1d.kvrelay.internal.v1.KvLayout\"2\n\x07Welcome\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x12\n\npool_bytes\x18\x02 \x01(\x04\"\x19\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\",\n\x05\x42\x65gin\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\"\x1c\n\x05\x42\x65gun\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\"E\n\x06\x42locks\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x11\n\tchecksums\x18\x03 \x03(\x06\"E\n\x06\x43ommit\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\x16\n\x0e\x66irst_token_id\x18\x03 \x01(\r\" \n\tCommitted\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\",\n\x05\x41\x62ort\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x1e\n\x07\x41\x62orted\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkvrelay/wire/transfer.proto\x12\x13kvrelay.internal.v1\"|\n\x08KvLayout\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x0e\n\x06layers\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x10\n\x08kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\"\x89\x02\n\x06Ticket\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x1a\n\x12\x64\x65\x63ode_instance_id\x18\x03 \x01(\t\x12\x13\n\x0btransfer_id\x18\x04 \x01(\x04\x12\x0e\n\x06secret\x18\x05 \x01(\x0c\x12\x11\n\tblock_ids\x18\x06 \x03(\r\x12-\n\x06layout\x18\x07 \x01(\x0b\x32\x1d.kvrelay.internal.v1.KvLayout\x12\x30\n\tendpoints\x18\x08 \x03(\x0b\x32\x1d.kvrelay.internal.v1.Endpoint\x12\x10\n\x08lease_ms\x18\t \x01(\r\x12\x13\n\x0b\x66irst_block\x18\n \x01(\r\".\n\x08\x45ndpoint\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xe9\x03\n\x05\x46rame\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.kvrelay.internal.v1.HelloH\x00\x12/\n\x07welcome\x18\x02 \x01(\x0b\x32\x1c.kvrelay.internal.v1.WelcomeH\x00\x12/\n\x07refused\x18\x03 \x01(\x0b\x32\x1c.kvrelay.internal.v1.RefusedH\x00\x12+\n\x05\x62\x65gin\x18\x04 \x01(\x0b\x32\x1a.kvrelay.internal.v1.BeginH\x00\x12+\n\x05\x62\x65gun\x18\x05 \x01(\x0b\x32\x1a.kvrelay.internal.v1.BegunH\x00\x12-\n\x06\x62locks\x18\x06 \x01(\x0b\x32\x1b.kvrelay.internal.v1.BlocksH\x00\x12-\n\x06\x63ommit\x18\x07 \x01(\x0b\x32\x1b.kvrelay.internal.v1.CommitH\x00\x12\x33\n\tcommitted\x18\x08 \x01(\x0b\x32\x1e.kvrelay.internal.v1.CommittedH\x00\x12+\n\x05\x61\x62ort\x18\t \x01(\x0b\x32\x1a.kvrelay.internal.v1.AbortH\x00\x12/\n\x07\x61\x62orted\x18\n \x01(\x0b\x32\x1c.kvrelay.internal.v1.AbortedH\x00\x42\x06\n\x04\x62ody\"e\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12-\n\x06layout\x18\x03 \x01(\x0b\x32\x1d.kvrelay.internal.v1.KvLayout\"2\n\x07Welcome\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x12\n\npool_bytes\x18\x02 \x01(\x04\"\x19\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\",\n\x05\x42\x65gin\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\"\x1c\n\x05\x42\x65gun\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\"E\n\x06\x42locks\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x11\n\tchecksums\x18\x03 \x03(\x06\"E\n\x06\x43ommit\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\x16\n\x0e\x66irst_token_id\x18\x03 \x01(\r\" \n\tCommitted\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\",\n\x05\x41\x62ort\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x1e\n\x07\x41\x62orted\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,29 +34,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVLAYOUT']._serialized_start=52
   _globals['_KVLAYOUT']._serialized_end=176
   _globals['_TICKET']._serialized_start=179
-  _globals['_TICKET']._serialized_end=423
-  _globals['_ENDPOINT']._serialized_start=425
-  _globals['_ENDPOINT']._serialized_end=471
-  _globals['_FRAME']._serialized_start=474
-  _globals['_FRAME']._serialized_end=963
-  _globals['_HELLO']._serialized_start=965
-  _globals['_HELLO']._serialized_end=1066
-  _globals['_WELCOME']._serialized_start=1068
-  _globals['_WELCOME']._serialized_end=1118
-  _globals['_REFUSED']._serialized_start=1120
-  _globals['_REFUSED']._serialized_end=1145
-  _globals['_BEGIN']._serialized_start=1147
-  _globals['_BEGIN']._serialized_end=1191
-  _globals['_BEGUN']._serialized_start=1193
-  _globals['_BEGUN']._serialized_end=1221
-  _globals['_BLOCKS']._serialized_start=1223
-  _globals['_BLOCKS']._serialized_end=1292
-  _globals['_COMMIT']._serialized_start=1294
-  _globals['_COMMIT']._serialized_end=1363
-  _globals['_COMMITTED']._serialized_start=1365
-  _globals['_COMMITTED']._serialized_end=1397
-  _globals['_ABORT']._serialized_start=1399
-  _globals['_ABORT']._serialized_end=1443
-  _globals['_ABORTED']._serialized_start=1445
-  _globals['_ABORTED']._serialized_end=1475
+  _globals['_TICKET']._serialized_end=444
+  _globals['_ENDPOINT']._serialized_start=446
+  _globals['_ENDPOINT']._serialized_end=492
+  _globals['_FRAME']._serialized_start=495
+  _globals['_FRAME']._serialized_end=984
+  _globals['_HELLO']._serialized_start=986
+  _globals['_HELLO']._serialized_end=1087
+  _globals['_WELCOME']._serialized_start=1089
+  _globals['_WELCOME']._serialized_end=1139
+  _globals['_REFUSED']._serialized_start=1141
+  _globals['_REFUSED']._serialized_end=1166
+  _globals['_BEGIN']._serialized_start=1168
+  _globals['_BEGIN']._serialized_end=1212
+  _globals['_BEGUN']._serialized_start=1214
+  _globals['_BEGUN']._serialized_end=1242
+  _globals['_BLOCKS']._serialized_start=1244
+  _globals['_BLOCKS']._serialized_end=1313
+  _globals['_COMMIT']._serialized_start=1315
+  _globals['_COMMIT']._serialized_end=1384
+  _globals['_COMMITTED']._serialized_start=1386
+  _globals['_COMMITTED']._serialized_end=1418
+  _globals['_ABORT']._serialized_start=1420
+  _globals['_ABORT']._serialized_end=1464
+  _globals['_ABORTED']._serialized_start=1466
+  _globals['_ABORTED']._serialized_end=1496
 # @@protoc_insertion_point(module_scope)
