@@ -39,6 +39,7 @@ class WorkerConfig(_Frozen):
     block_size: int = Field(default=16, ge=1)
     kv_bytes: int = Field(default=1 << 30, ge=1)
     transport: Transport = "auto"
+    prefix_caching: bool = True  # blocks of ended requests are kept until their room is needed
 
     # Prefill
     chunk_tokens: int = Field(default=256, ge=1)  # longest time a cancel waits for the engine
