@@ -203,6 +203,7 @@ def _configs(
         block_size=options.block_size,
         kv_bytes=int(options.kv_gib * (1 << 30)),
         transport=options.transport,
+        prefix_caching=options.prefix_caching,
         chunk_tokens=options.chunk_tokens,
     )
     return router, worker
