@@ -82,7 +82,7 @@ class Reservation:
 
     @property
     def hashes(self) -> list[bytes]:
-        return self.chain.hashes if self.chain else []
+        return [] if self.chain is None else self.chain.hashes
 
     def on(self, event: ReservationEvent) -> None:
         self.state = advance(TRANSITIONS, self.state, event)
@@ -136,7 +136,7 @@ class HandOff:
             raise InvalidReservationError("this request attempt has a reservation already")
         if len(self._by_key) >= self._reservations_max:
             raise OutOfBlocksError(f"{self._reservations_max} reservations are open")
-        cached, blocks = self.cache.take(key, chain.hashes if chain else (), total)
+        cached, blocks = self.cache.take(key, chain.hashes if chain is not None else (), total)
         prompt_blocks = self._layout.blocks_for(prompt_tokens) - len(cached)
         reservation = Reservation(
             key=key,
