@@ -105,6 +105,11 @@ class _Finite(click.FloatRange):
     help="Prompt tokens a prefill step.",
 )
 @click.option(
+    "--prefix-caching/--no-prefix-caching",
+    default=True,
+    help="Keep the KV of ended requests for prompts that begin alike; on by default.",
+)
+@click.option(
     "--drain-s",
     type=_Finite(0, 86_400),
     default=30.0,

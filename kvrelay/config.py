@@ -43,6 +43,7 @@ class WorkerConfig(_Frozen):
     wire_codec: WireCodec = "asis"  # what KV travels as over tcp and nccl
     checksums: bool = True  # of every block that travels; on as soon as either end has it on
     certificates: Path | None = None  # folder with ca.pem, cert.pem, key.pem: TLS on tcp links
+    prefix_caching: bool = True  # blocks of ended requests are kept until their room is needed
 
     # Prefill
     chunk_tokens: int = Field(default=256, ge=1)  # longest time a cancel waits for the engine
