@@ -21,6 +21,7 @@ from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
 from kvrelay.kv.prefix import PrefixChain, split_hashes
 from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session
 from kvrelay.transport.listener import Listener
+from kvrelay.transport.nccl_link import find_nccl
 from kvrelay.wire import transfer_pb2, worker_pb2, worker_pb2_grpc
 from kvrelay.wire.worker_pb2 import DecodeCommand, DecodeEvent, FailureCode
 
@@ -56,11 +57,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._in_step: set[Key] = set()
         self._work = asyncio.Event()
         self._announced_free = self.ledger.available
-        self._listener = Listener(config, self.instance_id, engine.pool, _Book(self, self._handoff))
+        book = _Book(self, self._handoff)
+        self._listener = Listener(config, self.instance_id, engine.pool, book, find_nccl(config))
         self._server = make_server()
         self._sessions: set[RouterSession[DecodeEvent]] = set()
         self._tasks: list[asyncio.Task[None]] = []
-        self._adopting: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def start(cls, config: WorkerConfig) -> "DecodeService":
@@ -84,9 +85,9 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     async def stop(self) -> None:
         await self._server.stop(grace=None)
-        for task in (*self._tasks, *self._adopting):
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, *self._adopting, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._listener.close()
         await asyncio.to_thread(self._engine.close)
 
@@ -164,28 +165,6 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             sampling=reservation.sampling,
             blocks=reservation.blocks,
         )
-        if not self._engine.pool.staged:
-            self._join(sequence, first_token)
-            return
-        self._in_step.add(sequence.key)  # the copy writes blocks, as a step does
-        task = asyncio.create_task(self._adopt(sequence, reservation.prompt_blocks, first_token))
-        self._adopting.add(task)
-        task.add_done_callback(self._adopting.discard)
-
-    async def _adopt(self, sequence: Running, blocks: Sequence[int], first_token: int) -> None:
-        try:
-            await self._engine.adopt(blocks)
-        except Exception as error:
-            log.exception("copying received blocks to the device failed")
-            self._step_failed([sequence], error)
-            return
-        aborted = self._handoff.is_aborting(sequence.key)
-        self._engine_idle([sequence])
-        if not aborted:
-            self._join(sequence, first_token)
-        self._announce_load()
-
-    def _join(self, sequence: Running, first_token: int) -> None:
         self._handoff.share_prompt(sequence.key)
         self._decoding[sequence.key] = sequence
         self._publish([self._batch.join(sequence, first_token)])

@@ -23,6 +23,7 @@ from kvrelay.kv.prefix import split_hashes
 from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session
 from kvrelay.transport.channel import to_end
 from kvrelay.transport.errors import LinkError
+from kvrelay.transport.nccl_link import find_nccl
 from kvrelay.transport.writer import Transfer
 from kvrelay.transport.writer_pool import WriterPool
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
@@ -49,7 +50,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             jobs_max=config.jobs_max,
         )
         self._push_blocks_max = max(1, config.push_bytes_max // self._layout.block_bytes)
-        self._writers = WriterPool(config, self.instance_id, engine.pool)
+        self._writers = WriterPool(config, self.instance_id, engine.pool, find_nccl(config))
         self._work = asyncio.Event()
         self._steps = 0  # ended
         self._step: Sequence[Chunk] = ()
@@ -238,7 +239,6 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             first = job.ticket.first_block + transfer.blocks_sent
             blocks = job.blocks[first : min(filled, first + self._push_blocks_max)]
             if blocks:
-                await self._engine.publish(blocks)
                 await transfer.push(blocks)
             elif done:
                 return
@@ -247,13 +247,18 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     async def _wait_for_chunk(self, progress: "_Progress", transfer: Transfer) -> None:
         progress.advanced.clear()
-        steps = self._steps
+        steps, wait_s = self._steps, transfer.ticket.lease_ms / 3000
         try:
-            async with asyncio.timeout(transfer.ticket.lease_ms / 3000):
+            async with asyncio.timeout(wait_s):
                 await progress.advanced.wait()
         except TimeoutError:
             if self._steps > steps:  # waiting its turn at an engine that moves
                 await transfer.push([])  # renews the lease
+                progress.idle_s = 0.0
+                return
+            progress.idle_s += wait_s
+            if progress.idle_s >= 3 * wait_s:  # the lease on this side
+                raise LinkError("the engine made no step within the ticket's lease") from None
 
     def _acknowledged(self, job: Job, transfer: Transfer) -> None:
         if job.state is not JobState.HANDING_OFF:
@@ -304,6 +309,7 @@ class _Progress:
         self.engine_idle.set()
         self.started_s = 0.0
         self.computed_s = 0.0
+        self.idle_s = 0.0  # waited for an engine that made no step
 
     def step_ended(self) -> None:
         self.engine_idle.set()
