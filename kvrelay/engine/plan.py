@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from kvrelay.engine.kernels import paged
+from kvrelay.engine.kernels.pool import DTYPES, POOL
 from kvrelay.engine.kernels.threads import aligned
 from kvrelay.engine.kernels.vector import LANES
 from kvrelay.engine.shapes import up_to
@@ -17,7 +18,7 @@ def pool_record(pool: KVPool) -> np.ndarray:
     """What the attention kernels take of a pool in host memory: `[1]` POOL."""
     layout = pool.layout
     row_bytes = layout.block_bytes // (layout.layers * 2 * layout.block_size)
-    record = np.zeros(1, paged.POOL)
+    record = np.zeros(1, POOL)
     fields = {
         "address": pool.bytes.ctypes.data,
         "block_bytes": layout.block_bytes,
@@ -28,7 +29,7 @@ def pool_record(pool: KVPool) -> np.ndarray:
         "kv_heads": layout.kv_heads,
         "head_dim": layout.head_dim,
         "head_pad": up_to(layout.head_dim, 32),
-        "dtype": paged.DTYPES[layout.dtype],
+        "dtype": DTYPES[layout.dtype],
     }
     for name, value in fields.items():
         record[name] = value

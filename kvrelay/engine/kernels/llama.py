@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit
 
 from kvrelay.engine.kernels import paged, rows
+from kvrelay.engine.kernels.pool import write_row
 from kvrelay.engine.kernels.threads import (
     note_time,
     read_flag,
@@ -161,7 +162,7 @@ def _rope_and_store(counter, model, layer, number, pool, step, slices, tables, r
                         place, norm, place, model.head_dim_at, model.head_dim, model.epsilon_at
                     )
                 rows.rotate(place, model.half, cosine, sine)
-            paged.write_row(pool, tables, s.table, number, position, k, v)
+            write_row(pool, tables, s.table, number, position, k, v)
         piece = take(counter) * _ROWS_A_PIECE
 
 
