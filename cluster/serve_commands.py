@@ -62,9 +62,9 @@ class _Finite(click.FloatRange):
 )
 @click.option(
     "--kv-dtype",
-    type=click.Choice(["auto", "float32", "float16", "bfloat16"]),
+    type=click.Choice(["auto", "float32", "float16", "bfloat16", "int8"]),
     default="auto",
-    help="How the KV cache is stored; auto: as the model computes.",
+    help="How the KV cache is stored; auto: as the model computes. int8 is for CPUs.",
 )
 @click.option(
     "--threads", type=click.IntRange(0, 1024), default=0, help="Per worker; 0 shares the cores out."

@@ -14,7 +14,7 @@ Transport = Literal["auto", "shm", "tcp"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
 Quantize = Literal["none", "int8"]
-KvDtype = Literal["auto", "float32", "bfloat16", "float16"]  # auto: as the model computes
+KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]  # auto: as the model computes
 
 
 class _Frozen(BaseModel):

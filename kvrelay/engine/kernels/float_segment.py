@@ -10,7 +10,7 @@ from kvrelay.engine.kernels.pool import FLOAT32, keys_at, read
 from kvrelay.engine.kernels.rows import clear
 from kvrelay.engine.kernels.softmax import KEY_TILE, SEGMENT, TILE_BYTES, softmax_rows, start_row
 from kvrelay.engine.kernels.tiles import ROWS_MAX, multiply_float
-from kvrelay.engine.kernels.vector import LANES, Code, Int, Vec, emitted
+from kvrelay.engine.kernels.vector import LANES, Code, Int, emitted
 from kvrelay.engine.shapes import PANEL, PANEL_BYTES
 
 
@@ -25,20 +25,11 @@ def _turn_keys(
     """
     rows = []
     for n in range(LANES):
-        rows.append(c.load(source + source_stride * n).value)
+        rows.append(c.load(source + source_stride * n))
         c.prefetch(ahead + ahead_stride * n)
         c.prefetch(ahead + ahead_stride * n + side)
-    distance = 1
-    while distance < LANES:
-        for n in range(LANES):
-            if n & distance == 0:
-                a, b = rows[n], rows[n + distance]
-                first = [i + LANES - distance if i & distance else i for i in range(LANES)]
-                second = [i + LANES if i & distance else i + distance for i in range(LANES)]
-                rows[n], rows[n + distance] = c.shuffle(a, b, first), c.shuffle(a, b, second)
-        distance *= 2
-    for n, row in enumerate(rows):
-        c.store(target + n * PANEL_BYTES, Vec(c, row))
+    for n, row in enumerate(c.transposed(rows)):
+        c.store(target + n * PANEL_BYTES, row)
 
 
 @emitted
@@ -154,12 +145,13 @@ def load_queries(pool, rule, q, q_stride, head, tokens, work):  # type: ignore[n
 
 @njit(nogil=True, cache=True)
 def attend_segment(  # type: ignore[no-untyped-def]
-    pool, rule, tables, table, layer, head, segment, start, tokens, work, states, totals
+    pool, rule, tables, table, layer, head, segment, start, tokens, work
 ):
     """Rows (token, head of the group) against one segment; their queries are at work.queries.
 
     states `[rows, 2]`, totals `[rows, head_pad]`: addresses of what it leaves.
     """
+    states, totals = work.part_states, work.part_totals
     rows = tokens * rule.group
     wide = pool.head_pad * 4
     for row in range(rows):

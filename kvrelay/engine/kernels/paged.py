@@ -8,13 +8,16 @@ the segments of a sequence over threads, a prompt's chunk does not: a row's arit
 import numpy as np
 from numba import njit
 
-from kvrelay.engine.kernels.float_segment import attend_segment, load_queries
+from kvrelay.engine.kernels import float_segment, int8_segment
+from kvrelay.engine.kernels.int8_softmax import LEVELS
+from kvrelay.engine.kernels.pool import INT8
 from kvrelay.engine.kernels.rows import copy_row
 from kvrelay.engine.kernels.softmax import KEY_TILE, SEGMENT, finish_row, merge_row, start_row
 from kvrelay.engine.kernels.threads import take
 from kvrelay.engine.kernels.vector import LANES
+from kvrelay.engine.shapes import up_to
 
-QUERY_ROWS = 96  # heads times tokens that share a tile of keys
+QUERY_ROWS = 96
 
 # How one layer attends. Scores are to the base 2 here, their weights powers of 2: scale and softcap
 # are the model's own times LOG2_E.
@@ -38,6 +41,32 @@ SLICE = np.dtype(
         ("partial", np.int64),  # decode: its first segment in the step's partial results
     ]
 )
+
+
+@njit(nogil=True, cache=True)
+def _load_queries(pool, rule, q, q_stride, head, tokens, work):  # type: ignore[no-untyped-def]
+    if pool.dtype == INT8:
+        int8_segment.load_queries(pool, rule, q, q_stride, head, tokens, work)
+    else:
+        float_segment.load_queries(pool, rule, q, q_stride, head, tokens, work)
+
+
+@njit(nogil=True, cache=True)
+def _attend_segment(  # type: ignore[no-untyped-def]
+    pool, rule, tables, table, layer, head, segment, start, tokens, work
+):
+    """Rows (token, head of the group) that _load_queries has loaded against one segment.
+
+    Leaves work.part_states `[rows, 2]` and work.part_totals `[rows, head_pad]`.
+    """
+    if pool.dtype == INT8:
+        int8_segment.attend_segment(
+            pool, rule, tables, table, layer, head, segment, start, tokens, work
+        )
+    else:
+        float_segment.attend_segment(
+            pool, rule, tables, table, layer, head, segment, start, tokens, work
+        )
 
 
 @njit(nogil=True, cache=True)
@@ -68,15 +97,14 @@ def attend(counter, pool, rule, slices, tables, layer, q, q_stride, out, out_str
             tokens = min(step, s.count - offset)
             start = s.start + offset
             row = s.row + offset
-            load_queries(pool, rule, q + row * q_stride, q_stride, head, tokens, work)
+            _load_queries(pool, rule, q + row * q_stride, q_stride, head, tokens, work)
             rows = tokens * rule.group
             for n in range(rows):
                 start_row(work.states + n * 8, work.totals + n * wide, pool.head_pad)
             for segment in range(_first_segment(rule, start), start + tokens, SEGMENT):
-                attend_segment(
-                    pool, rule, tables, s.table, layer, head, segment, start, tokens, work,
-                    work.part_states, work.part_totals,
-                )  # fmt: skip
+                _attend_segment(
+                    pool, rule, tables, s.table, layer, head, segment, start, tokens, work
+                )
                 for n in range(rows):
                     merge_row(
                         work.totals + n * wide, work.states + n * 8,
@@ -109,11 +137,8 @@ def attend_split(counter, pool, rule, slices, tables, layer, q, q_stride, partia
             segment = begin + (piece - passed) * SEGMENT
             place = partials + (s.partial + segment // SEGMENT) * heads * each
             for head in range(pool.kv_heads):
-                load_queries(pool, rule, q + s.row * q_stride, q_stride, head, 1, work)
-                attend_segment(
-                    pool, rule, tables, s.table, layer, head, segment, s.start, 1, work,
-                    work.part_states, work.part_totals,
-                )  # fmt: skip
+                _load_queries(pool, rule, q + s.row * q_stride, q_stride, head, 1, work)
+                _attend_segment(pool, rule, tables, s.table, layer, head, segment, s.start, 1, work)
                 for n in range(rule.group):
                     target = place + (head * rule.group + n) * each
                     copy_row(work.part_states + n * 8, target, LANES)
@@ -151,10 +176,15 @@ WORK = np.dtype(
         (name, np.int64)
         for name in (
             "queries",
+            "query_scales",  # int8
             "keys",
             "values",
             "rows",
+            "row_scales",  # int8
+            "scales",  # int8: of the tile's keys and values
             "scores",
+            "weights",  # int8
+            "levels",  # int8: see int8_softmax.py
             "states",
             "totals",
             "part_states",
@@ -166,15 +196,20 @@ WORK = np.dtype(
 )
 
 
-def work_floats(head_dim: int, head_pad: int, group: int) -> dict[str, int]:
-    """How many floats each buffer of WORK has."""
+def work_floats(head_pad: int, group: int) -> dict[str, int]:
+    """How many floats each buffer of WORK has. int8 needs no more of those that it shares."""
     rows = max(QUERY_ROWS, group)
     return {
         "queries": rows * head_pad,
-        "keys": KEY_TILE * head_dim,
+        "query_scales": 2 * rows,
+        "keys": KEY_TILE * head_pad,
         "values": KEY_TILE * head_pad,
         "rows": LANES * head_pad,
+        "row_scales": 2 * LANES,
+        "scales": 3 * KEY_TILE,
         "scores": rows * KEY_TILE,
+        "weights": rows * KEY_TILE // 4,
+        "levels": LEVELS * up_to(rows, LANES),
         "states": 2 * rows + LANES,  # copied by the vector
         "totals": rows * head_pad,
         "part_states": 2 * rows + LANES,
