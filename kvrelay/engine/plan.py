@@ -7,6 +7,7 @@ import numpy as np
 
 from kvrelay.engine.kernels import paged
 from kvrelay.engine.kernels.pool import DTYPES, POOL
+from kvrelay.engine.kernels.softmax import SEGMENT
 from kvrelay.engine.kernels.threads import aligned
 from kvrelay.engine.kernels.vector import LANES
 from kvrelay.engine.shapes import GROUP, PANEL, up_to
@@ -58,7 +59,7 @@ class StepPlan:
             self.longest = max(self.longest, s.end)
             if len(s.tokens) == 1:
                 self.decodes = True
-                self.segments += s.start // paged.SEGMENT + 1
+                self.segments += s.start // SEGMENT + 1
             else:
                 self.prompts = True
         self.tokens = np.array(tokens, np.int64)

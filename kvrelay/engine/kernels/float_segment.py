@@ -8,6 +8,7 @@ from numba import njit
 
 from kvrelay.engine.kernels.pool import FLOAT32, keys_at, read
 from kvrelay.engine.kernels.rows import clear
+from kvrelay.engine.kernels.shuffles import transposed
 from kvrelay.engine.kernels.softmax import KEY_TILE, SEGMENT, TILE_BYTES, softmax_rows, start_row
 from kvrelay.engine.kernels.tiles import ROWS_MAX, multiply_float
 from kvrelay.engine.kernels.vector import LANES, Code, Int, emitted
@@ -28,7 +29,7 @@ def _turn_keys(
         rows.append(c.load(source + source_stride * n))
         c.prefetch(ahead + ahead_stride * n)
         c.prefetch(ahead + ahead_stride * n + side)
-    for n, row in enumerate(c.transposed(rows)):
+    for n, row in enumerate(transposed(c, rows)):
         c.store(target + n * PANEL_BYTES, row)
 
 

@@ -8,6 +8,7 @@ then move the logits four times as much (SmolLM2). Values have none and stay as 
 
 from numba import njit
 
+from kvrelay.engine.kernels.shuffles import spread_out
 from kvrelay.engine.kernels.vector import LANES, Code, Int, Ints, Vec, emitted
 from kvrelay.engine.shapes import GROUP, LINE_BYTES
 
@@ -25,7 +26,7 @@ def _group(c: Code, x: Int, count: Int, first: Int, spread: bool) -> list[Vec]:
         with c.when(c.is_less(first + n * LANES, count)):
             part.set(c.load(x + first * 4 + n * LINE_BYTES))
     loaded = [part.get() for part in parts]
-    return c.spread_out(loaded) if spread else loaded
+    return spread_out(c, loaded) if spread else loaded
 
 
 def _quantize(
@@ -38,13 +39,11 @@ def _quantize(
     """
     largest = c.variable(c.floats(0.0))
     with c.each(count, GROUP) as first:
-        for part in _group(c, x, count, first, spread):
-            largest.set(c.maximum(largest.get(), c.absolute(part)))
-    scale = c.maximum_lanes(largest.get()) * (1 / _INT8_MAX)
-    scale = c.maximum(scale, c.floats(_SCALE_MIN))
+        largest.set(c.largest([largest.get(), *_group(c, x, count, first, spread)]))
+    scale = c.maximum(largest.get() * (1 / _INT8_MAX), c.floats(_SCALE_MIN))
     if finite:
         scale = c.select_less(scale, _SCALE_MAX, scale, c.floats(_SCALE_MAX))
-    inverse = c.floats(1.0) / scale
+    inverse = c.first_lane(c.floats(1.0) / scale)
     total = c.variable(c.ints(0))
     with c.each(count, GROUP) as first:
         for n, part in enumerate(_group(c, x, count, first, spread)):

@@ -11,6 +11,7 @@ is divided by in the end, is of weights without it.
 
 from numba import njit
 
+from kvrelay.engine.kernels.functions import log2
 from kvrelay.engine.kernels.int8_head import write_query
 from kvrelay.engine.kernels.int8_softmax import (
     ADDED,
@@ -27,6 +28,7 @@ from kvrelay.engine.kernels.int8_softmax import (
 )
 from kvrelay.engine.kernels.pool import keys_at, scales_at
 from kvrelay.engine.kernels.rows import clear
+from kvrelay.engine.kernels.shuffles import quads_of, transposed
 from kvrelay.engine.kernels.softmax import KEY_TILE, SEGMENT, TILE_BYTES
 from kvrelay.engine.kernels.tiles import HAS_VNNI
 from kvrelay.engine.kernels.vector import LANES, Code, Int, Ints, Vec, emitted
@@ -108,7 +110,7 @@ def _turn_keys(
         rows.append(c.load(source + stride * n))
         c.prefetch(ahead + ahead_stride * n)
         c.prefetch(ahead + ahead_stride * n + side)
-    for n, column in enumerate(c.transposed(rows)):
+    for n, column in enumerate(transposed(c, rows)):
         c.store(target + n * _QUAD_BYTES, column)
 
 
@@ -117,7 +119,7 @@ def _turn_values(c: Code, source: Int, stride: Int, target: Int) -> None:
     """16 values' 64 bytes as four quads of a panel."""
     for quad in range(LANES // 4):
         rows = [c.load_bytes(source + stride * (quad * 4 + n)) for n in range(4)]
-        for n, part in enumerate(c.quads_of(rows)):
+        for n, part in enumerate(quads_of(c, rows)):
             c.store_bytes(target + quad * _QUAD_BYTES + n * LINE_BYTES, part)
 
 
@@ -145,7 +147,7 @@ def _read_scales(c: Code, keys: Int, values: Int, valid: Int, out: Int) -> None:
 
     value = chosen(values, 1.0)
     c.store(out, chosen(keys, 0.0))
-    c.store(out + TILE_BYTES, c.log2(value))
+    c.store(out + TILE_BYTES, log2(c, value))
     c.store(out + 2 * TILE_BYTES, c.floats(1.0) / value)
 
 

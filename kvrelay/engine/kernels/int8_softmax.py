@@ -7,6 +7,8 @@ its weights. They and what becomes of them are kept for all rows side by side, i
 
 import math
 
+from kvrelay.engine.kernels.functions import exp2, exp2_coarse, tanh
+from kvrelay.engine.kernels.shuffles import store_unsigned
 from kvrelay.engine.kernels.softmax import KEY_TILE, NOTHING_YET, TILE_BYTES
 from kvrelay.engine.kernels.vector import LANES, Code, Int, emitted
 from kvrelay.engine.shapes import LINE_BYTES
@@ -42,7 +44,7 @@ def _score(
             score = c.fma(score, own, of_value)
         else:
             limit = c.spread(softcap)
-            score = c.fma(c.tanh(score * own / limit), limit, of_value)
+            score = c.fma(tanh(c, score * own / limit), limit, of_value)
         if seen is not None:
             lanes = c.lane_numbers() + c.ints(n * LANES)
             low, high = (c.ints(end) for end in seen)
@@ -88,9 +90,9 @@ def weigh(c: Code, scores: Int, scales: Int, top_at: Int, weights: Int, sum_at: 
     """
     top = c.spread(top_at)
     found = [
-        c.exp2_coarse(c.load_line(scores + n * LINE_BYTES) - top) for n in range(KEY_TILE // LANES)
+        exp2_coarse(c, c.load_line(scores + n * LINE_BYTES) - top) for n in range(KEY_TILE // LANES)
     ]
-    c.store_unsigned(weights, found)
+    store_unsigned(c, weights, found)
     total = c.floats(0.0)
     for n, weight in enumerate(found):
         inverse = c.load_line(scales + 2 * TILE_BYTES + n * LINE_BYTES)
@@ -113,7 +115,7 @@ def advance(c: Code, levels: Int, stride: Int) -> None:
         at = levels + i
         top, before = c.load(at + stride * TOPS), c.load(at + stride * LARGEST)
         largest = c.larger(top, before)
-        shrink, factor = c.exp2(before - largest), c.exp2(top - largest)
+        shrink, factor = exp2(c, before - largest), exp2(c, top - largest)
         kept = c.load(at + stride * SUMS) * shrink
         c.store(at + stride * SUMS, c.fma(c.load(at + stride * ADDED), factor, kept))
         c.store(at + stride * LARGEST, largest)

@@ -193,11 +193,13 @@ def _gate_and_up(counter, gate, up, model, step, work):  # type: ignore[no-untyp
             at = row * GROUP * 4
             target = step.active.at + (first + row) * step.active.stride + group * GROUP * 4
             rows.gate_silu(work.gate + at, work.up + at, target, GROUP)
-            if gate.groups:
-                bytes_at = step.active_bytes.at + (first + row) * step.active_bytes.stride
-                scales_at = step.active_scales.at + (first + row) * step.active_scales.stride
+        if gate.groups:
+            for row in range(first, first + count):
+                source = step.active.at + row * step.active.stride + group * GROUP * 4
+                bytes_at = step.active_bytes.at + row * step.active_bytes.stride
+                scales_at = step.active_scales.at + row * step.active_scales.stride
                 rows.quantize(
-                    target, 1, bytes_at + group * GROUP, scales_at + group * GROUP_SCALE_BYTES
+                    source, 1, bytes_at + group * GROUP, scales_at + group * GROUP_SCALE_BYTES
                 )
         piece = take(counter)
 

@@ -6,6 +6,7 @@ is its weighted sum of values so far.
 
 from numba import njit
 
+from kvrelay.engine.kernels.functions import exp2, tanh
 from kvrelay.engine.kernels.vector import LANES, Code, Int, Vec, emitted
 from kvrelay.engine.shapes import LINE_BYTES
 
@@ -20,7 +21,7 @@ def _cap(c: Code, scores: Int, softcap: Int) -> None:
     """A row of scores; softcap: an address of a float32. Both in the units of RULE."""
     limit = c.spread(softcap)
     with c.each(c.number(KEY_TILE), LANES) as i:
-        c.store(scores + i * 4, c.tanh(c.load(scores + i * 4) / limit) * limit)
+        c.store(scores + i * 4, tanh(c, c.load(scores + i * 4) / limit) * limit)
 
 
 def _softmax(c: Code, rows: list[tuple[Int, Int, Int, Int, Int]], padded: Int) -> None:
@@ -47,7 +48,7 @@ def _softmax(c: Code, rows: list[tuple[Int, Int, Int, Int, Int]], padded: Int) -
         largest.append(c.maximum(c.maximum_lanes(c.maximum(a, b)), old))
     sums = []
     for row, own, top in zip(rows, parts, largest, strict=True):
-        weights = [c.exp2(part - top) for part in own]
+        weights = [exp2(c, part - top) for part in own]
         for n, weight in enumerate(weights):
             c.store(row[0] + n * LINE_BYTES, weight)
         sums.append(c.sum_lanes((weights[0] + weights[1]) + (weights[2] + weights[3])))
@@ -55,7 +56,7 @@ def _softmax(c: Code, rows: list[tuple[Int, Int, Int, Int, Int]], padded: Int) -
         _, _, _, state, total = row
         kept = c.variable(c.spread(state + 4))
         with c.when(c.differs(old, top)):
-            shrink = c.exp2(old - top)
+            shrink = exp2(c, old - top)
             kept.set(kept.get() * shrink)
             c.store_first(state, top)
             with c.each(padded, LANES) as i:
@@ -93,7 +94,7 @@ def merge_row(c: Code, into: Int, into_state: Int, segment: Int, state: Int, pad
     """Adds one segment's result to a row's."""
     ours, theirs = c.spread(into_state), c.spread(state)
     largest = c.maximum(ours, theirs)
-    left, right = c.exp2(ours - largest), c.exp2(theirs - largest)
+    left, right = exp2(c, ours - largest), exp2(c, theirs - largest)
     weight = c.spread(into_state + 4) * left + c.spread(state + 4) * right
     with c.each(padded, LANES) as i:
         merged = c.load(into + i * 4) * left + c.load(segment + i * 4) * right

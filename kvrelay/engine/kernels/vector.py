@@ -9,8 +9,8 @@ Addresses are int64. A vector has 16 lanes of 32 bits; LLVM cuts it for narrower
 """
 
 import contextlib
+import functools
 import inspect
-import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,7 +25,6 @@ from kvrelay.engine.shapes import LINE_BYTES
 LANES = 16
 _HALF_MAX = 65504.0
 _NAN_BITS = 0x7FC00000
-_ROOT_HALF_BITS = 0x3F3504F3
 
 _I1, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 _F32 = ir.FloatType()
@@ -34,10 +33,6 @@ F32 = ir.VectorType(_F32, LANES)
 I32 = ir.VectorType(_I32, LANES)
 BYTES = ir.VectorType(_I8, LINE_BYTES)
 
-# 2^x on [-1/2, 1/2] within 7.5e-5 of itself: minimax.
-_EXP2_COARSE_TERMS = (0.055171669359518616, 0.24261113138276297, 0.693260986202962, 0.999928072997)
-_TO_INTEGER = 1.5 * 2.0**23  # added to a float, leaves it rounded in the sum's last bits
-_EXP2_TERMS = [math.log(2) ** power / math.factorial(power) for power in range(6, -1, -1)]
 
 Emitter = Callable[..., Any]
 
@@ -207,13 +202,6 @@ class Code:
     def store_int8(self, address: Int, value: Ints) -> None:
         self._store(address, self.builder.trunc(value.value, ir.VectorType(_I8, LANES)), 1)
 
-    def store_unsigned(self, address: Int, values: Sequence[Vec]) -> None:
-        """Rounds 64 numbers of 0..255 to bytes, ties to even."""
-        quads = [self.builder.bitcast((value + _TO_INTEGER).value, BYTES) for value in values]
-        lowest = list(range(0, 2 * LINE_BYTES, 4))
-        halves = [self.shuffle(*quads[:2], lowest), self.shuffle(*quads[2:], lowest)]
-        self.store_bytes(address, self.shuffle(*halves, range(LINE_BYTES)))
-
     def store_ints(self, address: Int, value: Ints) -> None:
         self._store(address, value.value, 4)
 
@@ -263,6 +251,21 @@ class Code:
         greater = self.builder.fcmp_ordered(">", a.value, b.value)
         return Vec(self, self.builder.select(greater, a.value, b.value))
 
+    def largest(self, parts: Sequence[Vec]) -> Vec:
+        """Of all lanes of parts, the largest absolute value, in all lanes; NaN if any is NaN."""
+        b = self.builder
+
+        def more(x: Ints, y: Ints) -> Ints:  # without a sign, floats are in the order of their bits
+            return Ints(self, b.select(b.icmp_signed(">", x.value, y.value), x.value, y.value))
+
+        bits = [Ints(self, b.bitcast(self.absolute(part).value, I32)) for part in parts]
+        found = self._fold(functools.reduce(more, bits), more)
+        return self.first_lane(Vec(self, b.bitcast(found.value, F32)))
+
+    def first_lane(self, a: Vec) -> Vec:
+        """Lane 0 in all lanes. Of what a is made of, no more than that lane is computed then."""
+        return Vec(self, self._splat(self._lane(a.value, 0), F32))
+
     def absolute(self, a: Vec) -> Vec:
         return Vec(self, self.call("llvm.fabs.v16f32", F32, a.value))
 
@@ -297,71 +300,6 @@ class Code:
         unequal = self.builder.fcmp_unordered("!=", self._lane(a.value, 0), self._lane(b.value, 0))
         return Int(self, self.builder.zext(unequal, _I64))
 
-    def exp(self, x: Vec) -> Vec:
-        """Within 2 ulp; 0 below -87, and the value at 88 above it.
-
-        2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Taylor to the 7th power: below 1e-8).
-        """
-        b = self.builder
-        inside = self.select_less(self.floats(88.0), x, 88.0, x)
-        n = self.call("llvm.rint.v16f32", F32, (inside * 1.4426950408889634).value)
-        whole = Vec(self, n)
-        # ln 2 in two parts, so that the product with n is exact in the first.
-        rest = self.fma(whole, self.floats(-0.693359375), inside)
-        rest = self.fma(whole, self.floats(2.12194440e-4), rest)
-        total = self.floats(1 / 5040)
-        for divisor in (720, 120, 24, 6, 2, 1, 1):
-            total = self.fma(total, rest, self.floats(1 / divisor))
-        exponent = b.add(b.fptosi(n, I32), ir.Constant(I32, [127] * LANES))
-        power = b.bitcast(b.shl(exponent, ir.Constant(I32, [23] * LANES)), F32)
-        return self.select_less(x, -87.0, 0.0, total * Vec(self, power))
-
-    def exp2(self, x: Vec) -> Vec:
-        """2^x for x <= 0, within 3 ulp; 0 below -125. Taylor on [-1/2, 1/2], to the 6th power."""
-        b = self.builder
-        n = self.call("llvm.rint.v16f32", F32, x.value)
-        rest = x - Vec(self, n)
-        total = self.floats(_EXP2_TERMS[0])
-        for term in _EXP2_TERMS[1:]:
-            total = self.fma(total, rest, self.floats(term))
-        exponent = b.shl(b.fptosi(n, I32), ir.Constant(I32, [23] * LANES))
-        power = b.add(b.bitcast(total.value, I32), exponent)
-        return self.select_less(x, -125.0, 0.0, Vec(self, b.bitcast(power, F32)))
-
-    def exp2_coarse(self, x: Vec) -> Vec:
-        """2^x for x below 100, within 1e-4 of itself; 0 below -125."""
-        b = self.builder
-        shifted = x + _TO_INTEGER
-        rest = x - (shifted - _TO_INTEGER)
-        total = self.floats(_EXP2_COARSE_TERMS[0])
-        for term in _EXP2_COARSE_TERMS[1:]:
-            total = self.fma(total, rest, self.floats(term))
-        exponent = b.shl(b.bitcast(shifted.value, I32), ir.Constant(I32, [23] * LANES))
-        power = b.add(b.bitcast(total.value, I32), exponent)
-        # Of integers: one masked addition.
-        low = b.fcmp_ordered("<", x.value, self.floats(-125.0).value)
-        return Vec(self, b.bitcast(b.select(low, self.ints(0).value, power), F32))
-
-    def log2(self, x: Vec) -> Vec:
-        """Of normal numbers above 0, within 2e-7 of 1 or of itself, whichever is more."""
-        b = self.builder
-        bits = b.bitcast(x.value, I32)
-        # The exponent of the power of two that is nearest: what is left is in [0.71, 1.42).
-        above = b.sub(bits, ir.Constant(I32, [_ROOT_HALF_BITS] * LANES))
-        exponent = b.ashr(above, ir.Constant(I32, [23] * LANES))
-        left = b.sub(bits, b.shl(exponent, ir.Constant(I32, [23] * LANES)))
-        mantissa = Vec(self, b.bitcast(left, F32))
-        ratio = (mantissa - 1.0) / (mantissa + 1.0)
-        square = ratio * ratio
-        total = self.floats(2 / (9 * math.log(2)))
-        for odd in (7, 5, 3, 1):
-            total = self.fma(total, square, self.floats(2 / (odd * math.log(2))))
-        return self.fma(total, ratio, self.to_float(Ints(self, exponent)))
-
-    def tanh(self, x: Vec) -> Vec:
-        """1 - 2 / (exp(2x) + 1): exact enough where it is used, and ±1 far out."""
-        return self.floats(1.0) - self.floats(2.0) / (self.exp(x * 2.0) + 1.0)
-
     def square_root(self, x: Vec) -> Vec:
         return Vec(self, self.call("llvm.sqrt.v16f32", F32, x.value))
 
@@ -390,61 +328,6 @@ class Code:
         """Lane i of the result is lane lanes[i] of a and b put one after the other."""
         chosen = ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes))
         return self.builder.shuffle_vector(a, b, chosen)
-
-    def transposed(self, rows: Sequence[Vec]) -> list[Vec]:
-        """16 rows of 16, as columns."""
-        turned = [row.value for row in rows]
-        distance = 1
-        while distance < LANES:
-            for n in range(LANES):
-                if n & distance == 0:
-                    a, b = turned[n], turned[n + distance]
-                    first = [i + LANES - distance if i & distance else i for i in range(LANES)]
-                    second = [i + LANES if i & distance else i + distance for i in range(LANES)]
-                    turned[n] = self.shuffle(a, b, first)
-                    turned[n + distance] = self.shuffle(a, b, second)
-            distance *= 2
-        return [Vec(self, row) for row in turned]
-
-    def quads_of(self, rows: Sequence[Any]) -> list[Any]:
-        """Four rows of 64 bytes as four of 16 quads: a byte of each row side by side."""
-        words = ir.VectorType(_I16, LINE_BYTES // 2)
-        halves = []
-        for a, b in (rows[:2], rows[2:]):
-            for half in range(2):
-                first = range(half * 32, half * 32 + 32)
-                lanes = [lane for i in first for lane in (i, i + LINE_BYTES)]
-                halves.append(self.builder.bitcast(self.shuffle(a, b, lanes), words))
-        quads = []
-        for half in range(2):
-            for part in range(2):
-                first = range(part * 16, part * 16 + 16)
-                lanes = [lane for i in first for lane in (i, i + 32)]
-                mixed = self.shuffle(halves[half], halves[half + 2], lanes)
-                quads.append(self.builder.bitcast(mixed, BYTES))
-        return quads
-
-    def spread_out(self, parts: Sequence[Vec]) -> list[Vec]:
-        """The Walsh-Hadamard transform of 2^n vectors, not scaled: each output has a part, of the
-        same size, of each input."""
-        parts = list(parts)
-        for stage in range(4):
-            distance = 1 << stage
-            signs = [-1.0 if lane & distance else 1.0 for lane in range(LANES)]
-            sign = Vec(self, ir.Constant(F32, [ir.Constant(_F32, one) for one in signs]))
-            lanes = [lane ^ distance for lane in range(LANES)]
-            parts = [
-                self.fma(part, sign, Vec(self, self.shuffle(part.value, part.value, lanes)))
-                for part in parts
-            ]
-        distance = 1
-        while distance < len(parts):
-            parts = [
-                parts[n] + parts[n ^ distance] if n & distance == 0 else parts[n ^ distance] - part
-                for n, part in enumerate(parts)
-            ]
-            distance *= 2
-        return parts
 
     def dot_bytes(self, total: Ints, unsigned: Any, signed: Any, vnni: bool) -> Ints:
         """Each lane of total plus the dot product of its four u8 with its four s8.
