@@ -2,8 +2,9 @@
 
 Queries and keys are spread out first: each 64 of them go through a Walsh-Hadamard transform, which
 leaves their dot product as it was (64 times as large) and shares out the few large dimensions that
-keys are known to have. Without it these set the scale and the others are lost in it: quantized keys
-then move the logits four times as much (SmolLM2). Values have none and stay as they are.
+keys are known to have. Without it these set the scale and the others are lost in it: bytes for keys
+then cost four times as much (SmolLM2, in the divergence of its predictions). Values have no such
+dimensions and stay as they are.
 """
 
 from numba import njit
