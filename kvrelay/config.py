@@ -15,7 +15,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
 Quantize = Literal["none", "int8"]
 WireCodec = Literal["asis", "bf16", "int8"]
-KvDtype = Literal["auto", "float32", "bfloat16", "float16"]  # auto: as the model computes
+KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]  # auto: as the model computes
 
 
 class _Frozen(BaseModel):
