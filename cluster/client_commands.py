@@ -184,6 +184,7 @@ def _as_json(completion: Completion) -> dict[str, Any]:
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
         "prompt_tokens": completion.prompt_tokens,
+        "cached_tokens": completion.cached_tokens,
         "completion_tokens": completion.completion_tokens,
         "seed": completion.seed,
         "queue_ms": timings.queue_ms,

@@ -40,6 +40,7 @@ class ServeOptions:
     kv_gib: float = 1.0
     chunk_tokens: int = 256
     block_size: int = 16
+    prefix_caching: bool = True
     drain_s: float = 30.0
     verbose: bool = False
 

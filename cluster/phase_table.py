@@ -28,8 +28,8 @@ def phase_table(completion: Completion) -> Table:
 
 
 def _prefill(completion: Completion) -> str:
-    tokens = completion.prompt_tokens
-    return _with_rate(f"{tokens:,} prompt tokens", tokens, completion.timings.prefill_ms)
+    computed = completion.prompt_tokens - completion.cached_tokens
+    return _with_rate(f"{computed:,} prompt tokens", computed, completion.timings.prefill_ms)
 
 
 def _hand_off(timings: Timings) -> tuple[str, str]:
@@ -49,7 +49,9 @@ def _decode(timings: Timings) -> tuple[str, str]:
 
 
 def _tokens(completion: Completion) -> str:
-    return f"{completion.prompt_tokens:,} prompt + {completion.completion_tokens:,} completion"
+    cached = f" ({completion.cached_tokens:,} cached)" if completion.cached_tokens else ""
+    prompt, answer = completion.prompt_tokens, completion.completion_tokens
+    return f"{prompt:,} prompt{cached} + {answer:,} completion"
 
 
 def _with_rate(what: str, tokens: int, duration_ms: float) -> str:

@@ -66,7 +66,7 @@ class _Finite(click.FloatRange):
     "--kv-dtype",
     type=click.Choice(get_args(KvDtype)),
     default="auto",
-    help="How the KV cache is stored; auto: as the model computes.",
+    help="How the KV cache is stored; auto: as the model computes. int8 is for CPUs.",
 )
 @click.option(
     "--decode-kv-dtype",
@@ -103,6 +103,11 @@ class _Finite(click.FloatRange):
     type=click.IntRange(16, 1 << 20),
     default=256,
     help="Prompt tokens a prefill step.",
+)
+@click.option(
+    "--prefix-caching/--no-prefix-caching",
+    default=True,
+    help="Keep the KV of ended requests for prompts that begin alike; on by default.",
 )
 @click.option(
     "--drain-s",

@@ -208,6 +208,7 @@ def _configs(
         wire_codec=options.wire_codec,
         checksums=options.checksums,
         certificates=options.certificates,
+        prefix_caching=options.prefix_caching,
         chunk_tokens=options.chunk_tokens,
     )
     return router, worker

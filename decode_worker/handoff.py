@@ -1,7 +1,8 @@
 """Reservations of a decode worker: from leave to write until the last block is free again.
 
 A pure object: events in, answers out, no clock and no socket. decode_worker/service.py calls it
-from its event loop and carries out what it answers. It is the only caller of the block ledger.
+from its event loop and carries out what it answers. It is the only caller of the prefix cache and
+of the block ledger under it.
 """
 
 import secrets
@@ -13,6 +14,8 @@ from enum import Enum
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.layout import KVLayout, reserved_blocks
 from kvrelay.kv.ledger import BlockEvent, BlockLedger, OutOfBlocksError
+from kvrelay.kv.prefix import PrefixChain
+from kvrelay.kv.prefix_cache import PrefixCache
 from kvrelay.lifecycle import IllegalTransitionError, advance
 from kvrelay.transport.errors import RefusedError, Rejection
 
@@ -66,17 +69,23 @@ class Reservation:
     secret: bytes
     prompt_tokens: int
     sampling: SamplingParams
-    prompt_blocks: list[int]  # written by the prefill worker
+    prompt_blocks: list[int]  # written by the prefill worker: the ticket's
     growth_blocks: list[int]  # for the KV of the answer
     lease_end_ms: float
     state: ReservationState = ReservationState.RESERVED
     blocks_received: int = 0
     bad_blocks: set[int] = field(default_factory=set)  # indexes that must come again
     resends: Counter[int] = field(default_factory=Counter)  # asked for, by index
+    cached_blocks: list[int] = field(default_factory=list)  # shared, the first of the prompt
+    chain: PrefixChain | None = None  # over the prompt; None: nothing of it is cached
 
     @property
     def blocks(self) -> list[int]:
-        return self.prompt_blocks + self.growth_blocks
+        return self.cached_blocks + self.prompt_blocks + self.growth_blocks
+
+    @property
+    def hashes(self) -> list[bytes]:
+        return [] if self.chain is None else self.chain.hashes
 
     def on(self, event: ReservationEvent) -> None:
         self.state = advance(TRANSITIONS, self.state, event)
@@ -95,6 +104,7 @@ class HandOff:
         resends_max: int,
     ) -> None:
         self.ledger = ledger
+        self.cache = PrefixCache(ledger)
         self._layout = layout
         self._lease_ms = lease_ms
         self._reservations_max = reservations_max
@@ -107,26 +117,37 @@ class HandOff:
         return len(self._by_key)
 
     def reserve(
-        self, key: Key, prompt_tokens: int, sampling: SamplingParams, now_ms: float
+        self,
+        key: Key,
+        prompt_tokens: int,
+        sampling: SamplingParams,
+        now_ms: float,
+        chain: PrefixChain | None = None,
     ) -> Reservation:
         """Blocks for prompt and answer, all or nothing: a request that runs never waits for more.
+
+        chain: over the whole prompt; what is cached of it is shared, not reserved.
 
         Raises:
             OutOfBlocksError: no room now, or too many reservations.
             InvalidReservationError: no room ever.
         """
-        prompt_blocks = self._layout.blocks_for(prompt_tokens)
         total = reserved_blocks(prompt_tokens, sampling.max_tokens, self._layout.block_size)
         if total > self.ledger.total:
             raise InvalidReservationError(
                 f"{prompt_tokens} prompt tokens and {sampling.max_tokens} more need {total} KV "
                 f"blocks; this worker has {self.ledger.total}"
             )
+        if chain is not None and len(chain) != prompt_tokens:
+            raise InvalidReservationError(
+                f"block hashes for {len(chain)} tokens, not for {prompt_tokens}"
+            )
         if key in self._by_key:
             raise InvalidReservationError("this request attempt has a reservation already")
         if len(self._by_key) >= self._reservations_max:
             raise OutOfBlocksError(f"{self._reservations_max} reservations are open")
-        blocks = self.ledger.reserve(key, total)
+        cached, blocks = self.cache.take(key, chain.hashes if chain is not None else (), total)
+        prompt_blocks = self._layout.blocks_for(prompt_tokens) - len(cached)
         reservation = Reservation(
             key=key,
             transfer_id=self._next_transfer_id,
@@ -136,6 +157,8 @@ class HandOff:
             prompt_blocks=blocks[:prompt_blocks],
             growth_blocks=blocks[prompt_blocks:],
             lease_end_ms=now_ms + self._lease_ms,
+            cached_blocks=cached,
+            chain=chain,
         )
         self._next_transfer_id += 1
         self._by_key[key] = self._by_transfer[reservation.transfer_id] = reservation
@@ -158,7 +181,7 @@ class HandOff:
     def expect(
         self, transfer_id: int, first_index: int, count: int, *, again: bool = False
     ) -> Sequence[int]:
-        """The pool blocks for these blocks of the prompt, in order and each once, or `again` when
+        """The pool blocks for these blocks of the ticket, in order and each once, or `again` when
         they were bad.
 
         Answers for an aborted transfer too: its blocks are in quarantine, and what is already on
@@ -237,23 +260,38 @@ class HandOff:
         reservation.on(ReservationEvent.WRITER_LOST)
         if failed:
             self.ledger.move(reservation.key, reservation.prompt_blocks, BlockEvent.ABORT)
-            self.ledger.move(reservation.key, reservation.growth_blocks, BlockEvent.RELEASE)
+            self._release_unwritten(reservation)
         self.ledger.move(reservation.key, reservation.prompt_blocks, BlockEvent.WRITER_GONE)
         self._forget(reservation)
         return reservation if failed else None
 
-    def finish(self, key: Key) -> None:
+    def share_prompt(self, key: Key) -> None:
+        """The engine can read the prompt's KV: from now on others may share its full blocks."""
+        reservation = self._by_key[key]
+        full = len(reservation.hashes)
+        self.cache.insert(key, reservation.blocks[:full], reservation.hashes)
+
+    def distrust(self, key: Key) -> None:
+        """What the engine made of this sequence is wrong: nobody else shall read its KV."""
+        reservation = self._by_key.get(key)
+        if reservation is not None:
+            self.cache.forget(reservation.hashes)
+            reservation.chain = None
+
+    def finish(self, key: Key, answer: Sequence[int] = ()) -> None:
         """The answer is complete, and no step with this sequence is running."""
         reservation = self._by_key[key]
         reservation.on(ReservationEvent.FINISH)
-        self.ledger.move(key, reservation.blocks, BlockEvent.RELEASE)
+        self._keep_answer(reservation, answer)
+        self.cache.let_go(key, reservation.blocks, BlockEvent.RELEASE, reservation.hashes)
         self._forget(reservation)
 
-    def abort(self, key: Key, *, in_step: bool = False) -> int | None:
+    def abort(self, key: Key, answer: Sequence[int] = (), *, in_step: bool = False) -> int | None:
         """Lets go of a reservation in any state; one that is unknown has ended already.
 
         Blocks that somebody may still write go to quarantine: with a writer, until writer_lost;
-        with the engine (`in_step`), until engine_idle.
+        with the engine (`in_step`), until engine_idle. What is cached is kept for others, with
+        the `answer` so far.
 
         Returns the transfer whose writer must be told, if there is one.
         """
@@ -263,14 +301,15 @@ class HandOff:
         before = reservation.state
         reservation.on(ReservationEvent.ABORT)
         if before is ReservationState.RESERVED:
-            self.ledger.move(key, reservation.blocks, BlockEvent.RELEASE)
+            self.cache.let_go(key, reservation.blocks, BlockEvent.RELEASE, reservation.hashes)
             self._forget(reservation)
             return None
         if before is ReservationState.RECEIVING:
             self.ledger.move(key, reservation.prompt_blocks, BlockEvent.ABORT)
-            self.ledger.move(key, reservation.growth_blocks, BlockEvent.RELEASE)
+            self._release_unwritten(reservation)
             return reservation.transfer_id
-        self.ledger.move(key, reservation.blocks, BlockEvent.ABORT)
+        self._keep_answer(reservation, answer)
+        self.ledger.move(key, self.cache.private(reservation.blocks), BlockEvent.ABORT)
         if not in_step:
             self.engine_idle(key)
         return None
@@ -281,7 +320,7 @@ class HandOff:
         if reservation.transfer_id in self._by_transfer:
             raise IllegalTransitionError("ENGINE_IDLE while a writer has not let go")
         reservation.on(ReservationEvent.ENGINE_IDLE)
-        self.ledger.move(key, reservation.blocks, BlockEvent.WRITER_GONE)
+        self.cache.let_go(key, reservation.blocks, BlockEvent.WRITER_GONE, reservation.hashes)
         self._forget(reservation)
 
     def is_aborting(self, key: Key) -> bool:
@@ -299,6 +338,20 @@ class HandOff:
             for key, reservation in self._by_key.items()
             if reservation.state in waiting and reservation.lease_end_ms <= now_ms
         ]
+
+    def _release_unwritten(self, reservation: Reservation) -> None:
+        """What the prefill worker has no leave to write, nor the engine yet."""
+        blocks = reservation.cached_blocks + reservation.growth_blocks
+        self.cache.let_go(reservation.key, blocks, BlockEvent.RELEASE, reservation.hashes)
+
+    def _keep_answer(self, reservation: Reservation, answer: Sequence[int]) -> None:
+        """Caches the blocks that the answer has filled. The newest token's KV is not in the pool
+        yet, and where a running step puts it is in no full block."""
+        if reservation.chain is None or not answer:
+            return
+        reservation.chain.extend(answer[:-1])
+        full = len(reservation.hashes)
+        self.cache.insert(reservation.key, reservation.blocks[:full], reservation.hashes)
 
     def _forget(self, reservation: Reservation) -> None:
         del self._by_key[reservation.key]

@@ -18,8 +18,10 @@ from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
+from kvrelay.kv.prefix import PrefixChain, split_hashes
 from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session
 from kvrelay.transport.listener import Listener
+from kvrelay.transport.nccl_link import find_nccl
 from kvrelay.wire import transfer_pb2, worker_pb2, worker_pb2_grpc
 from kvrelay.wire.worker_pb2 import DecodeCommand, DecodeEvent, FailureCode
 
@@ -51,14 +53,15 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             resends_max=config.resends_max,
         )
         self._batch = Batch(config.batch_max)
+        self._decoding: dict[Key, Running] = {}
         self._in_step: set[Key] = set()
         self._work = asyncio.Event()
-        self._announced_free = self.ledger.free
-        self._listener = Listener(config, self.instance_id, engine.pool, _Book(self, self._handoff))
+        self._announced_free = self.ledger.available
+        book = _Book(self, self._handoff)
+        self._listener = Listener(config, self.instance_id, engine.pool, book, find_nccl(config))
         self._server = make_server()
         self._sessions: set[RouterSession[DecodeEvent]] = set()
         self._tasks: list[asyncio.Task[None]] = []
-        self._adopting: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def start(cls, config: WorkerConfig) -> "DecodeService":
@@ -82,9 +85,9 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     async def stop(self) -> None:
         await self._server.stop(grace=None)
-        for task in (*self._tasks, *self._adopting):
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, *self._adopting, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._listener.close()
         await asyncio.to_thread(self._engine.close)
 
@@ -113,20 +116,24 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         key = (session, reserve.key)
         sampling = SamplingParams.from_wire(reserve.sampling)
         try:
-            reservation = self._handoff.reserve(key, reserve.prompt_tokens, sampling, _now_ms())
+            chain = self._chain(reserve)
+            reservation = self._handoff.reserve(
+                key, reserve.prompt_tokens, sampling, _now_ms(), chain
+            )
         except OutOfBlocksError as error:
             self._fail(key, FailureCode.FAILURE_CODE_EXHAUSTED, str(error))
             return
         except InvalidReservationError as error:
             self._fail(key, FailureCode.FAILURE_CODE_INVALID, str(error))
             return
-        self._announced_free = self.ledger.free
+        self._announced_free = self.ledger.available
         ticket = transfer_pb2.Ticket(
             request_id=reserve.request_id,
             attempt=reserve.attempt,
             decode_instance_id=self.instance_id,
             transfer_id=reservation.transfer_id,
             secret=reservation.secret,
+            first_block=len(reservation.cached_blocks),
             block_ids=reservation.prompt_blocks,
             layout=self._layout.to_wire(),
             endpoints=self._listener.endpoints,
@@ -134,6 +141,16 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         )
         reserved = worker_pb2.Reserved(key=reserve.key, ticket=ticket)
         self._send(session, DecodeEvent(reserved=reserved))
+
+    def _chain(self, reserve: worker_pb2.Reserve) -> PrefixChain | None:
+        if not self._config.prefix_caching or not reserve.hash_root:
+            return None
+        try:
+            hashes = split_hashes(reserve.block_hashes)
+        except ValueError as error:
+            raise InvalidReservationError(str(error)) from error
+        size = self._layout.block_size
+        return PrefixChain(reserve.hash_root, size, hashes, reserve.tail_token_ids)
 
     # ---- the prefill workers' side, called by _Book
 
@@ -148,28 +165,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             sampling=reservation.sampling,
             blocks=reservation.blocks,
         )
-        if not self._engine.pool.staged:
-            self._join(sequence, first_token)
-            return
-        self._in_step.add(sequence.key)  # the copy writes blocks, as a step does
-        task = asyncio.create_task(self._adopt(sequence, reservation.prompt_blocks, first_token))
-        self._adopting.add(task)
-        task.add_done_callback(self._adopting.discard)
-
-    async def _adopt(self, sequence: Running, blocks: Sequence[int], first_token: int) -> None:
-        try:
-            await self._engine.adopt(blocks)
-        except Exception as error:
-            log.exception("copying received blocks to the device failed")
-            self._step_failed([sequence], error)
-            return
-        aborted = self._handoff.is_aborting(sequence.key)
-        self._engine_idle([sequence])
-        if not aborted:
-            self._join(sequence, first_token)
-        self._announce_load()
-
-    def _join(self, sequence: Running, first_token: int) -> None:
+        self._handoff.share_prompt(sequence.key)
+        self._decoding[sequence.key] = sequence
         self._publish([self._batch.join(sequence, first_token)])
         self._announce_load()
         self._work.set()
@@ -206,6 +203,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._engine_idle(step)
         whole = [(s, token) for s, token in zip(step, tokens, strict=True) if token is not None]
         for sequence in set(step) - {s for s, _ in whole}:
+            self._handoff.distrust(sequence.key)
             self._abort(sequence.key, NOT_A_NUMBER)
             self._fail(sequence.key, FailureCode.FAILURE_CODE_INTERNAL, NOT_A_NUMBER)
         self._publish(self._batch.apply([s for s, _ in whole], [token for _, token in whole]))
@@ -230,7 +228,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         for output in outputs:
             session, key = output.key
             if output.ending is not Ending.NONE:
-                self._handoff.finish(output.key)
+                self._handoff.finish(output.key, self._decoding.pop(output.key).answer)
             by_session.setdefault(session, []).append(
                 worker_pb2.SequenceOutput(
                     key=key,
@@ -253,7 +251,9 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     def _abort(self, key: Key, reason: str) -> None:
         self._batch.leave(key)
-        transfer_id = self._handoff.abort(key, in_step=key in self._in_step)
+        sequence = self._decoding.pop(key, None)
+        answer = sequence.answer if sequence else ()
+        transfer_id = self._handoff.abort(key, answer, in_step=key in self._in_step)
         if transfer_id is not None:
             self._listener.abort(transfer_id, reason)
         self._announce_load()
@@ -264,14 +264,14 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._send(session, DecodeEvent(failed=failed))
 
     def _announce_load(self) -> None:
-        """Tells every router when blocks have come free: requests may be waiting for them."""
-        if self.ledger.free > self._announced_free:
+        """Tells every router when there are more blocks: requests may be waiting for them."""
+        if self.ledger.available > self._announced_free:
             for session in self._sessions:
                 self._send(session, DecodeEvent())
-        self._announced_free = self.ledger.free
+        self._announced_free = self.ledger.available
 
     def _send(self, session: Any, event: DecodeEvent) -> None:
-        event.load.blocks_free = self.ledger.free
+        event.load.blocks_free = self.ledger.available
         event.load.running = len(self._batch)
         session.send(event)
 

@@ -52,6 +52,7 @@ class Completion:
     request_id: str
     model: str
     timings: Timings
+    cached_tokens: int = 0  # of the prompt: their KV was kept from an earlier request
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class Answer:
             request_id=self._accepted.request_id,
             model=self._accepted.model,
             timings=Timings(**_fields(Timings, self._finished.timings)),
+            cached_tokens=self._finished.cached_tokens,
         )
 
     def _append(self, wire: pb.Delta) -> Delta:

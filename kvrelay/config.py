@@ -15,7 +15,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
 Quantize = Literal["none", "int8"]
 WireCodec = Literal["asis", "bf16", "int8"]
-KvDtype = Literal["auto", "float32", "bfloat16", "float16"]  # auto: as the model computes
+KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]  # auto: as the model computes
 
 
 class _Frozen(BaseModel):
@@ -43,6 +43,7 @@ class WorkerConfig(_Frozen):
     wire_codec: WireCodec = "asis"  # what KV travels as over tcp and nccl
     checksums: bool = True  # of every block that travels; on as soon as either end has it on
     certificates: Path | None = None  # folder with ca.pem, cert.pem, key.pem: TLS on tcp links
+    prefix_caching: bool = True  # blocks of ended requests are kept until their room is needed
 
     # Prefill
     chunk_tokens: int = Field(default=256, ge=1)  # longest time a cancel waits for the engine

@@ -1,8 +1,9 @@
 """Which prompt tokens a prefill worker computes next.
 
 A pure object; prefill_worker/service.py runs the steps it names and tells it of cancels. Prompts
-are admitted in order of arrival once their KV blocks are free, and take turns chunk by chunk: a
-short prompt behind a long one waits for a chunk, not for the prompt.
+are admitted in order of arrival once there is room for their KV blocks, and take turns chunk by
+chunk: a short prompt behind a long one waits for a chunk, not for the prompt. What is cached of a
+prompt is not computed again.
 """
 
 from collections import deque
@@ -13,7 +14,8 @@ from enum import Enum
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.engine.step import Slice
 from kvrelay.kv.layout import KVLayout
-from kvrelay.kv.ledger import BlockEvent, BlockLedger
+from kvrelay.kv.ledger import BlockEvent, BlockLedger, OutOfBlocksError
+from kvrelay.kv.prefix_cache import PrefixCache
 from kvrelay.lifecycle import advance
 from kvrelay.wire.transfer_pb2 import Ticket
 
@@ -67,9 +69,11 @@ class Job:
     prompt: Sequence[int]
     sampling: SamplingParams
     ticket: Ticket
+    hashes: Sequence[bytes] = ()  # of the prompt's full blocks; none: nothing of it is cached
     state: JobState = JobState.QUEUED
     blocks: list[int] = field(default_factory=list)
-    computed: int = 0
+    computed: int = 0  # those found in the cache included
+    cached_tokens: int = 0
     first_token: int | None = None
 
     def on(self, event: JobEvent) -> None:
@@ -83,6 +87,10 @@ class Chunk:
     job: Job
     start: int
     count: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.start == self.job.cached_tokens
 
     @property
     def is_last(self) -> bool:
@@ -100,6 +108,7 @@ class Schedule:
         self, layout: KVLayout, ledger: BlockLedger, *, chunk_tokens: int, jobs_max: int
     ) -> None:
         self.ledger = ledger
+        self.cache = PrefixCache(ledger)
         self._layout = layout
         self._chunk_tokens = max(chunk_tokens, layout.block_size)
         self._jobs_max = jobs_max
@@ -125,8 +134,14 @@ class Schedule:
                 f"{len(job.prompt)} prompt tokens need {needed} KV blocks; this prefill worker "
                 f"has {self.ledger.total}"
             )
-        if needed != len(job.ticket.block_ids):
-            raise InvalidJobError(f"a ticket for {len(job.ticket.block_ids)} blocks, not {needed}")
+        if needed != job.ticket.first_block + len(job.ticket.block_ids):
+            raise InvalidJobError(
+                f"a ticket for blocks {job.ticket.first_block} to "
+                f"{job.ticket.first_block + len(job.ticket.block_ids)}, not to {needed}"
+            )
+        full = len(job.prompt) // self._layout.block_size
+        if job.hashes and len(job.hashes) != full:
+            raise InvalidJobError(f"{len(job.hashes)} block hashes for {full} full blocks")
         if job.key in self._jobs:
             raise InvalidJobError("this request attempt is here already")
         if len(self._jobs) >= self._jobs_max:
@@ -155,6 +170,7 @@ class Schedule:
         if job.state is not JobState.COMPUTING:
             return  # aborted while the step ran
         job.computed += chunk.count
+        self._share_computed(job)
         self._turns.remove(job)
         if chunk.is_last:
             job.on(JobEvent.COMPUTED)
@@ -163,13 +179,14 @@ class Schedule:
             self._turns.append(job)
 
     def acknowledged(self, job: Job) -> None:
-        """The decode worker has every block: ours are free."""
+        """The decode worker has every block: ours are free, or wait for who needs the same."""
         job.on(JobEvent.ACKNOWLEDGED)
-        self.ledger.move(job.key, job.blocks, BlockEvent.RELEASE)
+        self.cache.let_go(job.key, job.blocks, BlockEvent.RELEASE, job.hashes)
         del self._jobs[job.key]
 
     def abort(self, key: Key) -> Job | None:
-        """Lets go of a job in any state; its blocks stay in quarantine until `quiet`.
+        """Lets go of a job in any state. Until `quiet`, its blocks stay in quarantine, and in use
+        those that it shares: a push may still read them.
 
         Returns the job, or None when it has ended already.
         """
@@ -184,13 +201,18 @@ class Schedule:
             return job
         if before is JobState.COMPUTING:
             self._turns.remove(job)
-        self.ledger.move(key, job.blocks, BlockEvent.ABORT)
+        self.ledger.move(key, self.cache.private(job.blocks), BlockEvent.ABORT)
         return job
+
+    def distrust(self, job: Job) -> None:
+        """What the engine made of this prompt is wrong: nobody else shall read its KV."""
+        self.cache.forget(job.hashes)
+        job.hashes = ()
 
     def quiet(self, job: Job) -> None:
         """Nobody uses the blocks of this aborted job any more."""
         job.on(JobEvent.QUIET)
-        self.ledger.move(job.key, job.blocks, BlockEvent.WRITER_GONE)
+        self.cache.let_go(job.key, job.blocks, BlockEvent.WRITER_GONE, job.hashes)
         del self._jobs[job.key]
 
     def of_session(self, session: object) -> list[Key]:
@@ -200,9 +222,19 @@ class Schedule:
         while self._waiting:
             job = self._waiting[0]
             needed = self._layout.blocks_for(len(job.prompt))
-            if needed > self.ledger.free:
+            # The last token is always computed, for its logits; its block is written, so private.
+            reusable = job.hashes[: (len(job.prompt) - 1) // self._layout.block_size]
+            try:
+                shared, private = self.cache.take(job.key, reusable, needed)
+            except OutOfBlocksError:
                 return
-            job.blocks = self.ledger.reserve(job.key, needed)
-            self.ledger.move(job.key, job.blocks, BlockEvent.CLAIM)
+            self.ledger.move(job.key, private, BlockEvent.CLAIM)
+            job.blocks = shared + private
+            job.computed = job.cached_tokens = len(shared) * self._layout.block_size
             job.on(JobEvent.ADMIT)
             self._turns.append(self._waiting.popleft())
+
+    def _share_computed(self, job: Job) -> None:
+        """Full blocks are not written again: others may read them from now on."""
+        full = min(job.computed // self._layout.block_size, len(job.hashes))
+        self.cache.insert(job.key, job.blocks[:full], job.hashes[:full])

@@ -19,9 +19,11 @@ from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
 from kvrelay.engine.step import CancelFlag, StepCancelledError
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockLedger
+from kvrelay.kv.prefix import split_hashes
 from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session
 from kvrelay.transport.channel import to_end
 from kvrelay.transport.errors import LinkError
+from kvrelay.transport.nccl_link import find_nccl
 from kvrelay.transport.writer import Transfer
 from kvrelay.transport.writer_pool import WriterPool
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
@@ -48,7 +50,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             jobs_max=config.jobs_max,
         )
         self._push_blocks_max = max(1, config.push_bytes_max // self._layout.block_bytes)
-        self._writers = WriterPool(config, self.instance_id, engine.pool)
+        self._writers = WriterPool(config, self.instance_id, engine.pool, find_nccl(config))
         self._work = asyncio.Event()
         self._steps = 0  # ended
         self._step: Sequence[Chunk] = ()
@@ -117,8 +119,10 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             self._fail(job, FailureCode.FAILURE_CODE_INVALID, message)
             return
         try:
+            if self._config.prefix_caching:
+                job.hashes = split_hashes(prefill.block_hashes)
             self._schedule.add(job)
-        except InvalidJobError as error:
+        except (InvalidJobError, ValueError) as error:
             self._fail(job, FailureCode.FAILURE_CODE_INVALID, str(error))
         except QueueFullError as error:
             self._fail(job, FailureCode.FAILURE_CODE_EXHAUSTED, str(error))
@@ -165,9 +169,11 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         for chunk in step:
             progress = self._running[chunk.job]
             progress.engine_idle.clear()
-            if chunk.start == 0:
+            if chunk.is_first:
                 progress.started_s = time.perf_counter()
-                started = worker_pb2.PrefillStarted(key=chunk.job.key[1])
+                started = worker_pb2.PrefillStarted(
+                    key=chunk.job.key[1], cached_tokens=chunk.job.cached_tokens
+                )
                 self._send(chunk.job.key[0], PrefillEvent(started=started))
 
     def _step_done(self, step: Sequence[Chunk], tokens: Sequence[int | None]) -> None:
@@ -178,6 +184,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             token = next(remaining) if chunk.is_last else None
             if chunk.job.state is JobState.HANDING_OFF:
                 if token is None:
+                    self._schedule.distrust(chunk.job)
                     self._fail(chunk.job, FailureCode.FAILURE_CODE_INTERNAL, NOT_A_NUMBER)
                     self._abort(chunk.job.key)
                 else:
@@ -223,30 +230,35 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             await to_end(self._let_go(job, transfer))  # a cancel must not cut it short
 
     async def _push(self, job: Job, transfer: Transfer) -> None:
-        """Sends every block as soon as the engine has filled it."""
+        """Sends every block that the ticket asks for as soon as it is filled; returns when the
+        prompt is computed, too."""
         progress = self._running[job]
-        while transfer.blocks_sent < len(job.ticket.block_ids):
-            if job.computed == len(job.prompt):
-                ready = len(job.blocks)
+        while True:
+            done = job.first_token is not None
+            filled = len(job.blocks) if done else job.computed // self._layout.block_size
+            first = job.ticket.first_block + transfer.blocks_sent
+            blocks = job.blocks[first : min(filled, first + self._push_blocks_max)]
+            if blocks:
+                await transfer.push(blocks)
+            elif done:
+                return
             else:
-                ready = job.computed // self._layout.block_size
-            if ready == transfer.blocks_sent:
                 await self._wait_for_chunk(progress, transfer)
-                continue
-            ready = min(ready, transfer.blocks_sent + self._push_blocks_max)
-            blocks = job.blocks[transfer.blocks_sent : ready]
-            await self._engine.publish(blocks)
-            await transfer.push(blocks)
 
     async def _wait_for_chunk(self, progress: "_Progress", transfer: Transfer) -> None:
         progress.advanced.clear()
-        steps = self._steps
+        steps, wait_s = self._steps, transfer.ticket.lease_ms / 3000
         try:
-            async with asyncio.timeout(transfer.ticket.lease_ms / 3000):
+            async with asyncio.timeout(wait_s):
                 await progress.advanced.wait()
         except TimeoutError:
             if self._steps > steps:  # waiting its turn at an engine that moves
                 await transfer.push([])  # renews the lease
+                progress.idle_s = 0.0
+                return
+            progress.idle_s += wait_s
+            if progress.idle_s >= 3 * wait_s:  # the lease on this side
+                raise LinkError("the engine made no step within the ticket's lease") from None
 
     def _acknowledged(self, job: Job, transfer: Transfer) -> None:
         if job.state is not JobState.HANDING_OFF:
@@ -297,6 +309,7 @@ class _Progress:
         self.engine_idle.set()
         self.started_s = 0.0
         self.computed_s = 0.0
+        self.idle_s = 0.0  # waited for an engine that made no step
 
     def step_ended(self) -> None:
         self.engine_idle.set()

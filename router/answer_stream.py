@@ -43,6 +43,7 @@ class AnswerStream:
         self.finished = inference_pb2.Finished(
             reason=length if ending is Ending.LENGTH else stop,
             prompt_tokens=len(self._request.prompt),
+            cached_tokens=self._request.times.cached_tokens,
             completion_tokens=self._offset,
             timings=_timings(self._request.times, self._offset),
         )

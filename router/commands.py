@@ -6,6 +6,7 @@ Made by router/dispatcher.py. Troubles and refusals reach clients as statuses in
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvrelay.kv.prefix import join_hashes
 from kvrelay.wire import transfer_pb2, worker_pb2
 from kvrelay.wire.worker_pb2 import DecodeCommand, PrefillCommand
 from router.request import Ending, Request
@@ -78,22 +79,28 @@ Command = ToPrefill | ToDecode | Deliver | Finished | Failed
 
 
 def reserve(request: Request) -> ToDecode:
+    assert request.chain is not None, "its blocks have no names"
     message = worker_pb2.Reserve(
         key=request.key,
         request_id=request.request_id,
         attempt=request.attempt,
         prompt_tokens=request.prompt_tokens_now,
         sampling=_sampling(request),
+        block_hashes=join_hashes(request.chain.hashes),
+        hash_root=request.chain.root,
+        tail_token_ids=request.chain.tail,
     )
     return ToDecode(request.decode_id, DecodeCommand(reserve=message))
 
 
 def prefill(request: Request, ticket: transfer_pb2.Ticket) -> ToPrefill:
+    assert request.chain is not None, "its blocks have no names"
     message = worker_pb2.Prefill(
         key=request.key,
         prompt_token_ids=request.prompt_now,
         sampling=_sampling(request),
         ticket=ticket,
+        block_hashes=join_hashes(request.chain.hashes),
     )
     return ToPrefill(request.prefill_id, PrefillCommand(prefill=message))
 

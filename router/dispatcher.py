@@ -106,8 +106,8 @@ class Dispatcher:
         commands: list[Command] = []
         request = self._by_key.get(getattr(event, kind).key) if kind else None
         if request is not None:
-            if kind == "started" and request.times.prefill_began_at_ms is None:
-                request.times.prefill_began_at_ms = now_ms
+            if kind == "started":
+                request.times.note_start(event.started, now_ms)
             elif kind == "first_token":
                 request.times.prefill_ms += event.first_token.prefill_ms
                 commands = self._tokens(request, 0, [event.first_token.token_id], now_ms)
@@ -195,6 +195,8 @@ class Dispatcher:
         request.prefill_id, request.decode_id = placement.prefill, placement.decode
         request.placed_at_ms = now_ms
         request.handed_off = False
+        decode = self._workers.decode[placement.decode]
+        request.name_blocks(decode.model_fingerprint, decode.block_size)
         self._by_key[request.key] = request
         self._workers.claim(
             request.key, placement, request.prompt_tokens_now, request.max_tokens_now

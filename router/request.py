@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from kvrelay.kv.prefix import PrefixChain, chain_root
 from kvrelay.lifecycle import advance
 from kvrelay.wire import worker_pb2
 from router.admission import Sampling
@@ -68,6 +69,13 @@ class Times:
     kv_transfer_ms: float = 0.0
     kv_exposed_ms: float = 0.0
     transport: str = ""
+    cached_tokens: int = 0  # of the prompt, that no attempt has computed
+
+    def note_start(self, started: worker_pb2.PrefillStarted, now_ms: float) -> None:
+        if self.prefill_began_at_ms is None:
+            self.prefill_began_at_ms = now_ms
+            self.cached_tokens = started.cached_tokens
+        self.cached_tokens = min(self.cached_tokens, started.cached_tokens)
 
     def note_hand_off(self, handed_off: worker_pb2.HandedOff) -> None:
         self.kv_bytes += handed_off.kv_bytes
@@ -85,6 +93,8 @@ class Request:
     state: RequestState = RequestState.QUEUED
     answer: list[int] = field(default_factory=list)  # the token log
     ending: Ending | None = None  # the decode worker's word, before all is wound up
+    tenant: str = ""  # its prefixes are its own; to come from who was authenticated
+    chain: PrefixChain | None = None  # over the prompt of the newest attempt
 
     # What earlier attempts have taught
     failed_pairs: set[tuple[str, str]] = field(default_factory=set)  # (prefill, decode)
@@ -115,6 +125,13 @@ class Request:
     @property
     def max_tokens_now(self) -> int:
         return self.sampling.max_tokens - len(self.answer)
+
+    def name_blocks(self, model_fingerprint: str, block_size: int) -> None:
+        """Brings `chain` up to date with prompt_now; each token is hashed once."""
+        root = chain_root(model_fingerprint, block_size, salt=self.tenant)
+        if self.chain is None or self.chain.root != root:
+            self.chain = PrefixChain(root, block_size)
+        self.chain.extend(self.prompt_now[len(self.chain) :])
 
     def complete(self) -> Ending | None:
         """How the answer ended, if its log is a whole answer."""

@@ -25,10 +25,11 @@ class PrefillWorker:
 
 @dataclass
 class DecodeWorker:
+    model_fingerprint: str
     block_size: int
     blocks_total: int
     max_model_tokens: int
-    blocks_free: int  # its own figure
+    blocks_free: int  # its own figure; what it could evict included
     running: int = 0  # its own figure, which knows of other routers
     asked_blocks: int = 0  # of our Reserves that it has not answered yet
     sequences: int = 0  # ours, running and on their way
@@ -61,9 +62,13 @@ class Workers:
         self.context_tokens_seen = max(self.context_tokens_seen, self.context_tokens or 0)
 
     def decode_up(self, worker_id: str, info: worker_pb2.WorkerInfo) -> None:
-        total = info.blocks_total
+        layout, total = info.layout, info.blocks_total
         self.decode[worker_id] = DecodeWorker(
-            info.layout.block_size, total, info.max_model_tokens, blocks_free=total
+            layout.model_fingerprint,
+            layout.block_size,
+            total,
+            info.max_model_tokens,
+            blocks_free=total,
         )
         self.context_tokens_seen = max(self.context_tokens_seen, self.context_tokens or 0)
 

@@ -6,7 +6,7 @@ Called by commands.py. Measures one engine in one process, with neither router n
 import random
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -32,7 +32,7 @@ from cluster.model_store import PreparedModel
 from cluster.preparation import Progress
 from kvrelay.engine.runner import ModelRunner
 from kvrelay.engine.step import Slice
-from kvrelay.kv.layout import DTYPE_BYTES, KVLayout
+from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.pool import KVPool
 
 UNIT = "tokens/s"
@@ -167,7 +167,7 @@ def _slices(ours: "KvrelaySide", case: Case) -> list[Slice]:
 
 def _kv_bytes_max(layout: KVLayout, compared: bool) -> float:
     """transformers keeps as many tokens as we do, in fp32."""
-    theirs = DTYPE_BYTES["float32"] / DTYPE_BYTES[layout.dtype] if compared else 0.0
+    theirs = replace(layout, dtype="float32").block_bytes / layout.block_bytes if compared else 0.0
     return psutil.virtual_memory().available * _KV_SHARE_MAX / (1 + theirs)
 
 

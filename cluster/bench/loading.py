@@ -20,6 +20,7 @@ from kvrelay.config import KvDtype, Quantize
 from kvrelay.engine.packing import prepare as pack_weights
 from kvrelay.engine.runner import ModelRunner
 from kvrelay.engine.step import UnsupportedModelError
+from kvrelay.kv.layout import INT8
 from kvrelay.kv.pool import KVPool
 
 BLOCK_SIZE = 16  # the default of `kvrelay serve`
@@ -71,12 +72,20 @@ def attached_pool(runner: ModelRunner, blocks: int) -> Iterator[KVPool]:
     which costs nothing, is timed."""
     pool = KVPool(runner.layout, blocks, shared=True)
     try:
-        pool.kv[0] = torch.randn(pool.kv.shape[1:]) * _KV_SPREAD
+        pool.kv[0] = _some_kv(pool)
         pool.kv[1:] = pool.kv[0]
         runner.attach(pool)
         yield pool
     finally:
         pool.close()
+
+
+def _some_kv(pool: KVPool) -> torch.Tensor:
+    shape = pool.kv.shape[1:]
+    if pool.layout.dtype == INT8:
+        # Bytes whose every four are a small positive float32: they will do as scales, too.
+        return torch.randint(0x38, 0x3E, shape, dtype=torch.uint8)
+    return torch.randn(shape) * _KV_SPREAD
 
 
 def load_transformers(path: Path) -> Any:

@@ -17,8 +17,9 @@ from kvrelay.engine import cuda_attention, kernel_attention
 from kvrelay.engine.cuda_attention import FlashInferStep
 from kvrelay.engine.kernel_attention import KernelStep
 from kvrelay.engine.kernels.threads import Team
-from kvrelay.engine.step import CancelFlag, Slice
+from kvrelay.engine.step import CancelFlag, Slice, UnsupportedModelError
 from kvrelay.engine.torch_attention import TorchStep, attend_dense, visible
+from kvrelay.kv.layout import INT8
 from kvrelay.kv.pool import KVPool
 
 NAME = "kvrelay"
@@ -60,9 +61,17 @@ def paged_step(
 
     team: the threads that the CPU's kernels share their work among; without one, plain torch. A set
     `cancelled` ends the step between two layers.
+
+    Raises:
+        UnsupportedModelError: nothing here reads such a pool; one line.
     """
     if team is not None and kernel_attention.usable(pool):
         return KernelStep(pool, team, slices, cancelled)
+    if pool.layout.dtype == INT8:
+        raise UnsupportedModelError(
+            "KV in int8 is for a CPU and heads of a multiple of 16 values, "
+            f"not for heads of {pool.layout.head_dim} on {pool.kv.device.type}"
+        )
     if pool.kv.device.type == "cuda" and cuda_attention.usable(pool.kv):
         return FlashInferStep(pool.kv, slices, cancelled)
     return TorchStep(pool.kv, slices, cancelled)

@@ -202,7 +202,7 @@ class _Room:
         vocab = up_to(shape.vocab, 32)
         logits = self._buffer("logits", self.wanted, vocab * 4).view(np.float32)
         self.logits = logits.reshape(self.wanted, -1)
-        head_pad = up_to(shape.head_dim, 32)
+        head_pad = up_to(shape.head_dim, GROUP)  # whatever the KV is stored in
         each = self.segments * shape.q_heads * (LANES + head_pad) * 4
         self.step["partials"] = (self._allocate(each).ctypes.data, 0)
         phases = shape.layers * llama.PHASES_MAX + llama.OTHER_PHASES
@@ -213,7 +213,7 @@ class _Room:
         self.step["clock"] = self.clock.ctypes.data
         self.step["stop"] = self._stop.ctypes.data
         self.step["barrier"] = self._allocate(2 * LINE_BYTES).ctypes.data
-        sizes = paged.work_floats(shape.head_dim, head_pad, shape.q_heads // shape.kv_heads)
+        sizes = paged.work_floats(head_pad, shape.q_heads // shape.kv_heads)
         sizes |= dict.fromkeys(("gate", "up"), ROW_BLOCK * GROUP)
         self.works, arrays = make_works(sizes, threads)
         self._arrays += arrays

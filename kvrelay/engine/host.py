@@ -121,18 +121,6 @@ class EngineHost:
             return []
         return sample(logits, [p for p, _ in chosen], [position for _, position in chosen])
 
-    async def publish(self, blocks: Sequence[int]) -> None:
-        """Makes blocks that the engine wrote visible to the transport. Nothing to do on a CPU."""
-        if self.pool.staged:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._thread, self.pool.to_host, blocks)
-
-    async def adopt(self, blocks: Sequence[int]) -> None:
-        """Makes blocks that a peer wrote visible to the engine. Nothing to do on a CPU."""
-        if self.pool.staged:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._thread, self.pool.to_device, blocks)
-
     def close(self) -> None:
         self._closed.set()
         self._touching.join()

@@ -11,12 +11,12 @@ import torch
 from numba import njit
 
 from kvrelay.engine.kernels import paged
+from kvrelay.engine.kernels.pool import write_row
 from kvrelay.engine.kernels.threads import Team, aligned, wait_for_all
 from kvrelay.engine.kernels.vector import LANES
 from kvrelay.engine.plan import StepPlan, make_works, pool_record
-from kvrelay.engine.pool_step import PoolStep
 from kvrelay.engine.shapes import LINE_BYTES
-from kvrelay.engine.step import CancelFlag, Slice
+from kvrelay.engine.step import CancelFlag, Slice, StepCancelledError
 from kvrelay.kv.pool import KVPool
 
 _PHASES = 3
@@ -24,6 +24,15 @@ _PHASES = 3
 
 def usable(pool: KVPool) -> bool:
     return pool.kv.device.type == "cpu" and pool.layout.head_dim % LANES == 0
+
+
+@njit(nogil=True, cache=True)
+def _store(pools, slices, tables, row_slice, layer, k, v, stride):  # type: ignore[no-untyped-def]
+    for row in range(len(row_slice)):
+        s = slices[row_slice[row]]
+        position = s.start + row - s.row
+        at = row * stride
+        write_row(pools[0], tables, s.table, layer, position, k + at, v + at)
 
 
 @njit(nogil=True, cache=True)
@@ -43,25 +52,50 @@ def _attend(  # type: ignore[no-untyped-def]
         paged.attend_join(counters, pool, rule, slices, partials, out, q_stride, work)
 
 
-class KernelStep(PoolStep):
-    """Any dtype of q; the arithmetic is float32."""
+class KernelStep:
+    """Any dtype of q, k and v; the arithmetic is float32, or int8 over an int8 pool."""
 
     def __init__(
         self, pool: KVPool, team: Team, slices: Sequence[Slice], cancelled: CancelFlag | None = None
     ) -> None:
-        super().__init__(pool.kv, slices, cancelled)
+        self.slices = slices
+        self.positions = torch.tensor([at for s in slices for at in range(s.start, s.end)])
+        self._cancelled = cancelled or CancelFlag()
         self._team = team
         self._layout = pool.layout
         self._pools = pool_record(pool)
         self._plan = StepPlan(slices, pool.layout.block_size)
         self._works: np.ndarray | None = None
 
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,  # [T, q_heads, head_dim]
+        k: torch.Tensor,  # [T, kv_heads, head_dim]
+        v: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Stores k and v, then attends to them and to what earlier steps stored: like q.
+
+        Raises:
+            StepCancelledError: nobody wants this step any more.
+        """
+        if self._cancelled.is_set():
+            raise StepCancelledError
+        plan = self._plan
+        keys, values = (side.to(torch.float32).contiguous() for side in (k, v))
+        _store(
+            self._pools, plan.slices, plan.tables, plan.row_slice, layer,
+            keys.data_ptr(), values.data_ptr(), k.shape[1] * k.shape[2] * 4,
+        )  # fmt: skip
+        return self._look(layer, q, scale, window, softcap)
+
     def _look(
         self,
         layer: int,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
         scale: float,
         window: int | None,
         softcap: float | None,
@@ -86,8 +120,8 @@ class KernelStep(PoolStep):
         return out.to(q.dtype)
 
     def _make_buffers(self, heads: int, group: int) -> None:
-        head_dim, head_pad = self._layout.head_dim, int(self._pools["head_pad"][0])
+        head_pad = int(self._pools["head_pad"][0])
         self._sync = aligned((2 + _PHASES) * LINE_BYTES, np.uint8)
         self._partials = aligned(self._plan.segments * heads * (LANES + head_pad), np.float32)
-        sizes = paged.work_floats(head_dim, head_pad, group)
+        sizes = paged.work_floats(head_pad, group)
         self._works, self._buffers = make_works(sizes, self._team.threads)

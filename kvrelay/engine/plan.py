@@ -6,29 +6,35 @@ from typing import Any
 import numpy as np
 
 from kvrelay.engine.kernels import paged
+from kvrelay.engine.kernels.pool import DTYPES, POOL
+from kvrelay.engine.kernels.softmax import SEGMENT
 from kvrelay.engine.kernels.threads import aligned
 from kvrelay.engine.kernels.vector import LANES
-from kvrelay.engine.shapes import up_to
+from kvrelay.engine.shapes import GROUP, PANEL, up_to
 from kvrelay.engine.step import Slice
+from kvrelay.kv.layout import INT8
 from kvrelay.kv.pool import KVPool
 
 
 def pool_record(pool: KVPool) -> np.ndarray:
     """What the attention kernels take of a pool in host memory: `[1]` POOL."""
     layout = pool.layout
-    row_bytes = layout.block_bytes // (layout.layers * 2 * layout.block_size)
-    record = np.zeros(1, paged.POOL)
+    # In int8 the positions of a head lie side by side, else the heads of a position.
+    int8 = layout.dtype == INT8
+    row_bytes = layout.head_bytes * (1 if int8 else layout.kv_heads)
+    record = np.zeros(1, POOL)
     fields = {
         "address": pool.bytes.ctypes.data,
         "block_bytes": layout.block_bytes,
-        "side_bytes": row_bytes * layout.block_size,
+        "side_bytes": layout.side_bytes,
         "row_bytes": row_bytes,
-        "head_bytes": row_bytes // layout.kv_heads,
+        "head_bytes": layout.head_bytes * (layout.block_size if int8 else 1),
+        "scales_at": layout.vectors_bytes,
         "block_size": layout.block_size,
         "kv_heads": layout.kv_heads,
         "head_dim": layout.head_dim,
-        "head_pad": up_to(layout.head_dim, 32),
-        "dtype": paged.DTYPES[layout.dtype],
+        "head_pad": up_to(layout.head_dim, GROUP if int8 else PANEL),
+        "dtype": DTYPES[layout.dtype],
     }
     for name, value in fields.items():
         record[name] = value
@@ -53,7 +59,7 @@ class StepPlan:
             self.longest = max(self.longest, s.end)
             if len(s.tokens) == 1:
                 self.decodes = True
-                self.segments += s.start // paged.SEGMENT + 1
+                self.segments += s.start // SEGMENT + 1
             else:
                 self.prompts = True
         self.tokens = np.array(tokens, np.int64)

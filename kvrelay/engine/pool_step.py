@@ -1,6 +1,5 @@
-"""What every way to attend over the block pool shares: where a step's tokens go, and when it stops.
-
-TorchStep and FlashInferStep are PoolSteps; `paged_step` (attention.py) chooses between them.
+"""What torch's and FlashInfer's way to attend over the block pool share: where a step's tokens go,
+and when it stops. `paged_step` (attention.py) chooses between them and the CPU's kernels.
 """
 
 from abc import ABC, abstractmethod

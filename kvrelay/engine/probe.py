@@ -23,8 +23,8 @@ _BLOCK_SIZE = 4
 # As a part of the logits' spread. Rounding is around 1e-6 in fp32, and up to 0.12 in bf16 (between
 # transformers' own eager and sdpa attention, too); a missing mask or position is around 1.
 # int8 is around 0.03.
-ERROR_MAX = {"float32": 1e-3, "bfloat16": 0.4, "float16": 0.4}
 ERROR_MAX_INT8 = 0.25
+ERROR_MAX = {"float32": 1e-3, "bfloat16": 0.4, "float16": 0.4, "int8": ERROR_MAX_INT8}
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Masks that transformers builds from the configuration alone, out of an attention function's sight.
 _MASK_SETTINGS = ("attention_chunk_size", "keep_window_size")

@@ -20,7 +20,7 @@ from kvrelay.engine.kernels.threads import Team
 from kvrelay.engine.kernels.tiles import HAS_VNNI
 from kvrelay.engine.prepared import Prepared, find
 from kvrelay.engine.step import CancelFlag, Slice, UnsupportedModelError
-from kvrelay.kv.layout import KVLayout
+from kvrelay.kv.layout import INT8, KVLayout
 from kvrelay.kv.pool import KVPool
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,8 @@ class ModelRunner:
             raise UnsupportedModelError(
                 f"{quantize} is for a CPU and float32, not for {dtype} on {device}"
             )
+        if kv == INT8 and device != "cpu":
+            raise UnsupportedModelError(f"KV in int8 is for a CPU, not for {device}")
         if device != "cpu" or dtype != "float32":
             return cls._load_generic(path, dtype, device, block_size, kv, threads)
         cache = cache_dir or default_cache()

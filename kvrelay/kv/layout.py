@@ -9,12 +9,19 @@ from math import prod
 
 from kvrelay.wire import transfer_pb2
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+INT8 = "int8"
+_LINE_BYTES = 64  # a cache line
+_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
 class KVLayout:
-    """One block is one contiguous region `[layers, 2, block_size, kv_heads, head_dim]`."""
+    """One block is one contiguous region `[layers, 2, block_size, kv_heads, head_dim]`.
+
+    int8: `[layers, 2, side_bytes]`. A side (keys or values) is `[kv_heads, block_size, head_bytes]`
+    bytes and then their scales, `[kv_heads, block_size]` float32; each begins at a cache line.
+    """
 
     model_fingerprint: str
     dtype: str
@@ -25,11 +32,32 @@ class KVLayout:
 
     @property
     def block_shape(self) -> tuple[int, ...]:
+        """In elements of the dtype."""
+        if self.dtype == INT8:
+            return (self.layers, 2, self.side_bytes)
         return (self.layers, 2, self.block_size, self.kv_heads, self.head_dim)
 
     @property
     def block_bytes(self) -> int:
         return prod(self.block_shape) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def head_bytes(self) -> int:
+        """Of one head's keys at one position; in int8 whole cache lines."""
+        if self.dtype == INT8:
+            return _up_to_lines(self.head_dim)
+        return self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def vectors_bytes(self) -> int:
+        """Of one side of one layer without its scales."""
+        return self.block_size * self.kv_heads * self.head_bytes
+
+    @property
+    def side_bytes(self) -> int:
+        """Of one layer's keys in a block; its values come next."""
+        scales = self.block_size * self.kv_heads * _SCALE_BYTES if self.dtype == INT8 else 0
+        return self.vectors_bytes + _up_to_lines(scales)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold the KV of `tokens` positions."""
@@ -63,6 +91,10 @@ class KVLayout:
         which the links convert; empty when they can be."""
         known = other.dtype in DTYPE_BYTES
         return self.differences(replace(other, dtype=self.dtype) if known else other)
+
+
+def _up_to_lines(size: int) -> int:
+    return -(-size // _LINE_BYTES) * _LINE_BYTES
 
 
 def blocks_for(tokens: int, block_size: int) -> int:

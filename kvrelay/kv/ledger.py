@@ -5,12 +5,13 @@ used. The states and moves are the one table MOVES; anything not in it raises an
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import Enum
 
 
 class BlockState(Enum):
     FREE = "free"
+    CACHED = "cached"  # holds a finished part of a prefix; read by any number, written by none
     RESERVED = "reserved"  # promised to a request, nobody writes yet
     WRITING = "writing"  # a peer may write at any moment
     OWNED = "owned"  # holds KV of a request, used by the local engine
@@ -25,6 +26,10 @@ class BlockEvent(Enum):
     RELEASE = "release"  # nobody writes and nobody needs it
     ABORT = "abort"  # not needed, but the writer has not let go yet
     WRITER_GONE = "writer_gone"  # the writer has acknowledged, or is known dead
+    CACHE = "cache"  # complete: its owner becomes its first user and writes it no more
+    SHARE = "share"  # one more user
+    UNSHARE = "unshare"  # one less; the last one leaves it evictable
+    EVICT = "evict"  # only what has no user
 
 
 MOVES: dict[tuple[BlockState, BlockEvent], BlockState] = {
@@ -36,7 +41,11 @@ MOVES: dict[tuple[BlockState, BlockEvent], BlockState] = {
     (BlockState.WRITING, BlockEvent.ABORT): BlockState.QUARANTINED,
     (BlockState.OWNED, BlockEvent.RELEASE): BlockState.FREE,
     (BlockState.OWNED, BlockEvent.ABORT): BlockState.QUARANTINED,
+    (BlockState.OWNED, BlockEvent.CACHE): BlockState.CACHED,
     (BlockState.QUARANTINED, BlockEvent.WRITER_GONE): BlockState.FREE,
+    (BlockState.CACHED, BlockEvent.SHARE): BlockState.CACHED,
+    (BlockState.CACHED, BlockEvent.UNSHARE): BlockState.CACHED,
+    (BlockState.CACHED, BlockEvent.EVICT): BlockState.FREE,
 }
 
 
@@ -49,18 +58,34 @@ class IllegalMoveError(Exception):
 
 
 class BlockLedger:
-    """States and owners of `total` blocks. An owner is any hashable name of a request attempt."""
+    """States and owners of `total` blocks. An owner is any hashable name of a request attempt.
+
+    A block has one owner, but for two states: a free one has none, a cached one any number of
+    users. Who is neither may not touch it.
+    """
 
     def __init__(self, total: int) -> None:
         self.total = total
         self._states = [BlockState.FREE] * total
-        self._owners: list[object | None] = [None] * total
+        self._owners: dict[int, set[object]] = {}  # of blocks that have any
         self._free = list(range(total - 1, -1, -1))
         self._counts = Counter({BlockState.FREE: total})
+        self._unused = 0  # cached without a user
 
     @property
     def free(self) -> int:
         return len(self._free)
+
+    @property
+    def available(self) -> int:
+        """What reservations could get: free blocks, and cached ones that nobody uses."""
+        return len(self._free) + self._unused
+
+    def state(self, block: int) -> BlockState:
+        return self._states[block]
+
+    def is_used(self, block: int) -> bool:
+        return block in self._owners
 
     def reserve(self, owner: object, count: int) -> list[int]:
         """Gives `count` blocks to `owner`, all or nothing.
@@ -72,19 +97,24 @@ class BlockLedger:
             raise OutOfBlocksError(f"{count} KV blocks asked for, {len(self._free)} free")
         blocks = [self._free.pop() for _ in range(count)]
         for block in blocks:
-            self._owners[block] = owner
+            self._owners[block] = {owner}
             self._set(block, BlockState.RESERVED)
         return blocks
 
     def move(self, owner: object, blocks: Sequence[int], event: BlockEvent) -> None:
-        """Applies `event` to every block, or raises IllegalMoveError and changes nothing."""
+        """Applies `event` to every block, or raises IllegalMoveError and changes nothing.
+
+        EVICT is nobody's: its owner is None.
+        """
         targets = [self._target(owner, block, event) for block in blocks]
         if len(set(blocks)) != len(blocks):
             raise IllegalMoveError(f"{event.name}: a block is named twice in {list(blocks)}")
         for block, target in zip(blocks, targets, strict=True):
+            self._unused -= self._is_unused(block)
+            self._set_owners(owner, block, event, target)
             self._set(block, target)
+            self._unused += self._is_unused(block)
             if target is BlockState.FREE:
-                self._owners[block] = None
                 self._free.append(block)
 
     def counts(self) -> dict[BlockState, int]:
@@ -98,8 +128,15 @@ class BlockLedger:
         assert sorted(self._free) == [
             block for block, state in enumerate(self._states) if state is BlockState.FREE
         ]
-        for state, owner in zip(self._states, self._owners, strict=True):
-            assert (owner is None) == (state is BlockState.FREE), (state, owner)
+        assert all(self._owners.values()), self._owners
+        unused = 0
+        for block, state in enumerate(self._states):
+            owners = len(self._owners.get(block, ()))
+            if state is BlockState.CACHED:
+                unused += owners == 0
+            else:
+                assert owners == (state is not BlockState.FREE), (block, state, owners)
+        assert unused == self._unused, (unused, self._unused)
 
     def _target(self, owner: object, block: int, event: BlockEvent) -> BlockState:
         if not 0 <= block < self.total:
@@ -107,9 +144,29 @@ class BlockLedger:
         state = self._states[block]
         if event is BlockEvent.RESERVE or (state, event) not in MOVES:
             raise IllegalMoveError(f"block {block} is {state.name}: no {event.name} from there")
-        if self._owners[block] != owner:
-            raise IllegalMoveError(f"block {block} belongs to {self._owners[block]}, not {owner}")
+        owners = self._owners.get(block, ())
+        if event is BlockEvent.EVICT:
+            if owners:
+                raise IllegalMoveError(f"block {block} is used by {_names(owners)}: no EVICT")
+        elif event is BlockEvent.SHARE:
+            if owner in owners:
+                raise IllegalMoveError(f"block {block} is used by {owner} already")
+        elif owner not in owners:
+            raise IllegalMoveError(f"block {block} belongs to {_names(owners)}, not {owner}")
         return MOVES[state, event]
+
+    def _set_owners(self, owner: object, block: int, event: BlockEvent, target: BlockState) -> None:
+        if event is BlockEvent.SHARE:
+            self._owners.setdefault(block, set()).add(owner)
+        elif event is BlockEvent.UNSHARE:
+            self._owners[block].discard(owner)
+            if not self._owners[block]:
+                del self._owners[block]
+        elif target is BlockState.FREE:
+            self._owners.pop(block, None)
+
+    def _is_unused(self, block: int) -> bool:
+        return self._states[block] is BlockState.CACHED and block not in self._owners
 
     def _set(self, block: int, state: BlockState) -> None:
         self._counts[self._states[block]] -= 1
@@ -119,3 +176,7 @@ class BlockLedger:
     def __repr__(self) -> str:
         counts = " ".join(f"{state.value}={n}" for state, n in self.counts().items() if n)
         return f"<BlockLedger {counts} total={self.total}>"
+
+
+def _names(owners: Collection[object]) -> str:
+    return ", ".join(sorted(map(str, owners))) or "nobody"

@@ -20,6 +20,7 @@ TORCH_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "int8": torch.uint8,  # bytes, among them those of the scales
 }
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, of Linux 5.14 and later
 _TOUCH_BYTES = 8 << 20
@@ -29,7 +30,8 @@ _LEAST_URGENT = 19  # of nice values
 class KVPool:
     """`blocks` KV blocks for the engine (`kv`) and the same bytes for the transport (`bytes`).
 
-    kv: `[blocks, layers, 2, block_size, kv_heads, head_dim]` on the engine's device.
+    kv: `[blocks, layers, 2, block_size, kv_heads, head_dim]` on the engine's device; for int8
+        `[blocks, layers, 2, side_bytes]`, raw bytes that only the CPU's kernels read.
     bytes: `[blocks, block_bytes]` uint8 in host memory. On a CPU both are the same memory; else
         the pool is `staged`, and `to_device` and `to_host` copy blocks between them.
     fd: the memfd behind `bytes` when `shared`, else -1.

@@ -4,6 +4,7 @@ A wire format is nothing new: it is the layout of a block with another dtype. Se
 their pool into it, receivers decode from it into theirs. Where both are the same, nothing happens.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
@@ -12,7 +13,9 @@ import numpy as np
 import torch
 
 from kvrelay.config import WireCodec
-from kvrelay.kv.layout import KVLayout
+from kvrelay.engine.kernels.int8_head import INT8_MAX, OFFSET, SCALE_MIN, SPREAD
+from kvrelay.engine.shapes import GROUP
+from kvrelay.kv.layout import INT8, KVLayout
 from kvrelay.kv.pool import TORCH_DTYPES
 
 CODECS: tuple[str, ...] = get_args(WireCodec)
@@ -45,11 +48,65 @@ def encode(source: Sequence[np.ndarray], layout: KVLayout, wire: KVLayout) -> Se
 def transcode(
     source: torch.Tensor, source_layout: KVLayout, target: torch.Tensor, target_layout: KVLayout
 ) -> None:
-    """One block `[block_bytes]` uint8 into another, on any device. What float16 cannot hold becomes
-    its largest: an infinity would spoil the scores of all that looks at it."""
-    values = source.view(TORCH_DTYPES[source_layout.dtype])
-    kind = TORCH_DTYPES[target_layout.dtype]
-    if kind is torch.float16:
-        largest = torch.finfo(kind).max
-        values = values.float().clamp(-largest, largest)
-    target.view(kind).copy_(values)
+    """One block `[block_bytes]` uint8 into another, on any device."""
+    if source_layout.dtype == target_layout.dtype:
+        target.copy_(source)
+        return
+    _write(_read(source, source_layout), target, target_layout)
+
+
+def _read(block: torch.Tensor, layout: KVLayout) -> torch.Tensor:
+    """Any block as `[layers, 2, block_size, kv_heads, head_dim]` float32."""
+    if layout.dtype != INT8:
+        return block.view(TORCH_DTYPES[layout.dtype]).view(layout.block_shape).float()
+    vectors, scales = _int8_parts(block, layout)
+    keys = _spread_out(vectors[:, 0].float() - OFFSET) * SPREAD
+    values = vectors[:, 1].view(torch.int8).float()
+    both = torch.stack([keys, values], 1) * scales.unsqueeze(-1)  # [layers, 2, heads, size, bytes]
+    return both[..., : layout.head_dim].transpose(2, 3)
+
+
+def _write(values: torch.Tensor, block: torch.Tensor, layout: KVLayout) -> None:
+    """What float16 cannot hold becomes its largest: an infinity would spoil the scores of all that
+    looks at it."""
+    kind = TORCH_DTYPES[layout.dtype]
+    if layout.dtype != INT8:
+        if kind is torch.float16:
+            largest = torch.finfo(kind).max
+            values = values.clamp(-largest, largest)
+        block.view(kind).view(layout.block_shape).copy_(values)
+        return
+    pad = layout.head_bytes - layout.head_dim
+    both = torch.nn.functional.pad(values.transpose(2, 3), (0, pad))
+    both = torch.stack([_spread_out(both[:, 0]), both[:, 1]], 1)
+    own = (both.abs().amax(-1) / INT8_MAX).clamp_min(SCALE_MIN)
+    whole = (both / own.unsqueeze(-1)).round().to(torch.int16)
+    vectors, scales = _int8_parts(block, layout)
+    vectors[:, 0] = (whole[:, 0] + OFFSET).to(torch.uint8)
+    vectors[:, 1] = whole[:, 1].to(torch.int8).view(torch.uint8)
+    scales.copy_(own)
+
+
+def _int8_parts(block: torch.Tensor, layout: KVLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views: bytes `[layers, 2, kv_heads, block_size, head_bytes]`, scales without the last."""
+    heads, size = layout.kv_heads, layout.block_size
+    sides = block.view(layout.layers, 2, layout.side_bytes)
+    vectors = sides[..., : layout.vectors_bytes].unflatten(-1, (heads, size, layout.head_bytes))
+    end = layout.vectors_bytes + heads * size * 4
+    scales = sides[..., layout.vectors_bytes : end].view(torch.float32)
+    return vectors, scales.unflatten(-1, (heads, size))
+
+
+def _spread_out(vectors: torch.Tensor) -> torch.Tensor:
+    """The transform that keys have in an int8 pool (kernels/int8_head.py), per 64; its own inverse
+    but for a factor."""
+    groups = vectors.unflatten(-1, (-1, GROUP))
+    return (groups @ _walsh_hadamard().to(groups.device)).flatten(-2)
+
+
+@functools.cache
+def _walsh_hadamard() -> torch.Tensor:
+    matrix = torch.ones(1, 1)
+    while len(matrix) < GROUP:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix

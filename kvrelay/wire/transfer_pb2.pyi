@@ -23,7 +23,7 @@ class KvLayout(_message.Message):
     def __init__(self, model_fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., block_size: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ...) -> None: ...
 
 class Ticket(_message.Message):
-    __slots__ = ("request_id", "attempt", "decode_instance_id", "transfer_id", "secret", "block_ids", "layout", "endpoints", "lease_ms")
+    __slots__ = ("request_id", "attempt", "decode_instance_id", "transfer_id", "secret", "block_ids", "layout", "endpoints", "lease_ms", "first_block")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     DECODE_INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,7 @@ class Ticket(_message.Message):
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     decode_instance_id: str
@@ -42,7 +43,8 @@ class Ticket(_message.Message):
     layout: KvLayout
     endpoints: _containers.RepeatedCompositeFieldContainer[Endpoint]
     lease_ms: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_instance_id: _Optional[str] = ..., transfer_id: _Optional[int] = ..., secret: _Optional[bytes] = ..., block_ids: _Optional[_Iterable[int]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., endpoints: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+    first_block: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_instance_id: _Optional[str] = ..., transfer_id: _Optional[int] = ..., secret: _Optional[bytes] = ..., block_ids: _Optional[_Iterable[int]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., endpoints: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ..., lease_ms: _Optional[int] = ..., first_block: _Optional[int] = ...) -> None: ...
 
 class Endpoint(_message.Message):
     __slots__ = ("transport", "address")

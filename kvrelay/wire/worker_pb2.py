@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from kvrelay.wire import transfer_pb2 as kvrelay_dot_wire_dot_transfer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvrelay/wire/worker.proto\x12\x13kvrelay.internal.v1\x1a\x1bkvrelay/wire/transfer.proto\"\x9a\x01\n\nWorkerInfo\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12-\n\x06layout\x18\x03 \x01(\x0b\x32\x1d.kvrelay.internal.v1.KvLayout\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x18\n\x10max_model_tokens\x18\x05 \x01(\r\"v\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\"\x15\n\x06\x43\x61ncel\x12\x0b\n\x03key\x18\x01 \x01(\x04\"V\n\x06\x46\x61iled\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12.\n\x04\x63ode\x18\x02 \x01(\x0e\x32 .kvrelay.internal.v1.FailureCode\x12\x0f\n\x07message\x18\x03 \x01(\t\"{\n\x0ePrefillCommand\x12/\n\x07prefill\x18\x01 \x01(\x0b\x32\x1c.kvrelay.internal.v1.PrefillH\x00\x12-\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1b.kvrelay.internal.v1.CancelH\x00\x42\t\n\x07\x63ommand\"\x8e\x01\n\x07Prefill\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12/\n\x08sampling\x18\x03 \x01(\x0b\x32\x1d.kvrelay.internal.v1.Sampling\x12+\n\x06ticket\x18\x04 \x01(\x0b\x32\x1b.kvrelay.internal.v1.Ticket\"\xcd\x02\n\x0cPrefillEvent\x12/\n\x04info\x18\x01 \x01(\x0b\x32\x1f.kvrelay.internal.v1.WorkerInfoH\x00\x12\x36\n\x07started\x18\x02 \x01(\x0b\x32#.kvrelay.internal.v1.PrefillStartedH\x00\x12\x36\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x1f.kvrelay.internal.v1.FirstTokenH\x00\x12\x34\n\nhanded_off\x18\x04 \x01(\x0b\x32\x1e.kvrelay.internal.v1.HandedOffH\x00\x12-\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x1b.kvrelay.internal.v1.FailedH\x00\x12.\n\x04load\x18\x06 \x01(\x0b\x32 .kvrelay.internal.v1.PrefillLoadB\x07\n\x05\x65vent\"$\n\x0bPrefillLoad\x12\x15\n\rqueued_tokens\x18\x01 \x01(\r\"\x1d\n\x0ePrefillStarted\x12\x0b\n\x03key\x18\x01 \x01(\x04\"?\n\nFirstToken\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x12\n\nprefill_ms\x18\x03 \x01(\x01\"l\n\tHandedOff\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x04\x12\x16\n\x0ekv_transfer_ms\x18\x03 \x01(\x01\x12\x15\n\rkv_exposed_ms\x18\x04 \x01(\x01\x12\x11\n\ttransport\x18\x05 \x01(\t\"z\n\rDecodeCommand\x12/\n\x07reserve\x18\x01 \x01(\x0b\x32\x1c.kvrelay.internal.v1.ReserveH\x00\x12-\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1b.kvrelay.internal.v1.CancelH\x00\x42\t\n\x07\x63ommand\"\x83\x01\n\x07Reserve\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.kvrelay.internal.v1.Sampling\"\x89\x02\n\x0b\x44\x65\x63odeEvent\x12/\n\x04info\x18\x01 \x01(\x0b\x32\x1f.kvrelay.internal.v1.WorkerInfoH\x00\x12\x31\n\x08reserved\x18\x02 \x01(\x0b\x32\x1d.kvrelay.internal.v1.ReservedH\x00\x12/\n\x04step\x18\x03 \x01(\x0b\x32\x1f.kvrelay.internal.v1.StepOutputH\x00\x12-\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x1b.kvrelay.internal.v1.FailedH\x00\x12-\n\x04load\x18\x05 \x01(\x0b\x32\x1f.kvrelay.internal.v1.DecodeLoadB\x07\n\x05\x65vent\"2\n\nDecodeLoad\x12\x13\n\x0b\x62locks_free\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\"D\n\x08Reserved\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12+\n\x06ticket\x18\x02 \x01(\x0b\x32\x1b.kvrelay.internal.v1.Ticket\"B\n\nStepOutput\x12\x34\n\x07outputs\x18\x01 \x03(\x0b\x32#.kvrelay.internal.v1.SequenceOutput\"m\n\x0eSequenceOutput\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x06\x65nding\x18\x04 \x01(\x0e\x32\x1b.kvrelay.internal.v1.Ending*\xb2\x01\n\x0b\x46\x61ilureCode\x12\x1c\n\x18\x46\x41ILURE_CODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46\x41ILURE_CODE_INVALID\x10\x01\x12\x1a\n\x16\x46\x41ILURE_CODE_EXHAUSTED\x10\x02\x12\x1a\n\x16\x46\x41ILURE_CODE_PEER_LOST\x10\x03\x12\x18\n\x14\x46\x41ILURE_CODE_EXPIRED\x10\x04\x12\x19\n\x15\x46\x41ILURE_CODE_INTERNAL\x10\x05*<\n\x06\x45nding\x12\x0f\n\x0b\x45NDING_NONE\x10\x00\x12\x0e\n\nENDING_EOS\x10\x01\x12\x11\n\rENDING_LENGTH\x10\x02\x32\x66\n\rPrefillWorker\x12U\n\x07Session\x12#.kvrelay.internal.v1.PrefillCommand\x1a!.kvrelay.internal.v1.PrefillEvent(\x01\x30\x01\x32\x63\n\x0c\x44\x65\x63odeWorker\x12S\n\x07Session\x12\".kvrelay.internal.v1.DecodeCommand\x1a .kvrelay.internal.v1.DecodeEvent(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19kvrelay/wire/worker.proto\x12\x13kvrelay.internal.v1\x1a\x1bkvrelay/wire/transfer.proto\"\x9a\x01\n\nWorkerInfo\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12-\n\x06layout\x18\x03 \x01(\x0b\x32\x1d.kvrelay.internal.v1.KvLayout\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x18\n\x10max_model_tokens\x18\x05 \x01(\r\"v\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\"\x15\n\x06\x43\x61ncel\x12\x0b\n\x03key\x18\x01 \x01(\x04\"V\n\x06\x46\x61iled\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12.\n\x04\x63ode\x18\x02 \x01(\x0e\x32 .kvrelay.internal.v1.FailureCode\x12\x0f\n\x07message\x18\x03 \x01(\t\"{\n\x0ePrefillCommand\x12/\n\x07prefill\x18\x01 \x01(\x0b\x32\x1c.kvrelay.internal.v1.PrefillH\x00\x12-\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1b.kvrelay.internal.v1.CancelH\x00\x42\t\n\x07\x63ommand\"\xa4\x01\n\x07Prefill\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12/\n\x08sampling\x18\x03 \x01(\x0b\x32\x1d.kvrelay.internal.v1.Sampling\x12+\n\x06ticket\x18\x04 \x01(\x0b\x32\x1b.kvrelay.internal.v1.Ticket\x12\x14\n\x0c\x62lock_hashes\x18\x05 \x01(\x0c\"\xcd\x02\n\x0cPrefillEvent\x12/\n\x04info\x18\x01 \x01(\x0b\x32\x1f.kvrelay.internal.v1.WorkerInfoH\x00\x12\x36\n\x07started\x18\x02 \x01(\x0b\x32#.kvrelay.internal.v1.PrefillStartedH\x00\x12\x36\n\x0b\x66irst_token\x18\x03 \x01(\x0b\x32\x1f.kvrelay.internal.v1.FirstTokenH\x00\x12\x34\n\nhanded_off\x18\x04 \x01(\x0b\x32\x1e.kvrelay.internal.v1.HandedOffH\x00\x12-\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x1b.kvrelay.internal.v1.FailedH\x00\x12.\n\x04load\x18\x06 \x01(\x0b\x32 .kvrelay.internal.v1.PrefillLoadB\x07\n\x05\x65vent\"$\n\x0bPrefillLoad\x12\x15\n\rqueued_tokens\x18\x01 \x01(\r\"4\n\x0ePrefillStarted\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\"?\n\nFirstToken\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12\x12\n\nprefill_ms\x18\x03 \x01(\x01\"l\n\tHandedOff\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x02 \x01(\x04\x12\x16\n\x0ekv_transfer_ms\x18\x03 \x01(\x01\x12\x15\n\rkv_exposed_ms\x18\x04 \x01(\x01\x12\x11\n\ttransport\x18\x05 \x01(\t\"z\n\rDecodeCommand\x12/\n\x07reserve\x18\x01 \x01(\x0b\x32\x1c.kvrelay.internal.v1.ReserveH\x00\x12-\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x1b.kvrelay.internal.v1.CancelH\x00\x42\t\n\x07\x63ommand\"\xc4\x01\n\x07Reserve\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.kvrelay.internal.v1.Sampling\x12\x14\n\x0c\x62lock_hashes\x18\x06 \x01(\x0c\x12\x11\n\thash_root\x18\x07 \x01(\x0c\x12\x16\n\x0etail_token_ids\x18\x08 \x03(\r\"\x89\x02\n\x0b\x44\x65\x63odeEvent\x12/\n\x04info\x18\x01 \x01(\x0b\x32\x1f.kvrelay.internal.v1.WorkerInfoH\x00\x12\x31\n\x08reserved\x18\x02 \x01(\x0b\x32\x1d.kvrelay.internal.v1.ReservedH\x00\x12/\n\x04step\x18\x03 \x01(\x0b\x32\x1f.kvrelay.internal.v1.StepOutputH\x00\x12-\n\x06\x66\x61iled\x18\x04 \x01(\x0b\x32\x1b.kvrelay.internal.v1.FailedH\x00\x12-\n\x04load\x18\x05 \x01(\x0b\x32\x1f.kvrelay.internal.v1.DecodeLoadB\x07\n\x05\x65vent\"2\n\nDecodeLoad\x12\x13\n\x0b\x62locks_free\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\"D\n\x08Reserved\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12+\n\x06ticket\x18\x02 \x01(\x0b\x32\x1b.kvrelay.internal.v1.Ticket\"B\n\nStepOutput\x12\x34\n\x07outputs\x18\x01 \x03(\x0b\x32#.kvrelay.internal.v1.SequenceOutput\"m\n\x0eSequenceOutput\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x06\x65nding\x18\x04 \x01(\x0e\x32\x1b.kvrelay.internal.v1.Ending*\xb2\x01\n\x0b\x46\x61ilureCode\x12\x1c\n\x18\x46\x41ILURE_CODE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46\x41ILURE_CODE_INVALID\x10\x01\x12\x1a\n\x16\x46\x41ILURE_CODE_EXHAUSTED\x10\x02\x12\x1a\n\x16\x46\x41ILURE_CODE_PEER_LOST\x10\x03\x12\x18\n\x14\x46\x41ILURE_CODE_EXPIRED\x10\x04\x12\x19\n\x15\x46\x41ILURE_CODE_INTERNAL\x10\x05*<\n\x06\x45nding\x12\x0f\n\x0b\x45NDING_NONE\x10\x00\x12\x0e\n\nENDING_EOS\x10\x01\x12\x11\n\rENDING_LENGTH\x10\x02\x32\x66\n\rPrefillWorker\x12U\n\x07Session\x12#.kvrelay.internal.v1.PrefillCommand\x1a!.kvrelay.internal.v1.PrefillEvent(\x01\x30\x01\x32\x63\n\x0c\x44\x65\x63odeWorker\x12S\n\x07Session\x12\".kvrelay.internal.v1.DecodeCommand\x1a .kvrelay.internal.v1.DecodeEvent(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvrelay.wire.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FAILURECODE']._serialized_start=2145
-  _globals['_FAILURECODE']._serialized_end=2323
-  _globals['_ENDING']._serialized_start=2325
-  _globals['_ENDING']._serialized_end=2385
+  _globals['_FAILURECODE']._serialized_start=2255
+  _globals['_FAILURECODE']._serialized_end=2433
+  _globals['_ENDING']._serialized_start=2435
+  _globals['_ENDING']._serialized_end=2495
   _globals['_WORKERINFO']._serialized_start=80
   _globals['_WORKERINFO']._serialized_end=234
   _globals['_SAMPLING']._serialized_start=236
@@ -47,33 +47,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLCOMMAND']._serialized_start=467
   _globals['_PREFILLCOMMAND']._serialized_end=590
   _globals['_PREFILL']._serialized_start=593
-  _globals['_PREFILL']._serialized_end=735
-  _globals['_PREFILLEVENT']._serialized_start=738
-  _globals['_PREFILLEVENT']._serialized_end=1071
-  _globals['_PREFILLLOAD']._serialized_start=1073
-  _globals['_PREFILLLOAD']._serialized_end=1109
-  _globals['_PREFILLSTARTED']._serialized_start=1111
-  _globals['_PREFILLSTARTED']._serialized_end=1140
-  _globals['_FIRSTTOKEN']._serialized_start=1142
-  _globals['_FIRSTTOKEN']._serialized_end=1205
-  _globals['_HANDEDOFF']._serialized_start=1207
-  _globals['_HANDEDOFF']._serialized_end=1315
-  _globals['_DECODECOMMAND']._serialized_start=1317
-  _globals['_DECODECOMMAND']._serialized_end=1439
-  _globals['_RESERVE']._serialized_start=1442
-  _globals['_RESERVE']._serialized_end=1573
-  _globals['_DECODEEVENT']._serialized_start=1576
-  _globals['_DECODEEVENT']._serialized_end=1841
-  _globals['_DECODELOAD']._serialized_start=1843
-  _globals['_DECODELOAD']._serialized_end=1893
-  _globals['_RESERVED']._serialized_start=1895
-  _globals['_RESERVED']._serialized_end=1963
-  _globals['_STEPOUTPUT']._serialized_start=1965
-  _globals['_STEPOUTPUT']._serialized_end=2031
-  _globals['_SEQUENCEOUTPUT']._serialized_start=2033
-  _globals['_SEQUENCEOUTPUT']._serialized_end=2142
-  _globals['_PREFILLWORKER']._serialized_start=2387
-  _globals['_PREFILLWORKER']._serialized_end=2489
-  _globals['_DECODEWORKER']._serialized_start=2491
-  _globals['_DECODEWORKER']._serialized_end=2590
+  _globals['_PREFILL']._serialized_end=757
+  _globals['_PREFILLEVENT']._serialized_start=760
+  _globals['_PREFILLEVENT']._serialized_end=1093
+  _globals['_PREFILLLOAD']._serialized_start=1095
+  _globals['_PREFILLLOAD']._serialized_end=1131
+  _globals['_PREFILLSTARTED']._serialized_start=1133
+  _globals['_PREFILLSTARTED']._serialized_end=1185
+  _globals['_FIRSTTOKEN']._serialized_start=1187
+  _globals['_FIRSTTOKEN']._serialized_end=1250
+  _globals['_HANDEDOFF']._serialized_start=1252
+  _globals['_HANDEDOFF']._serialized_end=1360
+  _globals['_DECODECOMMAND']._serialized_start=1362
+  _globals['_DECODECOMMAND']._serialized_end=1484
+  _globals['_RESERVE']._serialized_start=1487
+  _globals['_RESERVE']._serialized_end=1683
+  _globals['_DECODEEVENT']._serialized_start=1686
+  _globals['_DECODEEVENT']._serialized_end=1951
+  _globals['_DECODELOAD']._serialized_start=1953
+  _globals['_DECODELOAD']._serialized_end=2003
+  _globals['_RESERVED']._serialized_start=2005
+  _globals['_RESERVED']._serialized_end=2073
+  _globals['_STEPOUTPUT']._serialized_start=2075
+  _globals['_STEPOUTPUT']._serialized_end=2141
+  _globals['_SEQUENCEOUTPUT']._serialized_start=2143
+  _globals['_SEQUENCEOUTPUT']._serialized_end=2252
+  _globals['_PREFILLWORKER']._serialized_start=2497
+  _globals['_PREFILLWORKER']._serialized_end=2599
+  _globals['_DECODEWORKER']._serialized_start=2601
+  _globals['_DECODEWORKER']._serialized_end=2700
 # @@protoc_insertion_point(module_scope)

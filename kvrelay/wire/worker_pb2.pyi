@@ -87,16 +87,18 @@ class PrefillCommand(_message.Message):
     def __init__(self, prefill: _Optional[_Union[Prefill, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Prefill(_message.Message):
-    __slots__ = ("key", "prompt_token_ids", "sampling", "ticket")
+    __slots__ = ("key", "prompt_token_ids", "sampling", "ticket", "block_hashes")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
     key: int
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
     ticket: _transfer_pb2.Ticket
-    def __init__(self, key: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., ticket: _Optional[_Union[_transfer_pb2.Ticket, _Mapping]] = ...) -> None: ...
+    block_hashes: bytes
+    def __init__(self, key: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., ticket: _Optional[_Union[_transfer_pb2.Ticket, _Mapping]] = ..., block_hashes: _Optional[bytes] = ...) -> None: ...
 
 class PrefillEvent(_message.Message):
     __slots__ = ("info", "started", "first_token", "handed_off", "failed", "load")
@@ -121,10 +123,12 @@ class PrefillLoad(_message.Message):
     def __init__(self, queued_tokens: _Optional[int] = ...) -> None: ...
 
 class PrefillStarted(_message.Message):
-    __slots__ = ("key",)
+    __slots__ = ("key", "cached_tokens")
     KEY_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     key: int
-    def __init__(self, key: _Optional[int] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, key: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class FirstToken(_message.Message):
     __slots__ = ("key", "token_id", "prefill_ms")
@@ -159,18 +163,24 @@ class DecodeCommand(_message.Message):
     def __init__(self, reserve: _Optional[_Union[Reserve, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Reserve(_message.Message):
-    __slots__ = ("key", "request_id", "attempt", "prompt_tokens", "sampling")
+    __slots__ = ("key", "request_id", "attempt", "prompt_tokens", "sampling", "block_hashes", "hash_root", "tail_token_ids")
     KEY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    HASH_ROOT_FIELD_NUMBER: _ClassVar[int]
+    TAIL_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     key: int
     request_id: str
     attempt: int
     prompt_tokens: int
     sampling: Sampling
-    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+    block_hashes: bytes
+    hash_root: bytes
+    tail_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., block_hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., tail_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DecodeEvent(_message.Message):
     __slots__ = ("info", "reserved", "step", "failed", "load")

@@ -170,7 +170,7 @@ def test_result_holds_the_whole_answer(server: ScriptedServer, client: Client) -
     server.scripts = [[*answer("a", "b")[:-1], finished(2, pb.FINISH_REASON_LENGTH)]]
     stream = client.generate("hi")
     assert next(stream) == "a"
-    expected = Completion("ab", (100, 101), "length", 5, 2, 7, "r-1", "tiny", TIMINGS)
+    expected = Completion("ab", (100, 101), "length", 5, 2, 7, "r-1", "tiny", TIMINGS, 3)
     assert stream.result() == expected
     assert stream.result() == expected
     stream.cancel()  # too late to matter
@@ -359,7 +359,7 @@ async def test_async_text_comes_as_it_is_made(server: ScriptedServer) -> None:
         assert await anext(stream) == "日"
         gate.set()
         assert [text async for text in stream] == ["本"]
-        expected = Completion("日本", (1, 2), "stop", 5, 2, 7, "r-1", "tiny", TIMINGS)
+        expected = Completion("日本", (1, 2), "stop", 5, 2, 7, "r-1", "tiny", TIMINGS, 3)
         assert await stream.result() == expected
         stream.cancel()
         assert await stream.result() == expected

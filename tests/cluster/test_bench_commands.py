@@ -285,6 +285,7 @@ def test_windows_do_not_overlap_and_drop_a_short_end() -> None:
         ("none", "auto", "perplexity/fp32"),
         ("int8", "auto", "perplexity/int8"),
         ("int8", "float16", "perplexity/int8/kv-float16"),
+        ("int8", "int8", "perplexity/int8/kv-int8"),
     ],
 )
 def test_row_names_of_perplexity(quantize: Any, kv_dtype: Any, name: str) -> None:

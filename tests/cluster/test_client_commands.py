@@ -123,6 +123,7 @@ def test_json_is_one_object_and_nothing_else(server: ScriptedServer) -> None:
         "token_ids": [100, 101],
         "finish_reason": "stop",
         "prompt_tokens": 5,
+        "cached_tokens": 3,
         "completion_tokens": 2,
         "seed": 7,
         "queue_ms": 1.5,

@@ -6,9 +6,11 @@ from cluster.phase_table import phase_table
 from kvrelay.client import Completion, Timings
 
 
-def rows(timings: Timings, prompt_tokens: int = 512, completion_tokens: int = 64) -> list[str]:
+def rows(
+    timings: Timings, prompt_tokens: int = 512, completion_tokens: int = 64, cached_tokens: int = 0
+) -> list[str]:
     completion = Completion(
-        "", (), "stop", prompt_tokens, completion_tokens, 1, "r", "tiny", timings
+        "", (), "stop", prompt_tokens, completion_tokens, 1, "r", "tiny", timings, cached_tokens
     )
     console = Console(width=80, color_system=None)
     with console.capture() as capture:
@@ -52,3 +54,10 @@ def test_large_numbers_keep_to_one_line_each() -> None:
         123_456.789, 312_345.5, 333_330.1, 1_234.3, 11_796_480_000, 5_234.2, 99.8, "tcp"
     )
     assert len(rows(timings, 131_072, 65_536)) == 8
+    assert len(rows(timings, 131_072, 65_536, 65_536)) == 8
+
+
+def test_the_rate_of_prefill_is_of_what_was_computed() -> None:
+    body = rows(Timings(0, 100.0, 1, 0, 0, 0, 0.1, "shm"), cached_tokens=384)
+    assert "prefill 100.00 128 prompt tokens, 1,280.0 tokens/s" in body
+    assert "tokens 512 prompt (384 cached) + 64 completion" in body

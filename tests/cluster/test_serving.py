@@ -13,7 +13,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from cluster import serving
+from cluster import serve_commands, serving
 from cluster.cli import main
 from cluster.model_store import PreparedModel
 from cluster.options import ServeError, ServeOptions
@@ -96,6 +96,23 @@ def test_the_command_refuses_odd_numbers(option, value):
     done = CliRunner().invoke(main, ["serve", "no-model", option, value])
     assert (done.exit_code, "Traceback" in done.output) == (2, False)
     assert f"Invalid value for '{option}'" in done.output
+
+
+# ---- what the workers are told
+
+
+@pytest.mark.parametrize(
+    ("flags", "caching"),
+    [([], True), (["--prefix-caching"], True), (["--no-prefix-caching"], False)],
+)
+def test_prefix_caching_is_on_unless_told_otherwise(temp_dir, monkeypatch, flags, caching):
+    def refuse(model: str, options: ServeOptions, stop: object) -> None:
+        _, worker = serving._configs(PreparedModel("tiny", temp_dir), options, temp_dir / "kvr-1")
+        raise ServeError(f"prefix caching: {worker.prefix_caching}")
+
+    monkeypatch.setattr(serve_commands, "_serving", refuse)
+    done = CliRunner().invoke(main, ["serve", "tiny", *flags])
+    assert f"prefix caching: {caching}" in done.output
 
 
 # ---- choices that do not go together

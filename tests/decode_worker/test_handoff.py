@@ -1,11 +1,11 @@
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from kv_fixtures import LAYOUT, sampling
 
 from decode_worker.handoff import (
@@ -18,6 +18,7 @@ from decode_worker.handoff import (
     ReservationState,
 )
 from kvrelay.kv.ledger import BlockLedger, BlockState, OutOfBlocksError
+from kvrelay.kv.prefix import PrefixChain, chain_root
 from kvrelay.lifecycle import IllegalTransitionError
 from kvrelay.transport.errors import RefusedError, Rejection
 
@@ -26,6 +27,7 @@ TOTAL = 8
 LEASE_MS = 100
 RESENDS_MAX = 2
 KEY: Key = ("router", 1)
+ROOT = chain_root("model", LAYOUT.block_size, "")
 PROMPT = 8  # tokens; two blocks, and one more for the answer
 
 
@@ -37,11 +39,11 @@ def handoff() -> Iterator[HandOff]:
         LAYOUT, ledger, lease_ms=LEASE_MS, reservations_max=4, resends_max=RESENDS_MAX
     )
     yield handoff
-    ledger.check()
+    handoff.cache.check()
     for reservation in list(handoff._by_key.values()):
         let_go(handoff, reservation)
-    ledger.check()
-    assert ledger.free == TOTAL
+    handoff.cache.check()
+    assert ledger.available == TOTAL
     assert len(handoff) == 0
 
 
@@ -437,18 +439,208 @@ def test_what_waits_for_no_writer_has_no_lease(handoff, state):
     assert handoff.expired(1e9) == []
 
 
+# ---- prefix caching
+
+
+def chain_of(*tokens: int) -> PrefixChain:
+    chain = PrefixChain(ROOT, LAYOUT.block_size)
+    chain.extend(tokens)
+    return chain
+
+
+def reserve_for(handoff: HandOff, number: int, prompt: range, answer: int = 2) -> Reservation:
+    params = sampling(max_tokens=answer)
+    return handoff.reserve(("router", number), len(prompt), params, 0, chain_of(*prompt))
+
+
+def decoding(handoff: HandOff, number: int, prompt: range, answer: int = 2) -> Reservation:
+    reservation = reserve_for(handoff, number, prompt, answer)
+    begin(handoff, reservation)
+    receive(handoff, reservation)
+    handoff.commit(reservation.transfer_id, len(reservation.prompt_blocks))
+    handoff.share_prompt(reservation.key)
+    return reservation
+
+
+def served(handoff: HandOff, number: int, prompt: range, *answer: int) -> Reservation:
+    reservation = decoding(handoff, number, prompt, max(2, len(answer)))
+    handoff.finish(reservation.key, answer)
+    return reservation
+
+
+def cached_for(handoff: HandOff, tokens: range | list[int]) -> int:
+    return len(handoff.cache.match(chain_of(*tokens).hashes))
+
+
+def test_the_full_blocks_of_a_prompt_stay_and_the_rest_is_free(handoff):
+    served(handoff, 1, range(10), 50, 51)
+    assert counts(handoff) == {B.CACHED: 2, B.FREE: TOTAL - 2}
+    assert handoff.ledger.available == TOTAL
+
+
+def test_only_what_is_not_cached_is_reserved_and_sent(handoff):
+    first = served(handoff, 1, range(10), 50)
+    second = decoding(handoff, 2, range(11))
+    assert second.cached_blocks == first.blocks[:2]
+    assert len(second.prompt_blocks) == 1
+    assert not set(second.prompt_blocks + second.growth_blocks) & set(second.cached_blocks)
+    assert second.blocks == second.cached_blocks + second.prompt_blocks + second.growth_blocks
+
+
+def test_a_prompt_that_is_cached_as_a_whole_still_needs_a_commit(handoff):
+    served(handoff, 1, range(8), 50)
+    reservation = reserve_for(handoff, 2, range(8))
+    assert (len(reservation.cached_blocks), reservation.prompt_blocks) == (2, [])
+    begin(handoff, reservation)
+    assert handoff.commit(reservation.transfer_id, 0) is reservation
+    assert reservation.state is S.DECODING
+
+
+def test_the_answer_is_cached_but_for_what_its_last_token_would_fill(handoff):
+    served(handoff, 1, range(6), 50, 51, 52, 53, 54, 55)
+    # Positions 6 to 10 have KV: the sixth token was never read back.
+    assert cached_for(handoff, [*range(6), 50, 51, 52, 53, 54, 55]) == 2
+    assert counts(handoff) == {B.CACHED: 2, B.FREE: TOTAL - 2}
+
+
+def test_the_answer_to_a_prompt_without_a_full_block_is_cached_too(handoff):
+    served(handoff, 1, range(2), 50, 51, 52)
+    assert cached_for(handoff, [0, 1, 50, 51]) == 1
+    assert cached_for(handoff, [0, 1, 50, 52]) == 0
+
+
+def test_the_next_turn_of_a_chat_finds_prompt_and_answer(handoff):
+    served(handoff, 1, range(6), *range(6, 12))
+    assert len(decoding(handoff, 2, range(14)).cached_blocks) == 2
+
+
+def test_running_requests_share_a_prefix(handoff):
+    one, other = decoding(handoff, 1, range(10)), decoding(handoff, 2, range(9))
+    assert other.cached_blocks == one.blocks[:2]
+    assert counts(handoff) == {B.CACHED: 2, B.OWNED: 2, B.FREE: TOTAL - 4}
+    handoff.finish(one.key, [50])
+    assert handoff.ledger.available == TOTAL - 3
+    handoff.finish(other.key, [50])
+    assert handoff.ledger.available == TOTAL
+
+
+def test_of_two_equal_prompts_received_at_once_one_is_kept(handoff):
+    both = [reserve_for(handoff, number, range(8), 1) for number in (1, 2)]
+    for r in both:
+        begin(handoff, r)
+        receive(handoff, r)
+        handoff.commit(r.transfer_id, 2)
+        handoff.share_prompt(r.key)
+    assert counts(handoff) == {B.CACHED: 2, B.OWNED: 2, B.FREE: TOTAL - 4}
+    for r in both:
+        handoff.finish(r.key, [50])
+    assert counts(handoff) == {B.CACHED: 2, B.FREE: TOTAL - 2}
+
+
+def test_nothing_is_shared_before_the_engine_can_read_it(handoff):
+    reservation = reserve_for(handoff, 1, range(8))
+    begin(handoff, reservation)
+    receive(handoff, reservation)
+    handoff.commit(reservation.transfer_id, 2)
+    assert cached_for(handoff, range(8)) == 0
+    handoff.share_prompt(reservation.key)
+    assert cached_for(handoff, range(8)) == 2
+
+
+def test_an_abort_while_receiving_drops_the_shares_and_quarantines_the_rest(handoff):
+    served(handoff, 1, range(8), 50)
+    reservation = reserve_for(handoff, 2, range(12))
+    begin(handoff, reservation)
+    assert handoff.abort(reservation.key) == reservation.transfer_id
+    assert counts(handoff) == {B.CACHED: 2, B.QUARANTINED: 1, B.FREE: TOTAL - 3}
+    assert handoff.ledger.available == TOTAL - 1
+    handoff.writer_lost(reservation.transfer_id)
+    assert handoff.ledger.available == TOTAL
+    assert cached_for(handoff, range(12)) == 2
+
+
+def test_a_writer_lost_while_receiving_drops_the_shares(handoff):
+    served(handoff, 1, range(8), 50)
+    reservation = reserve_for(handoff, 2, range(12))
+    begin(handoff, reservation)
+    assert handoff.writer_lost(reservation.transfer_id) is reservation
+    assert counts(handoff) == {B.CACHED: 2, B.FREE: TOTAL - 2}
+    assert handoff.ledger.available == TOTAL
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+def test_an_abort_while_decoding_keeps_what_is_complete(handoff, in_step):
+    reservation = decoding(handoff, 1, range(6), 9)
+    handoff.abort(reservation.key, [50, 51, 52, 53], in_step=in_step)
+    # A step writes position 9, in the third block.
+    assert cached_for(handoff, [*range(6), 50, 51, 52, 53]) == 2
+    if in_step:
+        assert counts(handoff) == {B.CACHED: 2, B.QUARANTINED: 2, B.FREE: TOTAL - 4}
+        assert handoff.ledger.available == TOTAL - 4, "the step may still read them"
+        handoff.engine_idle(reservation.key)
+    assert counts(handoff) == {B.CACHED: 2, B.FREE: TOTAL - 2}
+    assert handoff.ledger.available == TOTAL
+
+
+def test_an_abort_before_the_engine_can_read_the_prompt_keeps_nothing(handoff):
+    reservation = reserve_for(handoff, 1, range(8))
+    begin(handoff, reservation)
+    receive(handoff, reservation)
+    handoff.commit(reservation.transfer_id, 2)
+    handoff.abort(reservation.key, in_step=True)
+    handoff.engine_idle(reservation.key)
+    assert counts(handoff) == {B.FREE: TOTAL}
+
+
+def test_what_is_distrusted_is_found_no_more(handoff):
+    served(handoff, 1, range(8), 50)
+    one, other = decoding(handoff, 2, range(10)), decoding(handoff, 3, range(9))
+    handoff.distrust(one.key)
+    handoff.abort(one.key, [50, 51, 52])
+    handoff.finish(other.key, [50, 51, 52, 53, 54])
+    handoff.distrust(other.key)  # has ended already
+    assert counts(handoff) == {B.FREE: TOTAL}
+
+
+def test_cached_blocks_make_room(handoff):
+    served(handoff, 1, range(24), 50)
+    assert handoff.ledger.free == 2
+    reservation = reserve_for(handoff, 2, range(100, 116))
+    assert len(reservation.blocks) == 5
+    assert cached_for(handoff, range(24)) == 3
+
+
+def test_a_chain_over_another_number_of_tokens_is_refused(handoff):
+    with pytest.raises(InvalidReservationError, match="block hashes for 8 tokens, not for 9"):
+        handoff.reserve(KEY, 9, sampling(max_tokens=1), 0, chain_of(*range(8)))
+    assert len(handoff) == 0
+
+
 # ---- all of it at random
+
+# Prompts are beginnings of these, so they share prefixes of every length.
+TEXTS = [[1] * 14, [1] * 6 + [2] * 8]
+BLOCKS = 12
+
+
+def has(state: ReservationState) -> Callable[["HandOffMachine"], bool]:
+    return lambda machine: any(r.state is state for r in machine.live.values())
 
 
 class HandOffMachine(RuleBasedStateMachine):
     """Routers, writers, the engine and the clock, in any order.
 
-    `writing` and `stepping` are the truth about who may touch which blocks.
+    `writing` and `stepping` are the truth about who may touch which blocks; `pool` about which
+    token's KV is in which slot of each.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.ledger = BlockLedger(TOTAL)
+        self.pool: list[list[int]] = [[0] * LAYOUT.block_size for _ in range(BLOCKS)]
+        self.meaning: dict[bytes, list[int]] = {}  # the tokens of a block of that name
+        self.prompts: dict[Key, list[int]] = {}
+        self.answers: dict[Key, list[int]] = {}  # of those decoding
+        self.ledger = BlockLedger(BLOCKS)
         self.handoff = HandOff(
             LAYOUT, self.ledger, lease_ms=LEASE_MS, reservations_max=5, resends_max=RESENDS_MAX
         )
@@ -465,99 +657,196 @@ class HandOffMachine(RuleBasedStateMachine):
     def pick_writer(self, data: st.DataObject) -> Reservation | None:
         return data.draw(st.sampled_from(list(self.writing.values()))) if self.writing else None
 
-    @rule(prompt=st.integers(1, 20), answer=st.integers(1, 9))
-    def reserve(self, prompt: int, answer: int) -> None:
+    def name(self, tokens: list[int]) -> PrefixChain:
+        chain = chain_of(*tokens)
+        for index, name in enumerate(chain.hashes):
+            self.meaning[name] = tokens[index * LAYOUT.block_size :][: LAYOUT.block_size]
+        return chain
+
+    def in_pool(self, r: Reservation, count: int) -> list[int]:
+        """The tokens at the first `count` positions of its blocks."""
+        return [token for block in r.blocks for token in self.pool[block]][:count]
+
+    @rule(
+        text=st.sampled_from(TEXTS),
+        length=st.integers(1, 14),
+        answer=st.integers(1, 7),
+        caching=st.sampled_from([True, True, True, False]),
+    )
+    def reserve(self, text: list[int], length: int, answer: int, caching: bool) -> None:
         self.number += 1
-        key = ("router", self.number)
+        key, prompt = ("router", self.number), text[:length]
+        chain = self.name(prompt) if caching else None
         try:
-            r = self.handoff.reserve(key, prompt, sampling(max_tokens=answer), self.now)
+            r = self.handoff.reserve(key, length, sampling(max_tokens=answer), self.now, chain)
         except (OutOfBlocksError, InvalidReservationError):
             return
+        assert (
+            self.in_pool(r, len(r.cached_blocks) * LAYOUT.block_size)
+            == prompt[: len(r.cached_blocks) * LAYOUT.block_size]
+        )
         for other in (*self.live.values(), *self.writing.values(), *self.stepping.values()):
             if other.state is not S.CLOSED:
                 held = other.blocks
                 if other.key in self.live and other.state is S.ABORTING:
                     held = other.prompt_blocks if other.transfer_id in self.writing else held
-                assert not set(r.blocks) & set(held), "a block in use was given away"
+                private = r.prompt_blocks + r.growth_blocks
+                assert not set(private) & set(held), "a block in use was given away"
         self.live[key] = r
+        self.prompts[key] = prompt
 
+    @precondition(has(S.RESERVED))
     @rule(data=st.data())
     def begin(self, data: st.DataObject) -> None:
         if r := self.pick(data, S.RESERVED):
             self.handoff.begin(r.transfer_id, r.secret, self.now)
             self.writing[r.transfer_id] = r
 
+    @precondition(lambda self: bool(self.writing))
     @rule(data=st.data(), count=st.integers(1, 3))
     def blocks(self, data: st.DataObject, count: int) -> None:
         if r := self.pick_writer(data):
-            first = r.blocks_received
-            try:
-                targets = self.handoff.expect(r.transfer_id, first, count)
-            except RefusedError:
-                assert first + count > len(r.prompt_blocks)
-            else:
-                assert list(targets) == r.prompt_blocks[first : first + count]
-                bad = data.draw(st.sets(st.integers(first, first + count - 1)))
-                self.handoff.received(r.transfer_id, first, count, sorted(bad), self.now)
+            end = min(r.blocks_received + count, len(r.prompt_blocks))
+            sent = st.integers(r.blocks_received, max(r.blocks_received, end - 1))
+            bad = data.draw(st.sets(sent)) if end > r.blocks_received else set()
+            self.receive(r, count, sorted(bad))
 
+    @precondition(lambda self: bool(self.writing))
     @rule(data=st.data(), good=st.booleans())
     def again(self, data: st.DataObject, good: bool) -> None:
         if (r := self.pick_writer(data)) and r.bad_blocks:
             index = data.draw(st.sampled_from(sorted(r.bad_blocks)))
-            assert list(self.handoff.expect(r.transfer_id, index, 1, again=True)) == [
-                r.prompt_blocks[index]
-            ]
+            targets = self.handoff.expect(r.transfer_id, index, 1, again=True)
+            assert list(targets) == [r.prompt_blocks[index]]
+            self.write(r, index)
             try:
                 self.handoff.received(r.transfer_id, index, 1, () if good else (index,), self.now)
             except RefusedError:
                 assert r.resends[index] > RESENDS_MAX
             assert (index in r.bad_blocks) == (not good)
 
+    def receive(self, r: Reservation, count: int, bad: Sequence[int] = ()) -> None:
+        first = r.blocks_received
+        try:
+            targets = self.handoff.expect(r.transfer_id, first, count)
+        except RefusedError:
+            assert first + count > len(r.prompt_blocks)
+        else:
+            assert list(targets) == r.prompt_blocks[first : first + count]
+            for index in range(first, first + count):
+                if index not in bad:
+                    self.write(r, index)
+            self.handoff.received(r.transfer_id, first, count, bad, self.now)
+
+    def write(self, r: Reservation, index: int) -> None:
+        """The index-th block of the ticket arrives."""
+        size, place = LAYOUT.block_size, len(r.cached_blocks) + index
+        tokens = self.prompts[r.key][place * size : (place + 1) * size]
+        self.pool[r.prompt_blocks[index]] = tokens + [0] * (size - len(tokens))
+
+    @precondition(has(S.RESERVED))
+    @rule(data=st.data())
+    def hand_over(self, data: st.DataObject) -> None:
+        """A transfer from its begin to its commit, with nothing in between."""
+        if r := self.pick(data, S.RESERVED):
+            self.handoff.begin(r.transfer_id, r.secret, self.now)
+            self.writing[r.transfer_id] = r
+            if r.prompt_blocks:
+                self.receive(r, len(r.prompt_blocks))
+            self.commit_one(r)
+
+    @precondition(lambda self: bool(self.writing))
     @rule(data=st.data())
     def commit(self, data: st.DataObject) -> None:
         if r := self.pick_writer(data):
-            complete = r.blocks_received == len(r.prompt_blocks) and not r.bad_blocks
-            aborting = r.state is S.ABORTING
-            try:
-                committed = self.handoff.commit(r.transfer_id, len(r.prompt_blocks))
-            except RefusedError:
-                assert not complete
-                return
-            assert (committed is None) == aborting
-            if committed is not None:
-                assert complete
-                del self.writing[r.transfer_id]
+            self.commit_one(r)
 
+    def commit_one(self, r: Reservation) -> None:
+        complete = r.blocks_received == len(r.prompt_blocks) and not r.bad_blocks
+        aborting = r.state is S.ABORTING
+        try:
+            committed = self.handoff.commit(r.transfer_id, len(r.prompt_blocks))
+        except RefusedError:
+            assert not complete
+            return
+        assert (committed is None) == aborting
+        if committed is not None:
+            assert complete
+            del self.writing[r.transfer_id]
+            self.handoff.share_prompt(r.key)
+            self.answers[r.key] = [7]
+
+    @precondition(has(S.DECODING))
     @rule(data=st.data())
     def step_begins(self, data: st.DataObject) -> None:
-        if (r := self.pick(data, S.DECODING)) and r.key not in self.stepping:
+        r = self.pick(data, S.DECODING)
+        if r and r.key not in self.stepping and len(self.answers[r.key]) < r.sampling.max_tokens:
             self.stepping[r.key] = r
+            self.compute(r)
 
-    @rule(data=st.data())
-    def step_ends(self, data: st.DataObject) -> None:
+    def compute(self, r: Reservation) -> None:
+        """Reads all that came before and writes the newest token's KV, at any time of a step."""
+        written = self.prompts[r.key] + self.answers[r.key][:-1]
+        assert self.in_pool(r, len(written)) == written, "the engine reads what is not its own"
+        index, slot = divmod(len(written), LAYOUT.block_size)
+        block = r.blocks[index]
+        assert self.ledger.state(block) in (B.OWNED, B.QUARANTINED), "a shared block is written"
+        self.pool[block][slot] = self.answers[r.key][-1]
+
+    @precondition(lambda self: bool(self.stepping))
+    @rule(data=st.data(), token=st.integers(7, 8))
+    def step_ends(self, data: st.DataObject, token: int) -> None:
         if self.stepping:
             r = self.stepping.pop(data.draw(st.sampled_from(list(self.stepping))))
+            self.compute(r)
             if self.handoff.is_aborting(r.key):
                 self.handoff.engine_idle(r.key)
                 self.live.pop(r.key)
+            else:
+                self.append(r, token)
 
+    def append(self, r: Reservation, token: int) -> None:
+        self.answers[r.key].append(token)
+        self.name(self.prompts[r.key] + self.answers[r.key])
+
+    @precondition(has(S.DECODING))
+    @rule(data=st.data(), steps=st.integers(1, 8), token=st.integers(7, 8))
+    def several_steps(self, data: st.DataObject, steps: int, token: int) -> None:
+        r = self.pick(data, S.DECODING)
+        if r and r.key not in self.stepping:
+            for _ in range(min(steps, r.sampling.max_tokens - len(self.answers[r.key]))):
+                self.compute(r)
+                self.append(r, token)
+
+    @precondition(has(S.DECODING))
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         if (r := self.pick(data, S.DECODING)) and r.key not in self.stepping:
-            self.handoff.finish(r.key)
+            self.handoff.finish(r.key, self.answers[r.key])
             del self.live[r.key]
 
+    @precondition(has(S.DECODING))
+    @rule(data=st.data())
+    def distrust(self, data: st.DataObject) -> None:
+        if (r := self.pick(data, S.DECODING)) and data.draw(st.integers(0, 3)) == 0:
+            hashes = r.hashes
+            self.handoff.distrust(r.key)
+            assert self.handoff.cache.match(hashes) == []
+
+    @precondition(lambda self: bool(self.live))
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         if r := self.pick(data):
             self.abort_one(r)
 
     def abort_one(self, r: Reservation) -> None:
-        told = self.handoff.abort(r.key, in_step=r.key in self.stepping)
+        answer = self.answers.get(r.key, ())
+        told = self.handoff.abort(r.key, answer, in_step=r.key in self.stepping)
         assert told is None or told in self.writing
         if r.state is S.CLOSED:
             del self.live[r.key]
 
+    @precondition(lambda self: bool(self.writing))
     @rule(data=st.data())
     def writer_lost(self, data: st.DataObject) -> None:
         if r := self.pick_writer(data):
@@ -566,7 +855,7 @@ class HandOffMachine(RuleBasedStateMachine):
             del self.writing[r.transfer_id]
             del self.live[r.key]
 
-    @rule(ms=st.integers(0, 2 * LEASE_MS))
+    @rule(ms=st.integers(0, LEASE_MS // 8))
     def time_passes(self, ms: int) -> None:
         self.now += ms
         for key in self.handoff.expired(self.now):
@@ -575,15 +864,23 @@ class HandOffMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_ledger_balances(self) -> None:
-        self.ledger.check()
+        self.handoff.cache.check()
         assert len(self.handoff) == len(self.live)
 
     @invariant()
-    def what_somebody_may_write_is_not_free(self) -> None:
+    def what_somebody_may_write_is_neither_free_nor_cached(self) -> None:
+        private = self.handoff.cache.private
         held = [b for r in self.writing.values() for b in r.prompt_blocks]
-        held += [b for r in self.stepping.values() for b in r.blocks]
+        held += [b for r in self.stepping.values() for b in private(r.blocks)]
         assert len(held) == len(set(held)), "a block is in two live reservations"
-        assert self.ledger.free <= TOTAL - len(held)
+        assert {self.ledger.state(b) for b in held} <= {B.WRITING, B.OWNED, B.QUARANTINED}
+        used = {b for r in self.stepping.values() for b in r.blocks}
+        assert self.ledger.available <= BLOCKS - len(used.union(held))
+
+    @invariant()
+    def every_cached_block_holds_what_its_name_says(self) -> None:
+        for name, block in self.handoff.cache._block_of.items():
+            assert self.pool[block] == self.meaning[name]
 
     def teardown(self) -> None:
         for r in list(self.live.values()):
@@ -593,10 +890,10 @@ class HandOffMachine(RuleBasedStateMachine):
         for key in self.stepping:
             if self.handoff.is_aborting(key):
                 self.handoff.engine_idle(key)
-        self.ledger.check()
-        assert self.ledger.free == TOTAL
+        self.handoff.cache.check()
+        assert self.ledger.available == BLOCKS
         assert len(self.handoff) == 0
 
 
 TestHandOffMachine = HandOffMachine.TestCase
-TestHandOffMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestHandOffMachine.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)

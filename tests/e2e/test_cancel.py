@@ -79,7 +79,7 @@ async def test_cancel_while_a_chunk_is_computed(model: Path, transport: str, at_
         await cancel(stream, reader)
         # The decode worker need not wait for the prefill worker's engine, only for its word.
         await until(
-            lambda: cluster.decode[0].ledger.free == cluster.decode[0].ledger.total,
+            lambda: cluster.decode[0].ledger.available == cluster.decode[0].ledger.total,
             within_s=FREED_S,
         )
         gate.open()

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from cluster.bench.loading import EngineChoice
-from cluster.bench.perplexity import bench_perplexity
+from cluster.bench.perplexity import bench_perplexity, name_of
 from cluster.bench.text import TEXT, read_text
 from cluster.model_store import PreparedModel, prepare
 from kvrelay.cache import default_cache
+from kvrelay.config import KvDtype
 from kvrelay.engine import packing
 from kvrelay.engine.prepared import WEIGHTS
 
@@ -53,12 +54,15 @@ def model() -> PreparedModel:
     return prepare("smollm2")
 
 
-def test_int8_costs_at_most_one_per_cent_of_perplexity(model: PreparedModel) -> None:
-    choice = EngineChoice("int8", "auto", threads=len(os.sched_getaffinity(0)))
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_int8_costs_at_most_one_per_cent_of_perplexity(
+    model: PreparedModel, kv_dtype: KvDtype
+) -> None:
+    choice = EngineChoice("int8", kv_dtype, threads=len(os.sched_getaffinity(0)))
     report = bench_perplexity(model, read_text(TEXT), choice, lambda what, fraction: None)
     found: dict[str, Any] = {row.name: row.value for row in report.rows}
     assert found["perplexity/fp32"] == pytest.approx(found["perplexity/transformers"], rel=1e-4)
-    assert found["perplexity/int8"] / found["perplexity/fp32"] <= PERPLEXITY_MAX
+    assert found[name_of(choice)] / found["perplexity/fp32"] <= PERPLEXITY_MAX
 
 
 def test_a_worker_holds_its_weights_its_pool_and_little_else(model: PreparedModel) -> None:

@@ -106,6 +106,7 @@ def test_a_cancelled_step_ends_between_two_layers():
 
 def test_a_step_knows_its_slices_and_positions():
     slices = [Slice([5, 6], 3, [2, 0]), Slice([9], 0, [1])]
-    step = paged_step(SimpleNamespace(kv=torch.zeros(3, 1, 2, 4, 2, 8)), slices)
+    layout = SimpleNamespace(dtype="float32")
+    step = paged_step(SimpleNamespace(kv=torch.zeros(3, 1, 2, 4, 2, 8), layout=layout), slices)
     assert step.positions.tolist() == [3, 4, 0]
     assert step.slices is slices

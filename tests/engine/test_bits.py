@@ -73,9 +73,11 @@ def play(pair: tuple[Worker, Worker], batchings: int, lengths: tuple[int, ...]) 
         worker.runner.close()
 
 
-@pytest.mark.parametrize("quantize", MODES)
-def test_200_random_batchings_of_llama_give_the_same_bits(folder, quantize):
-    pair = workers(folder("llama"), quantize)
+@pytest.mark.parametrize(
+    ("quantize", "kv_dtype"), [("none", "auto"), ("int8", "auto"), ("int8", "int8")]
+)
+def test_200_random_batchings_of_llama_give_the_same_bits(folder, quantize, kv_dtype):
+    pair = workers(folder("llama"), quantize, kv_dtype=kv_dtype)
     assert pair[0].runner.description.startswith("fused")
     play(pair, BATCHINGS, LENGTHS_LONG)
 
@@ -88,7 +90,7 @@ def test_every_fused_family_gives_the_same_bits(folder, family, quantize):
     play(pair, BATCHINGS_FEW, LENGTHS_LONG)
 
 
-@pytest.mark.parametrize("kv_dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kv_dtype", ["float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("quantize", MODES)
 def test_narrow_kv_gives_the_same_bits(folder, kv_dtype, quantize):
     play(workers(folder("llama"), quantize, kv_dtype=kv_dtype), BATCHINGS_FEW, LENGTHS)
@@ -102,6 +104,11 @@ def test_generic_families_give_the_same_bits_while_torch_has_one_thread(
     pair = workers(folder(family), quantize)
     assert pair[0].runner.description.startswith("generic")
     play(pair, BATCHINGS_FEW, LENGTHS_GENERIC)
+
+
+@pytest.mark.parametrize("family", GENERIC)
+def test_generic_families_over_int8_kv_give_the_same_bits(folder, family, one_thread_of_torch):
+    play(workers(folder(family), "none", kv_dtype="int8"), BATCHINGS_FEW, LENGTHS_GENERIC)
 
 
 @pytest.mark.parametrize("family", GENERIC)

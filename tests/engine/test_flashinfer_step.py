@@ -193,7 +193,7 @@ def test_the_device_chooses(monkeypatch, device, usable, chosen):
     for name in ("FlashInferStep", "TorchStep"):
         monkeypatch.setattr(attention, name, lambda *args, name=name: name)
     monkeypatch.setattr(cuda_attention, "usable", lambda pool: usable)
-    assert (
-        attention.paged_step(SimpleNamespace(kv=SimpleNamespace(device=torch.device(device))), [])
-        == chosen
+    pool = SimpleNamespace(
+        kv=SimpleNamespace(device=torch.device(device)), layout=SimpleNamespace(dtype="float32")
     )
+    assert attention.paged_step(pool, []) == chosen

@@ -129,6 +129,10 @@ BITS = {
     "a group of seven": (Shape(7, 1, 32, 1), LayerKind(), 270, "float32"),
     "a group of three, half": (Shape(6, 2, 80, 5), LayerKind(window=70), 270, "float16"),
     "bfloat": (Shape(4, 2, 128, 16), LayerKind(), 270, "bfloat16"),
+    "int8": (Shape(6, 2, 64, 16), LayerKind(), 530, "int8"),
+    "int8, a window": (Shape(7, 1, 96, 5), LayerKind(window=100), 400, "int8"),
+    "int8, softcap": (Shape(4, 2, 32, 1), LayerKind(softcap=2.0), 270, "int8"),
+    "int8, a window over segments": (Shape(2, 2, 128, 48), LayerKind(window=300), 700, "int8"),
 }
 
 

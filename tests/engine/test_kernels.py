@@ -12,6 +12,7 @@ import torch
 from numba import njit
 
 from kvrelay.engine.kernels import rows, tiles
+from kvrelay.engine.kernels.functions import exp, exp2, tanh
 from kvrelay.engine.kernels.threads import Team, aligned, take, wait_for_all
 from kvrelay.engine.kernels.vector import LANES, Code, Int, emitted
 from kvrelay.engine.packed import linear_record, pack
@@ -273,17 +274,17 @@ def test_gate_silu():
 
 @emitted
 def _emit_exp(c: Code, x: Int, out: Int) -> None:
-    c.store(out, c.exp(c.load(x)))
+    c.store(out, exp(c, c.load(x)))
 
 
 @emitted
 def _emit_exp2(c: Code, x: Int, out: Int) -> None:
-    c.store(out, c.exp2(c.load(x)))
+    c.store(out, exp2(c, c.load(x)))
 
 
 @emitted
 def _emit_tanh(c: Code, x: Int, out: Int) -> None:
-    c.store(out, c.tanh(c.load(x)))
+    c.store(out, tanh(c, c.load(x)))
 
 
 @emitted

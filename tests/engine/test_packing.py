@@ -129,7 +129,8 @@ def test_workers_that_differ_in_quantize_or_kv_type_do_not_pair(model, cache, re
 
     assert layout("int8").differences(layout("int8")) == ""
     assert "model_fingerprint" in layout("none").differences(layout("int8"))
-    assert "dtype" in layout("none").differences(layout("none", "float16"))
+    for kv_dtype in ("float16", "int8"):
+        assert "dtype" in layout("none").differences(layout("none", kv_dtype))
 
 
 def test_other_weights_of_the_same_name_are_another_entry(tmp_path, cache):

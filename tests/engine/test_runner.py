@@ -363,14 +363,19 @@ def test_a_model_that_is_not_decoder_only_is_refused_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_kv_may_be_kept_in_another_dtype(
-    tmp_path: Path, dtype: str, kv_dtype: Literal["float32", "float16", "bfloat16"]
+    tmp_path: Path, dtype: str, kv_dtype: Literal["float32", "float16", "bfloat16", "int8"]
 ) -> None:
     runner = ModelRunner.load(make_tiny("phi", tmp_path), dtype=dtype, kv_dtype=kv_dtype)
     assert runner.layout.dtype == kv_dtype
     runner.close()
+
+
+def test_int8_kv_is_refused_where_no_kernel_reads_it(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="KV in int8 is for a CPU, not for cuda"):
+        ModelRunner.load(tmp_path, device="cuda", kv_dtype="int8")
 
 
 def test_a_token_that_the_model_does_not_have(tmp_path: Path) -> None:

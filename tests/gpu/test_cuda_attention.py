@@ -84,8 +84,9 @@ def test_a_long_context_is_split_and_put_together_again(flashinfer):
 def test_what_is_chosen_on_a_gpu(flashinfer):
     narrow = torch.zeros(2, 1, 2, 4, 2, 64, dtype=torch.bfloat16, device="cuda")
     slices = [Slice([0], 0, [1])]
-    assert isinstance(paged_step(SimpleNamespace(kv=narrow), slices), FlashInferStep)
-    assert isinstance(paged_step(SimpleNamespace(kv=narrow.float()), slices), TorchStep)
+    for kv, kind in ((narrow, FlashInferStep), (narrow.float(), TorchStep)):
+        pool = SimpleNamespace(kv=kv, layout=SimpleNamespace(dtype=str(kv.dtype)))
+        assert isinstance(paged_step(pool, slices), kind)
 
 
 @pytest.mark.parametrize("kinds", KINDS)

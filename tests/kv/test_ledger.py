@@ -24,6 +24,7 @@ WAYS = {
     S.WRITING: [E.BEGIN],
     S.OWNED: [E.CLAIM],
     S.QUARANTINED: [E.BEGIN, E.ABORT],
+    S.CACHED: [E.CLAIM, E.CACHE],
 }
 PRODUCT = list(itertools.product(S, E))
 LEGAL = [pair for pair in PRODUCT if pair in MOVES and pair[1] is not E.RESERVE]
@@ -47,7 +48,9 @@ def ledger_with(state: BlockState) -> BlockLedger:
 @pytest.mark.parametrize(("state", "event"), LEGAL, ids=names)
 def test_a_legal_event_moves_the_block(state, event):
     ledger = ledger_with(state)
-    ledger.move("A", [0], event)
+    if event is E.EVICT:
+        ledger.move("A", [0], E.UNSHARE)
+    ledger.move({E.SHARE: "B", E.EVICT: None}.get(event, "A"), [0], event)
     assert ledger.counts()[MOVES[state, event]] == (2 if MOVES[state, event] is S.FREE else 1)
     ledger.check()
 
@@ -110,6 +113,37 @@ def test_a_freed_block_is_nobodys_any_more():
         ledger.move("A", [0], E.RELEASE)
 
 
+def test_a_cached_block_has_any_number_of_users_and_goes_when_it_has_none():
+    ledger = ledger_with(S.CACHED)
+    ledger.move("B", [0], E.SHARE)
+    assert (ledger.free, ledger.available) == (1, 1)
+    for user in "AB":
+        assert ledger.is_used(0)
+        with pytest.raises(IllegalMoveError, match="block 0 is used by"):
+            ledger.move(None, [0], E.EVICT)
+        ledger.move(user, [0], E.UNSHARE)
+    assert not ledger.is_used(0)
+    assert (ledger.free, ledger.available) == (1, 2)
+    ledger.check()
+    ledger.move(None, [0], E.EVICT)
+    assert (ledger.free, ledger.available) == (2, 2)
+    ledger.check()
+
+
+def test_nobody_uses_a_cached_block_twice_or_ends_a_use_that_he_has_not():
+    ledger = ledger_with(S.CACHED)
+    with pytest.raises(IllegalMoveError, match="block 0 is used by A already"):
+        ledger.move("A", [0], E.SHARE)
+    with pytest.raises(IllegalMoveError, match="block 0 belongs to A, not B"):
+        ledger.move("B", [0], E.UNSHARE)
+    assert ledger.available == 1
+    ledger.check()
+
+
+def test_what_is_cached_is_never_written_again():
+    assert {event for state, event in MOVES if state is S.CACHED} == {E.SHARE, E.UNSHARE, E.EVICT}
+
+
 def test_a_block_named_twice_is_refused():
     ledger = ledger_with(S.OWNED)
     with pytest.raises(IllegalMoveError, match="named twice"):
@@ -123,14 +157,14 @@ def test_repr_tells_the_counts():
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Owners reserve and move at random; the model is a dict of block to (owner, state)."""
+    """Owners reserve and move at random; the model is a dict of block to (owners, state)."""
 
     TOTAL = 6
 
     def __init__(self) -> None:
         super().__init__()
         self.ledger = BlockLedger(self.TOTAL)
-        self.model: dict[int, tuple[str, BlockState]] = {}
+        self.model: dict[int, tuple[frozenset[str], BlockState]] = {}
 
     @rule(owner=st.sampled_from("ABC"), count=st.integers(0, TOTAL + 1))
     def reserve(self, owner: str, count: int) -> None:
@@ -141,7 +175,7 @@ class LedgerMachine(RuleBasedStateMachine):
         blocks = self.ledger.reserve(owner, count)
         assert len(set(blocks)) == count
         assert not set(blocks) & set(self.model), "a block in use was given away"
-        self.model.update((block, (owner, S.RESERVED)) for block in blocks)
+        self.model.update((block, (frozenset(owner), S.RESERVED)) for block in blocks)
 
     @rule(
         owner=st.sampled_from("ABC"),
@@ -149,26 +183,37 @@ class LedgerMachine(RuleBasedStateMachine):
         event=st.sampled_from(E),
     )
     def move(self, owner: str, blocks: list[int], event: BlockEvent) -> None:
-        held = [self.model.get(block, (None, S.FREE)) for block in blocks]
+        held = [self.model.get(block, (frozenset(), S.FREE)) for block in blocks]
         legal = len(set(blocks)) == len(blocks) and all(
-            who == owner and (state, event) in MOVES for who, state in held
+            self.allowed(owner, owners, event) and (state, event) in MOVES for owners, state in held
         )
         if not legal:
             with pytest.raises(IllegalMoveError):
                 self.ledger.move(owner, blocks, event)
             return
         self.ledger.move(owner, blocks, event)
-        for block, (_, state) in zip(blocks, held, strict=True):
-            self.model[block] = (owner, MOVES[state, event])
+        for block, (owners, state) in zip(blocks, held, strict=True):
+            if event is E.SHARE:
+                owners = owners | {owner}
+            elif event is E.UNSHARE:
+                owners = owners - {owner}
+            self.model[block] = (owners, MOVES[state, event])
             if MOVES[state, event] is S.FREE:
                 del self.model[block]
+
+    @staticmethod
+    def allowed(owner: str, owners: frozenset[str], event: BlockEvent) -> bool:
+        if event is E.EVICT:
+            return not owners
+        return (owner not in owners) if event is E.SHARE else (owner in owners)
 
     @rule(data=st.data())
     def move_own(self, data: st.DataObject) -> None:
         """A legal move: random ones seldom are."""
         if self.model:
             block = data.draw(st.sampled_from(sorted(self.model)))
-            owner, state = self.model[block]
+            owners, state = self.model[block]
+            owner = data.draw(st.sampled_from(sorted(owners) or ["A"]))
             events = [event for s, event in MOVES if s is state]
             self.move(owner, [block], data.draw(st.sampled_from(events)))
 
@@ -180,6 +225,8 @@ class LedgerMachine(RuleBasedStateMachine):
         for state in S:
             held = sum(s is state for _, s in self.model.values())
             assert counts[state] == (held if state is not S.FREE else self.TOTAL - len(self.model))
+        unused = sum(not owners for owners, _ in self.model.values())
+        assert self.ledger.available == counts[S.FREE] + unused
 
 
 TestLedgerMachine = LedgerMachine.TestCase

@@ -10,6 +10,7 @@ from kv_fixtures import LAYOUT, sampling
 
 from kvrelay.engine.step import Slice
 from kvrelay.kv.ledger import BlockLedger, BlockState
+from kvrelay.kv.prefix import PrefixChain, chain_root
 from kvrelay.lifecycle import IllegalTransitionError
 from kvrelay.wire.transfer_pb2 import Ticket
 from prefill_worker.schedule import (
@@ -26,19 +27,20 @@ from prefill_worker.schedule import (
 S, E, B = JobState, JobEvent, BlockState
 TOTAL = 16
 CHUNK = 16  # tokens; four blocks
+ROOT = chain_root("model", LAYOUT.block_size, "")
 
 
 @pytest.fixture
 def schedule() -> Iterator[Schedule]:
     schedule = Schedule(LAYOUT, BlockLedger(TOTAL), chunk_tokens=CHUNK, jobs_max=5)
     yield schedule
-    schedule.ledger.check()
+    schedule.cache.check()
     for job in list(schedule._jobs.values()):
         schedule.abort(job.key)
         if job.state is S.ABORTING:
             schedule.quiet(job)
-    schedule.ledger.check()
-    assert schedule.ledger.free == TOTAL
+    schedule.cache.check()
+    assert schedule.ledger.available == TOTAL
     assert schedule.queued_tokens == len(schedule) == 0
 
 
@@ -46,6 +48,24 @@ def job(number: int, tokens: int, blocks: int | None = None) -> Job:
     needed = LAYOUT.blocks_for(tokens) if blocks is None else blocks
     ticket = Ticket(block_ids=range(needed))
     return Job(("router", number), list(range(tokens)), sampling(), ticket)
+
+
+def named(number: int, prompt: Sequence[int], first_block: int = 0) -> Job:
+    """A job whose full blocks have names."""
+    ticket = Ticket(
+        first_block=first_block, block_ids=range(first_block, LAYOUT.blocks_for(len(prompt)))
+    )
+    chain = PrefixChain(ROOT, LAYOUT.block_size)
+    chain.extend(prompt)
+    return Job(("router", number), list(prompt), sampling(), ticket, chain.hashes)
+
+
+def served(schedule: Schedule, one: Job) -> Job:
+    schedule.add(one)
+    while one.state is not S.HANDING_OFF:
+        run(schedule)
+    schedule.acknowledged(one)
+    return one
 
 
 def added(schedule: Schedule, *tokens: int) -> list[Job]:
@@ -103,8 +123,8 @@ def test_nothing_leads_out_of_closed_and_abort_is_legal_everywhere_else():
     [
         (job(1, 0), "the prompt is empty"),
         (job(1, 4 * TOTAL + 1), "65 prompt tokens need 17 KV blocks; this prefill worker has 16"),
-        (job(1, 8, blocks=1), "a ticket for 1 blocks, not 2"),
-        (job(1, 8, blocks=3), "a ticket for 3 blocks, not 2"),
+        (job(1, 8, blocks=1), "a ticket for blocks 0 to 1, not to 2"),
+        (job(1, 8, blocks=3), "a ticket for blocks 0 to 3, not to 2"),
     ],
     ids=["empty", "too long", "ticket too small", "ticket too large"],
 )
@@ -321,23 +341,152 @@ def test_a_lost_session_is_answered_with_exactly_its_keys(schedule):
     assert schedule.of_session(ours) == [(ours, 1), (ours, 2)]
 
 
+# ---- prefix caching
+
+
+def test_what_is_cached_of_a_prompt_is_not_computed_again(schedule):
+    first = served(schedule, named(1, range(14)))
+    assert schedule.ledger.counts()[B.CACHED] == 3
+    assert schedule.ledger.available == TOTAL
+    second = named(2, range(15))
+    schedule.add(second)
+    assert schedule.queued_tokens == 15
+    assert run(schedule) == [(2, 12, 3)]
+    assert (second.blocks[:3], second.cached_tokens) == (first.blocks[:3], 12)
+    assert second.blocks[3] not in first.blocks[:3]
+
+
+@pytest.mark.parametrize(("tokens", "cached"), [(1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (12, 8)])
+def test_the_last_token_is_computed_always_and_into_a_block_of_ones_own(schedule, tokens, cached):
+    served(schedule, named(1, range(12)))
+    one = named(2, range(tokens))
+    schedule.add(one)
+    (chunk,) = schedule.next_step()
+    assert (chunk.start, one.cached_tokens, chunk.is_first, chunk.is_last) == (
+        cached,
+        cached,
+        True,
+        True,
+    )
+    assert schedule.ledger.state(one.blocks[cached // 4]) is B.OWNED
+
+
+def test_the_second_block_of_a_name_is_freed_when_its_job_ends(schedule):
+    served(schedule, named(1, range(8)))
+    served(schedule, named(2, range(8)))  # computes the last block again
+    assert schedule.ledger.counts()[B.CACHED] == 2
+    assert schedule.ledger.free == TOTAL - 2
+
+
+def test_a_running_prompt_is_shared_as_far_as_it_is_computed(schedule):
+    schedule.add(named(1, range(40)))
+    run(schedule)
+    schedule.add(named(2, range(30)))
+    assert run(schedule) == [(1, 16, 16)]
+    assert run(schedule) == [(2, 16, 14)]
+
+
+def test_equal_prompts_computed_at_once_leave_one_copy(schedule):
+    both = [named(number, range(8)) for number in (1, 2)]
+    for one in both:
+        schedule.add(one)
+    assert run(schedule) == [(1, 0, 8), (2, 0, 8)]
+    for one in both:
+        schedule.acknowledged(one)
+    assert schedule.ledger.counts()[B.CACHED] == 2
+    assert schedule.ledger.free == TOTAL - 2
+
+
+def test_cached_blocks_make_room_for_the_next_in_line(schedule):
+    served(schedule, named(1, range(48)))
+    assert schedule.ledger.free == 4
+    one = named(2, range(100, 132))
+    schedule.add(one)
+    assert run(schedule) == [(2, 0, 16)]
+    assert len(schedule.cache.match(named(3, range(48)).hashes)) == 8
+
+
+def test_an_aborted_job_keeps_what_a_push_may_still_read_until_all_is_quiet(schedule):
+    served(schedule, named(1, range(8)))
+    one = named(2, range(40))
+    schedule.add(one)
+    run(schedule)
+    schedule.abort(one.key)
+    assert schedule.ledger.counts()[B.CACHED] == 6
+    assert schedule.ledger.counts()[B.QUARANTINED] == 4
+    assert schedule.ledger.available == TOTAL - 10
+    schedule.quiet(one)
+    assert schedule.ledger.available == TOTAL
+    assert len(schedule.cache.match(one.hashes)) == 6
+
+
+def test_nothing_of_a_chunk_that_was_aborted_is_shared(schedule):
+    one = named(1, range(8))
+    schedule.add(one)
+    (chunk,) = schedule.next_step()
+    schedule.abort(one.key)
+    schedule.computed(chunk)
+    schedule.quiet(one)
+    assert schedule.ledger.free == TOTAL
+
+
+def test_what_is_distrusted_is_found_no_more(schedule):
+    served(schedule, named(1, range(8)))
+    one = named(2, range(12))
+    schedule.add(one)
+    run(schedule)
+    schedule.distrust(one)
+    schedule.abort(one.key)
+    schedule.quiet(one)
+    assert schedule.ledger.free == TOTAL
+
+
+@pytest.mark.parametrize("first_block", [0, 1, 3])
+def test_a_ticket_may_begin_at_any_block(schedule, first_block):
+    served(schedule, named(1, range(12), first_block))
+    bad = named(2, range(12), first_block)
+    bad.ticket.first_block += 1
+    with pytest.raises(InvalidJobError, match=f"a ticket for blocks {first_block + 1} to 4, not"):
+        schedule.add(bad)
+
+
+def test_hashes_that_are_not_the_prompts_are_refused(schedule):
+    bad = named(1, range(12))
+    bad.hashes = bad.hashes[1:]
+    with pytest.raises(InvalidJobError, match="2 block hashes for 3 full blocks"):
+        schedule.add(bad)
+
+
 # ---- all of it at random
+
+TEXTS = [[1] * 70, [1] * 30 + [2] * 40]
 
 
 class ScheduleMachine(RuleBasedStateMachine):
-    """Adds, aborts, steps and acknowledgements; a step may be under way during all but steps."""
+    """Adds, aborts, steps and acknowledgements; a step may be under way during all but steps.
+
+    `pool` is the truth about which token's KV is in which slot of each block.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.pool: list[list[int]] = [[0] * LAYOUT.block_size for _ in range(TOTAL)]
+        self.meaning: dict[bytes, list[int]] = {}  # the tokens of a block of that name
         self.ledger = BlockLedger(TOTAL)
         self.schedule = Schedule(LAYOUT, self.ledger, chunk_tokens=10, jobs_max=6)
         self.jobs: list[Job] = []
         self.step: list[Chunk] = []
         self.done: dict[Job, list[int]] = {}
 
-    @rule(tokens=st.integers(1, 70))
-    def add(self, tokens: int) -> None:
-        one = job(len(self.jobs), tokens)
+    @rule(
+        text=st.sampled_from(TEXTS), tokens=st.integers(1, 70), caching=st.sampled_from([1, 1, 0])
+    )
+    def add(self, text: list[int], tokens: int, caching: bool) -> None:
+        one = named(len(self.jobs), text[:tokens])
+        for index, name in enumerate(one.hashes):
+            self.meaning[name] = text[index * LAYOUT.block_size :][: LAYOUT.block_size]
+        if not caching:
+            one.hashes = ()
         try:
             self.schedule.add(one)
         except (InvalidJobError, QueueFullError):
@@ -355,11 +504,26 @@ class ScheduleMachine(RuleBasedStateMachine):
             for chunk in self.step:
                 assert chunk.job.state is S.COMPUTING
                 assert chunk.count > 0
+                self.compute(chunk)
                 assert chunk.is_last or chunk.count % LAYOUT.block_size == 0
+
+    def compute(self, chunk: Chunk) -> None:
+        """Reads all that came before and writes the chunk's KV, at any time of a step."""
+        one = chunk.job
+        before = [token for block in one.blocks for token in self.pool[block]][: chunk.start]
+        assert before == one.prompt[: chunk.start], "the engine reads what is not its own"
+        for position in range(chunk.start, chunk.start + chunk.count):
+            block = one.blocks[position // LAYOUT.block_size]
+            state = self.ledger.state(block)
+            assert state in (B.OWNED, B.QUARANTINED), "a shared block is written"
+            self.pool[block][position % LAYOUT.block_size] = one.prompt[position]
 
     @rule()
     def step_ends(self) -> None:
         for chunk in self.step:
+            self.compute(chunk)
+            if not self.done[chunk.job]:
+                self.done[chunk.job].extend(chunk.job.prompt[: chunk.job.cached_tokens])
             self.done[chunk.job].extend(chunk.slice().tokens)
             self.schedule.computed(chunk)
         self.step = []
@@ -379,13 +543,21 @@ class ScheduleMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def acknowledged(self, data: st.DataObject) -> None:
         if some := [j for j in self.jobs if j.state is S.HANDING_OFF]:
-            self.schedule.acknowledged(data.draw(st.sampled_from(some)))
+            one = data.draw(st.sampled_from(some))
+            pushed = [token for block in one.blocks for token in self.pool[block]]
+            assert pushed[: len(one.prompt)] == one.prompt
+            self.schedule.acknowledged(one)
 
     @invariant()
     def the_ledger_balances(self) -> None:
-        self.ledger.check()
-        held = sum(len(j.blocks) for j in self.jobs if j.state not in (S.QUEUED, S.CLOSED))
-        assert self.ledger.free == TOTAL - held
+        self.schedule.cache.check()
+        held = {b for j in self.jobs if j.state not in (S.QUEUED, S.CLOSED) for b in j.blocks}
+        assert self.ledger.available == TOTAL - len(held)
+
+    @invariant()
+    def every_cached_block_holds_what_its_name_says(self) -> None:
+        for name, block in self.schedule.cache._block_of.items():
+            assert self.pool[block] == self.meaning[name]
 
     @invariant()
     def every_job_is_computed_token_by_token_once(self) -> None:
@@ -412,8 +584,8 @@ class ScheduleMachine(RuleBasedStateMachine):
             self.step_begins()
             self.step_ends()
         assert {one.state for one in self.jobs} <= {S.CLOSED}
-        self.ledger.check()
-        assert self.ledger.free == TOTAL
+        self.schedule.cache.check()
+        assert self.ledger.available == TOTAL
         assert len(self.schedule) == 0
 
 

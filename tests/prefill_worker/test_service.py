@@ -21,6 +21,18 @@ async def test_a_ticket_for_another_layout_is_refused_with_both_sides_named(tmp_
     assert "block_size: 16 here, 32 there" in failed.message
 
 
+async def test_names_that_are_not_the_prompts_are_refused(tmp_path):
+    async with local_cluster(make_tiny("llama", tmp_path / "llama")) as cluster:
+        service = cluster.prefill[0]
+        for hashes, why in ((b"x" * 17, "17 bytes"), (b"x" * 32, "2 block hashes for 1 full")):
+            prefill = worker_pb2.Prefill(key=7, prompt_token_ids=[5] * 20, block_hashes=hashes)
+            prefill.ticket.layout.CopyFrom(service._layout.to_wire())
+            prefill.ticket.block_ids.extend([0, 1])
+            failed = await first_failure(service, worker_pb2.PrefillCommand(prefill=prefill))
+            assert (failed.key, failed.code) == (7, worker_pb2.FAILURE_CODE_INVALID)
+            assert why in failed.message
+
+
 async def first_failure(service, command):
     async def commands():
         yield command

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrelay.config import RouterConfig
+from kvrelay.kv.prefix import PrefixChain, chain_root
 from kvrelay.lifecycle import IllegalTransitionError
 from kvrelay.wire import transfer_pb2
 from kvrelay.wire import worker_pb2 as pb
@@ -86,7 +88,7 @@ class Bench:
     # ---- what happens
 
     def up(self, worker: str) -> None:
-        layout = transfer_pb2.KvLayout(block_size=4)
+        layout = transfer_pb2.KvLayout(model_fingerprint="m", block_size=4)
         info = pb.WorkerInfo(
             instance_id=worker,
             layout=layout,
@@ -243,6 +245,61 @@ def test_a_request_goes_from_reserve_to_prefill_to_its_tokens_to_its_end():
     assert bench.end(request) is Ending.LENGTH
     assert bench.cancels() == []
     assert len(bench.dispatcher) == 0
+
+
+def names_of(prompt: Sequence[int], tenant: str = "") -> PrefixChain:
+    chain = PrefixChain(chain_root("m", 4, tenant), 4)
+    chain.extend(prompt)
+    return chain
+
+
+def test_both_workers_are_told_the_names_of_the_prompts_full_blocks():
+    bench = Bench()
+    request = bench.submit(prompt=10)
+    bench.reserved(request)
+    chain = names_of(range(10))
+    ((_, reserve),) = bench.reserves()
+    ((_, prefill),) = bench.prefills()
+    assert reserve.block_hashes == prefill.block_hashes == b"".join(chain.hashes)
+    assert (reserve.hash_root, list(reserve.tail_token_ids)) == (chain.root, [8, 9])
+
+
+def test_a_retry_names_the_answer_so_far_too():
+    bench = Bench("p1", "d1", "d2")
+    request = bench.bring(bench.submit(prompt=7, max_tokens=9), S.DECODING)
+    bench.d_fails(request)
+    bench.reserved(request)
+    chain = names_of([*range(7), 10, 11])
+    _, (_, reserve) = bench.reserves()
+    _, (_, prefill) = bench.prefills()
+    assert reserve.block_hashes == prefill.block_hashes == b"".join(chain.hashes)
+    assert list(reserve.tail_token_ids) == [11]
+    assert list(prefill.prompt_token_ids) == [*range(7), 10, 11]
+
+
+def test_tenants_share_no_names():
+    bench = Bench()
+    one, other = make("r1"), make("r2")
+    other.tenant = "other"
+    for request in (one, other):
+        bench.clients[request] = Client()
+        bench.take(bench.dispatcher.submit(request))
+    (_, first), (_, second) = bench.reserves()
+    assert first.block_hashes == b"".join(names_of(range(8)).hashes)
+    assert second.block_hashes == b"".join(names_of(range(8), "other").hashes)
+    assert first.hash_root != second.hash_root
+
+
+@pytest.mark.parametrize(("attempts", "cached"), [([6], 6), ([6, 3], 3), ([2, 5], 2), ([0, 5], 0)])
+def test_cached_tokens_are_those_that_no_attempt_has_computed(attempts, cached):
+    bench = Bench("p1", "d1", "d2")
+    request = bench.submit(prompt=8)
+    for tokens in attempts:
+        if request.times.prefill_began_at_ms is not None:
+            bench.p_fails(request)
+        bench.bring(request, S.PREFILLING)
+        bench.p(started=pb.PrefillStarted(key=request.key, cached_tokens=tokens))
+    assert request.times.cached_tokens == cached
 
 
 def test_the_first_token_is_delivered_once_whoever_names_it_first():

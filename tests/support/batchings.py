@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from kernel_cases import spoil
 
 from kvrelay.engine.runner import ModelRunner
 from kvrelay.engine.step import Slice
@@ -25,7 +26,7 @@ class Worker:
 
     def __init__(self, runner: ModelRunner, blocks: int) -> None:
         self.runner, self.pool = runner, KVPool(runner.layout, blocks)
-        self.pool.kv.fill_(float("nan"))
+        spoil(self.pool)
         runner.attach(self.pool)
         self.free = list(range(blocks))
 
@@ -36,7 +37,7 @@ class Worker:
         return taken
 
     def give_back(self, blocks: Sequence[int]) -> None:
-        self.pool.kv[list(blocks)] = float("nan")
+        self.pool.bytes[list(blocks)] = 255  # no numbers, whatever the type
         self.free.extend(blocks)
 
     def alone(self, tokens: Sequence[int], rng: random.Random) -> torch.Tensor:

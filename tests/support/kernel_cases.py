@@ -13,13 +13,14 @@ from attention_cases import LayerKind, Shape, naive_attention
 from kvrelay.engine.kernel_attention import KernelStep
 from kvrelay.engine.kernels.threads import Team
 from kvrelay.engine.step import Slice
-from kvrelay.kv.layout import KVLayout
+from kvrelay.kv.layout import INT8, KVLayout
 from kvrelay.kv.pool import TORCH_DTYPES, KVPool
 
 LAYERS = 2
 LAYER = 1
 _SPARE = 8  # blocks that are nobody's
 NEIGHBOUR_TOKENS = 40
+_INT8_LITTER = 255
 
 
 def make_pool(
@@ -27,14 +28,19 @@ def make_pool(
 ) -> KVPool:
     layout = KVLayout("test", dtype, layers, shape.block_size, shape.kv_heads, shape.head_dim)
     pool = KVPool(layout, blocks)
-    pool.kv.fill_(litter)
+    spoil(pool, litter)
     return pool
+
+
+def spoil(pool: KVPool, litter: float = float("nan")) -> None:
+    """Fills it with what others left. In int8 always with bytes that are no numbers as scales."""
+    pool.kv.fill_(_INT8_LITTER if pool.layout.dtype == INT8 else litter)
 
 
 class LongCase:
     """A sequence of `length` tokens, and a shorter neighbour for its steps.
 
-    q `[length, q_heads, head_dim]`; k and v have `dtype`'s values already.
+    q `[length, q_heads, head_dim]`; k and v have `dtype`'s values already, unless that is int8.
     """
 
     def __init__(
@@ -53,7 +59,8 @@ class LongCase:
         )
         for part in (self._own, self._neighbour):
             for side in (1, 2):
-                part[side] = part[side].to(TORCH_DTYPES[dtype]).float()
+                if dtype != INT8:
+                    part[side] = part[side].to(TORCH_DTYPES[dtype]).float()
 
     def expected(self) -> torch.Tensor:
         """`[length, q_heads, head_dim]` float64."""

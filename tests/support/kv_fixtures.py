@@ -133,7 +133,7 @@ class DecodeEnd:
         self.handoff.finish(key(number))
 
     def check_all_free(self) -> None:
-        self.ledger.check()
+        self.handoff.cache.check()
         assert self.ledger.free == self.ledger.total, self.ledger
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from decode_worker.service import DecodeService
 from kvrelay.client import AsyncClient
 from kvrelay.config import RouterConfig, WorkerConfig
-from kvrelay.kv.ledger import BlockState
 from kvrelay.rpc import new_cluster_key
 from prefill_worker.service import PrefillService
 from router.main import Router
@@ -29,13 +28,14 @@ class LocalCluster:
         return AsyncClient(self.router.address)
 
     def all_free(self) -> bool:
-        return all(w.ledger.free == w.ledger.total for w in (*self.prefill, *self.decode))
+        """Every block is free, or cached and nobody's."""
+        return all(w.ledger.available == w.ledger.total for w in (*self.prefill, *self.decode))
 
     def check_ledgers(self) -> None:
-        for worker in (*self.prefill, *self.decode):
-            worker.ledger.check()
-            counts = worker.ledger.counts()
-            assert counts[BlockState.FREE] == worker.ledger.total, (worker.instance_id, counts)
+        caches = [w._schedule.cache for w in self.prefill] + [w._handoff.cache for w in self.decode]
+        for cache in caches:
+            cache.check()
+            assert cache.ledger.available == cache.ledger.total, cache.ledger
 
 
 @contextlib.asynccontextmanager

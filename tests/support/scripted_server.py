@@ -61,7 +61,11 @@ def finished(
     )
     return pb.GenerateResponse(
         finished=pb.Finished(
-            reason=reason, prompt_tokens=5, completion_tokens=completion_tokens, timings=timings
+            reason=reason,
+            prompt_tokens=5,
+            cached_tokens=3,
+            completion_tokens=completion_tokens,
+            timings=timings,
         )
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit
 
 from kvrelay.engine.kernels import paged, rows
+from kvrelay.engine.kernels.pool import write_row
 from kvrelay.engine.kernels.threads import (
     note_time,
     read_flag,
@@ -161,7 +162,7 @@ def _rope_and_store(counter, model, layer, number, pool, step, slices, tables, r
                         place, norm, place, model.head_dim_at, model.head_dim, model.epsilon_at
                     )
                 rows.rotate(place, model.half, cosine, sine)
-            paged.write_row(pool, tables, s.table, number, position, k, v)
+            write_row(pool, tables, s.table, number, position, k, v)
         piece = take(counter) * _ROWS_A_PIECE
 
 
@@ -192,11 +193,13 @@ def _gate_and_up(counter, gate, up, model, step, work):  # type: ignore[no-untyp
             at = row * GROUP * 4
             target = step.active.at + (first + row) * step.active.stride + group * GROUP * 4
             rows.gate_silu(work.gate + at, work.up + at, target, GROUP)
-            if gate.groups:
-                bytes_at = step.active_bytes.at + (first + row) * step.active_bytes.stride
-                scales_at = step.active_scales.at + (first + row) * step.active_scales.stride
+        if gate.groups:
+            for row in range(first, first + count):
+                source = step.active.at + row * step.active.stride + group * GROUP * 4
+                bytes_at = step.active_bytes.at + row * step.active_bytes.stride
+                scales_at = step.active_scales.at + row * step.active_scales.stride
                 rows.quantize(
-                    target, 1, bytes_at + group * GROUP, scales_at + group * GROUP_SCALE_BYTES
+                    source, 1, bytes_at + group * GROUP, scales_at + group * GROUP_SCALE_BYTES
                 )
         piece = take(counter)
 

@@ -5,6 +5,7 @@ Row buffers are float32, padded with zeros to a multiple of 64, so that no loop 
 
 from numba import njit
 
+from kvrelay.engine.kernels.functions import exp
 from kvrelay.engine.kernels.vector import LANES, Code, Int, Vec, emitted
 from kvrelay.engine.shapes import GROUP, GROUP_SCALE_BYTES, LINE_BYTES
 
@@ -36,11 +37,8 @@ def _quantize(c: Code, x: Int, groups: Int, out: Int, scales: Int) -> None:
     with c.each(groups) as g:
         source, target = x + g * (GROUP * 4), out + g * GROUP
         parts = [c.load(source + n * LINE_BYTES) for n in range(GROUP // LANES)]
-        largest = c.absolute(parts[0])
-        for part in parts[1:]:
-            largest = c.maximum(largest, c.absolute(part))
-        scale = c.maximum(c.maximum_lanes(largest), c.floats(_SCALE_MIN)) * (1 / _INT8_MAX)
-        inverse = c.floats(1.0) / scale
+        scale = c.maximum(c.largest(parts), c.floats(_SCALE_MIN)) * (1 / _INT8_MAX)
+        inverse = c.first_lane(c.floats(1.0) / scale)
         total = c.ints(0)
         for n, part in enumerate(parts):
             whole = c.rounded(part * inverse)
@@ -57,7 +55,7 @@ def _quantize(c: Code, x: Int, groups: Int, out: Int, scales: Int) -> None:
 def _gate_silu(c: Code, gate: Int, up: Int, out: Int, count: Int) -> None:
     with c.each(count, LANES) as i:
         g = c.load(gate + i * 4)
-        activated = g / (c.exp(c.floats(0.0) - g) + 1.0)
+        activated = g / (exp(c, c.floats(0.0) - g) + 1.0)
         c.store(out + i * 4, activated * c.load(up + i * 4))
 
 

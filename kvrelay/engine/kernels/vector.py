@@ -9,8 +9,8 @@ Addresses are int64. A vector has 16 lanes of 32 bits; LLVM cuts it for narrower
 """
 
 import contextlib
+import functools
 import inspect
-import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -34,7 +34,6 @@ F32 = ir.VectorType(_F32, LANES)
 I32 = ir.VectorType(_I32, LANES)
 BYTES = ir.VectorType(_I8, LINE_BYTES)
 
-_EXP2_TERMS = [math.log(2) ** power / math.factorial(power) for power in range(6, -1, -1)]
 
 Emitter = Callable[..., Any]
 
@@ -161,6 +160,10 @@ class Code:
         """As `load`, from an address that is a multiple of 64."""
         return Vec(self, self._load(address, F32, LINE_BYTES))
 
+    def load_ints(self, address: Int) -> Ints:
+        """From an address that is a multiple of 64."""
+        return Ints(self, self._load(address, I32, LINE_BYTES))
+
     def load_half(self, address: Int) -> Vec:
         halves = self._load(address, ir.VectorType(_HALF, LANES), 2)
         return Vec(self, self.builder.fpext(halves, F32))
@@ -213,6 +216,12 @@ class Code:
     def store_int8(self, address: Int, value: Ints) -> None:
         self._store(address, self.builder.trunc(value.value, ir.VectorType(_I8, LANES)), 1)
 
+    def store_ints(self, address: Int, value: Ints) -> None:
+        self._store(address, value.value, 4)
+
+    def store_bytes(self, address: Int, value: Any) -> None:
+        self._store(address, value, LINE_BYTES)
+
     def store_first(self, address: Int, value: Vec) -> None:
         """One float: lane 0."""
         self._store(address, self._lane(value.value, 0), 4)
@@ -251,6 +260,26 @@ class Code:
         """NaN if either is."""
         return Vec(self, self.call("llvm.maximum.v16f32", F32, a.value, b.value))
 
+    def larger(self, a: Vec, b: Vec) -> Vec:
+        """One instruction; b where either is NaN."""
+        greater = self.builder.fcmp_ordered(">", a.value, b.value)
+        return Vec(self, self.builder.select(greater, a.value, b.value))
+
+    def largest(self, parts: Sequence[Vec]) -> Vec:
+        """Of all lanes of parts, the largest absolute value, in all lanes; NaN if any is NaN."""
+        b = self.builder
+
+        def more(x: Ints, y: Ints) -> Ints:  # without a sign, floats are in the order of their bits
+            return Ints(self, b.select(b.icmp_signed(">", x.value, y.value), x.value, y.value))
+
+        bits = [Ints(self, b.bitcast(self.absolute(part).value, I32)) for part in parts]
+        found = self._fold(functools.reduce(more, bits), more)
+        return self.first_lane(Vec(self, b.bitcast(found.value, F32)))
+
+    def first_lane(self, a: Vec) -> Vec:
+        """Lane 0 in all lanes. Of what a is made of, no more than that lane is computed then."""
+        return Vec(self, self._splat(self._lane(a.value, 0), F32))
+
     def absolute(self, a: Vec) -> Vec:
         return Vec(self, self.call("llvm.fabs.v16f32", F32, a.value))
 
@@ -275,45 +304,15 @@ class Code:
         )
         return Vec(self, b.select(inside, yes.value, no.value))
 
+    def is_less(self, a: "Int | int", b: "Int | int") -> Int:
+        """1 when a < b."""
+        less = self.builder.icmp_signed("<", self.number(a).value, self.number(b).value)
+        return Int(self, self.builder.zext(less, _I64))
+
     def differs(self, a: Vec, b: Vec) -> Int:
         """1 when the first lanes are not equal, or not numbers."""
         unequal = self.builder.fcmp_unordered("!=", self._lane(a.value, 0), self._lane(b.value, 0))
         return Int(self, self.builder.zext(unequal, _I64))
-
-    def exp(self, x: Vec) -> Vec:
-        """Within 2 ulp; 0 below -87, and the value at 88 above it.
-
-        2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Taylor to the 7th power: below 1e-8).
-        """
-        b = self.builder
-        inside = self.select_less(self.floats(88.0), x, 88.0, x)
-        n = self.call("llvm.rint.v16f32", F32, (inside * 1.4426950408889634).value)
-        whole = Vec(self, n)
-        # ln 2 in two parts, so that the product with n is exact in the first.
-        rest = self.fma(whole, self.floats(-0.693359375), inside)
-        rest = self.fma(whole, self.floats(2.12194440e-4), rest)
-        total = self.floats(1 / 5040)
-        for divisor in (720, 120, 24, 6, 2, 1, 1):
-            total = self.fma(total, rest, self.floats(1 / divisor))
-        exponent = b.add(b.fptosi(n, I32), ir.Constant(I32, [127] * LANES))
-        power = b.bitcast(b.shl(exponent, ir.Constant(I32, [23] * LANES)), F32)
-        return self.select_less(x, -87.0, 0.0, total * Vec(self, power))
-
-    def exp2(self, x: Vec) -> Vec:
-        """2^x for x <= 0, within 3 ulp; 0 below -125. Taylor on [-1/2, 1/2], to the 6th power."""
-        b = self.builder
-        n = self.call("llvm.rint.v16f32", F32, x.value)
-        rest = x - Vec(self, n)
-        total = self.floats(_EXP2_TERMS[0])
-        for term in _EXP2_TERMS[1:]:
-            total = self.fma(total, rest, self.floats(term))
-        exponent = b.shl(b.fptosi(n, I32), ir.Constant(I32, [23] * LANES))
-        power = b.add(b.bitcast(total.value, I32), exponent)
-        return self.select_less(x, -125.0, 0.0, Vec(self, b.bitcast(power, F32)))
-
-    def tanh(self, x: Vec) -> Vec:
-        """1 - 2 / (exp(2x) + 1): exact enough where it is used, and ±1 far out."""
-        return self.floats(1.0) - self.floats(2.0) / (self.exp(x * 2.0) + 1.0)
 
     def square_root(self, x: Vec) -> Vec:
         return Vec(self, self.call("llvm.sqrt.v16f32", F32, x.value))
@@ -324,6 +323,9 @@ class Code:
 
     def maximum_lanes(self, a: Vec) -> Vec:
         return self._fold(a, self.maximum)
+
+    def larger_lanes(self, a: Vec) -> Vec:
+        return self._fold(a, self.larger)
 
     def sum_int_lanes(self, a: Ints) -> Ints:
         return self._fold(a, lambda x, y: x + y)
@@ -341,9 +343,14 @@ class Code:
         chosen = ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes))
         return self.builder.shuffle_vector(a, b, chosen)
 
-    def dot_bytes(self, total: Ints, unsigned: Any, signed: Ints, vnni: bool) -> Ints:
-        """Each lane of total plus the dot product of its four u8 with its four s8."""
-        quads = self.builder.bitcast(signed.value, BYTES)
+    def dot_bytes(self, total: Ints, unsigned: Any, signed: Any, vnni: bool) -> Ints:
+        """Each lane of total plus the dot product of its four u8 with its four s8.
+
+        Either is Ints, or 64 bytes."""
+        unsigned, quads = (
+            self.builder.bitcast(side.value, BYTES) if isinstance(side, Ints) else side
+            for side in (unsigned, signed)
+        )
         if vnni:
             name = "llvm.x86.avx512.vpdpbusd.512"
             return Ints(self, self.call(name, I32, total.value, unsigned, quads))

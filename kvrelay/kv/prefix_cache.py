@@ -1,0 +1,129 @@
+"""Finds the KV blocks of earlier requests by the names of their prefixes, and says which go first.
+
+A pure object over the block ledger, one for each worker: HandOff (decode worker) and Schedule
+(prefill worker) take blocks and let go of them here. What is cached is never written, so any
+number of requests may read it; what nobody reads is evicted when room is needed, least recently
+used first.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from kvrelay.kv.ledger import BlockEvent, BlockLedger, BlockState, OutOfBlocksError
+
+
+class PrefixCache:
+    """`hashes` are a prompt's PrefixChain.hashes, from its first block on."""
+
+    def __init__(self, ledger: BlockLedger) -> None:
+        self.ledger = ledger
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, bytes] = {}
+        # In the order of eviction: children before their parents.
+        self._unused: OrderedDict[int, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._block_of)
+
+    def match(self, hashes: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest prefix that is cached."""
+        blocks = []
+        for name in hashes:
+            block = self._block_of.get(name)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def take(
+        self, owner: object, hashes: Iterable[bytes], total: int
+    ) -> tuple[list[int], list[int]]:
+        """`total` blocks for `owner`, all or nothing: those it shares of the longest cached prefix,
+        and private ones for the rest.
+
+        Raises:
+            OutOfBlocksError: too few are free or could be evicted.
+        """
+        shared = self.match(hashes)
+        count = total - len(shared)
+        room = self.ledger.available - sum(block in self._unused for block in shared)
+        if count > room:
+            raise OutOfBlocksError(f"{count} KV blocks asked for, {room} free or evictable")
+        self.ledger.move(owner, shared, BlockEvent.SHARE)
+        for block in shared:
+            self._unused.pop(block, None)
+        self._evict(count - self.ledger.free)
+        return shared, self.ledger.reserve(owner, count)
+
+    def insert(self, owner: object, blocks: Sequence[int], hashes: Sequence[bytes]) -> None:
+        """Lets others share these blocks of `owner`, which are complete.
+
+        A block whose name another one has already stays private, and ends with its owner: nobody's
+        table is changed while it runs. Blocks that are cached already are passed over; after one
+        that was forgotten meanwhile, the rest is in doubt, too.
+        """
+        for block, name in zip(blocks, hashes, strict=True):
+            if self.ledger.state(block) is BlockState.CACHED:
+                if block not in self._hash_of:
+                    return
+            elif name not in self._block_of:
+                self.ledger.move(owner, [block], BlockEvent.CACHE)
+                self._block_of[name] = block
+                self._hash_of[block] = name
+
+    def private(self, blocks: Iterable[int]) -> list[int]:
+        """Those of somebody's blocks that nobody else may read."""
+        return [block for block in blocks if self.ledger.state(block) is not BlockState.CACHED]
+
+    def let_go(
+        self, owner: object, blocks: Sequence[int], event: BlockEvent, hashes: Iterable[bytes] = ()
+    ) -> None:
+        """Ends the use of `blocks`: `event` for the private ones, UNSHARE for the cached.
+
+        hashes: the owner's whole chain, which counts as used just now.
+        """
+        private = self.private(blocks)
+        shared = [block for block in blocks if self.ledger.state(block) is BlockState.CACHED]
+        self.ledger.move(owner, private, event)
+        self.ledger.move(owner, shared, BlockEvent.UNSHARE)
+        for block in reversed(shared):
+            if not self.ledger.is_used(block):
+                self._rest(block)
+        # The chain may name blocks that others have put here, and that this owner had twice:
+        # they too must outlive their children.
+        for name in reversed(list(hashes)):
+            block = self._block_of.get(name, -1)
+            if block in self._unused:
+                self._unused.move_to_end(block)
+
+    def forget(self, hashes: Iterable[bytes]) -> None:
+        """Nobody shares these any more: what is in them is in doubt."""
+        for name in hashes:
+            block = self._block_of.pop(name, None)
+            if block is None:
+                continue
+            del self._hash_of[block]
+            if block in self._unused:
+                del self._unused[block]
+                self.ledger.move(None, [block], BlockEvent.EVICT)
+
+    def check(self) -> None:
+        """Raises AssertionError when index and ledger differ. Called after every test."""
+        self.ledger.check()
+        assert {block: name for name, block in self._block_of.items()} == self._hash_of
+        cached = {b for b in range(self.ledger.total) if self.ledger.state(b) is BlockState.CACHED}
+        unused = {block for block in cached if not self.ledger.is_used(block)}
+        assert unused == set(self._unused)
+        assert unused <= set(self._hash_of) <= cached
+
+    def _rest(self, block: int) -> None:
+        if block in self._hash_of:
+            self._unused[block] = None
+        else:  # forgotten while it was in use
+            self.ledger.move(None, [block], BlockEvent.EVICT)
+
+    def _evict(self, count: int) -> None:
+        for _ in range(count):
+            block, _ = self._unused.popitem(last=False)
+            del self._block_of[self._hash_of.pop(block)]
+            self.ledger.move(None, [block], BlockEvent.EVICT)
