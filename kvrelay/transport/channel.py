@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from enum import Enum
 from typing import Any, TypeVar
 
-from kvrelay.transport.errors import ClosedError, LinkError
+from kvrelay.transport.errors import LinkError
 
 _LARGE_BYTES = 64 << 10
 _PATIENCE_MS = 5  # of a burst that has nothing to do
@@ -62,10 +62,14 @@ class Channel:
         """Fills all of them. Not bounded: the peer may be silent before the first byte."""
         await self._move("receiving", self._receive, buffers, bounded=bounded)
 
+    def end_sending(self) -> None:
+        """The peer reads an end after what was sent."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_WR)
+
     async def drain(self) -> None:
         """Says that no more comes from here, and returns when the peer has ended its side."""
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
+        self.end_sending()
         rest = memoryview(bytearray(1))
         with contextlib.suppress(LinkError):
             while True:
@@ -133,7 +137,7 @@ class Channel:
         except ssl.SSLWantWriteError:
             return _Wants.WRITE
         if count == 0:
-            raise ClosedError("the peer closed the link")
+            raise LinkError("the peer closed the link")
         return count
 
     def _shake_hands(self) -> _Wants | None:

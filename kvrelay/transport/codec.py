@@ -67,11 +67,11 @@ def _read(block: torch.Tensor, layout: KVLayout) -> torch.Tensor:
 
 
 def _write(values: torch.Tensor, block: torch.Tensor, layout: KVLayout) -> None:
-    """What float16 cannot hold becomes its largest: an infinity would spoil the scores of all that
-    looks at it."""
+    """What the dtype cannot hold becomes its largest: an infinity would spoil the scores of all
+    that looks at it."""
     kind = TORCH_DTYPES[layout.dtype]
     if layout.dtype != INT8:
-        if kind is torch.float16:
+        if kind is not torch.float32:
             largest = torch.finfo(kind).max
             values = values.clamp(-largest, largest)
         block.view(kind).view(layout.block_shape).copy_(values)

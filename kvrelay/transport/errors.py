@@ -22,10 +22,6 @@ class LinkError(Exception):
     """The link is of no more use: closed, broken, timed out, or the peer broke the protocol."""
 
 
-class ClosedError(LinkError):
-    """The peer closed the link."""
-
-
 class ProtocolError(LinkError):
     """The peer broke the protocol: the link ends."""
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from google.protobuf.message import DecodeError
 
 from kvrelay.transport.channel import Channel, to_end
-from kvrelay.transport.errors import ClosedError, LinkError, ProtocolError, Rejection
+from kvrelay.transport.errors import LinkError, ProtocolError, Rejection
 from kvrelay.wire import transfer_pb2
 
 FRAME_BYTES_MAX = 256 << 10
@@ -30,6 +30,7 @@ class FrameSocket:
         self.channel = Channel(sock, stall_s)
         self.close = self.channel.close
         self._sending = asyncio.Lock()
+        self._cut = False  # inside a frame that was not sent to its end
 
     async def send(self, frame: transfer_pb2.Frame, payload: Sequence[memoryview] = ()) -> None:
         """Sends a frame and the block bytes that belong behind it, nothing between them.
@@ -61,16 +62,21 @@ class FrameSocket:
         """Fills the buffers with what belongs to a frame that has begun."""
         try:
             await self.channel.read_into(buffers)
-        except ClosedError as error:
-            text = "the peer closed the link inside a frame"
+        except LinkError as error:
+            text = f"the link ended inside a frame: {error}"
             raise ProtocolError(Rejection.TRUNCATED, text) from error
 
     async def _send(self, buffers: Sequence[memoryview]) -> None:
         async with self._sending:
+            if self._cut:
+                raise LinkError("the link was cut inside a frame")
             try:
                 await self.channel.write(buffers)
             except LinkError:
-                self.close()  # in the middle of a frame: of no more use
+                # The peer sees its end. Closing is for the owner: on shm the peer may be stopped,
+                # and only the end of its side says that it writes no more.
+                self._cut = True
+                self.channel.end_sending()
                 raise
 
 

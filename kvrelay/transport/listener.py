@@ -125,14 +125,14 @@ class Listener:
                 peer.close()
                 continue
             self._open += 1
-            if transport != "shm":
-                tune_tcp(peer, self._stall_s)
             self._spawn(self._serve(FrameSocket(peer, self._stall_s), transport))
 
     async def _serve(self, frames: FrameSocket, transport: str) -> None:
         link: ReaderLink | None = None
         reason = "the prefill worker closed the link"
         try:
+            if transport != "shm":
+                tune_tcp(frames.channel.sock, self._stall_s)
             async with asyncio.timeout(self._config.link_connect_ms / 1000):
                 link = await self._shake_hands(frames, transport)
             while True:
@@ -141,6 +141,8 @@ class Listener:
             reason = str(error) or "no handshake in time"
             if isinstance(error, ProtocolError):
                 self.rejected[error.rejection] += 1
+            elif link is None:
+                self.rejected[Rejection.HANDSHAKE] += 1
             log.info("link with %s ended: %s", link.peer if link else "an unknown peer", reason)
             if link:
                 await link.let_writer_stop()

@@ -63,11 +63,12 @@ class Transfer:
             self.busy_s += time.perf_counter() - started
             self.blocks_sent += len(source)
 
+    def has_sent(self, indexes: Sequence[int]) -> bool:
+        return all(index < len(self._sources) for index in indexes)
+
     async def send_again(self, indexes: Sequence[int]) -> None:
         """Called by the link: these blocks of the ticket did not arrive as they were sent."""
         for index in indexes:
-            if index >= len(self._sources):
-                raise LinkError(f"asked to send block {index} again, which was never sent")
             header = transfer_pb2.Blocks(
                 transfer_id=self.ticket.transfer_id, first_index=index, count=1, again=True
             )
@@ -202,6 +203,8 @@ class WriterLink:
         elif kind == "resend":
             transfer = self._transfers.get(frame.resend.transfer_id)
             if transfer:
+                if not transfer.has_sent(frame.resend.indexes):
+                    raise LinkError("asked to send blocks again that were never sent")
                 self._keep(_quietly(transfer.send_again(frame.resend.indexes)))
         elif kind == "abort":
             self._abort(frame.abort.transfer_id, frame.abort.reason)

@@ -19,7 +19,7 @@ from waiting import until
 
 from cluster.model_store import prepare
 from kvrelay.client import AsyncClient, KvrelayError
-from kvrelay.transport import listener
+from kvrelay.transport.reader import ReaderLink
 from kvrelay.transport.writer import Transfer
 
 FREED_S = 1.0
@@ -109,14 +109,14 @@ async def test_cancel_while_the_decode_worker_takes_the_commit(
 ) -> None:
     async with cluster_of(model, transport=transport) as (cluster, client):
         entered, release = asyncio.Event(), asyncio.Event()
-        commit = listener._Link._commit
+        commit = ReaderLink._commit
 
         async def held(self: Any, frame: Any) -> None:
             entered.set()
             await release.wait()
             await commit(self, frame)
 
-        monkeypatch.setattr(listener._Link, "_commit", held)
+        monkeypatch.setattr(ReaderLink, "_commit", held)
         stream = client.generate(PROMPT, max_tokens=8)
         reader = asyncio.create_task(stream.result())
         await entered.wait()

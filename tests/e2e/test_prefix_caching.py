@@ -13,7 +13,7 @@ from waiting import until
 
 from kvrelay.client import KvrelayError
 from kvrelay.kv.ledger import BlockState
-from kvrelay.transport import listener
+from kvrelay.transport.reader import ReaderLink
 
 BLOCK_SIZE = 16
 WAIT_S = 30
@@ -226,7 +226,7 @@ async def test_a_cancel_while_a_wholly_cached_prompt_is_committed(model, monkeyp
     async with watched(model) as (cluster, client, _):
         first = await client.generate(prompt, max_tokens=8).result()
         entered, release = asyncio.Event(), asyncio.Event()
-        commit = listener._Link._commit
+        commit = ReaderLink._commit
 
         async def held(self, frame):
             entered.set()
@@ -234,7 +234,7 @@ async def test_a_cancel_while_a_wholly_cached_prompt_is_committed(model, monkeyp
             await commit(self, frame)
 
         with monkeypatch.context() as patch:
-            patch.setattr(listener._Link, "_commit", held)
+            patch.setattr(ReaderLink, "_commit", held)
             stream = client.generate(prompt, max_tokens=8)
             reader = asyncio.create_task(stream.result())
             async with asyncio.timeout(WAIT_S):

@@ -25,7 +25,7 @@ from links import (
     until,
 )
 
-from kvrelay.transport.errors import LinkError
+from kvrelay.transport.errors import LinkError, Rejection
 from kvrelay.wire.transfer_pb2 import (
     Begin,
     Blocks,
@@ -144,7 +144,8 @@ async def test_a_writer_that_stops_inside_a_frame_is_given_up_and_an_idle_one_ke
         await begun_by_hand(frames, end.ticket(1))
         await frames.channel.write([memoryview(words)])
         assert await is_closed(frames)
-        assert end.book.events[-1] == ("lost", 1, "the peer moved nothing for 0.05 s")
+        reason = "the link ended inside a frame: the peer moved nothing for 0.05 s"
+        assert end.book.events[-1] == ("lost", 1, reason)
         end.check_all_free()
         await begun_by_hand(idle, end.ticket(1))  # it was silent for as long
 
@@ -200,4 +201,4 @@ async def test_links_beyond_links_max_are_turned_away_and_one_that_ends_makes_ro
         await until(lambda: end.listener._open == 1)
         await hand_over(end, writers)
         await begun_by_hand(kept, end.ticket(1))
-        assert not end.listener.rejected
+        assert end.listener.rejected == {Rejection.HANDSHAKE: 1}  # the one that said nothing
