@@ -215,6 +215,9 @@ async def test_a_cancel_while_the_hand_off_is_letting_go_leaves_nothing(
         stream = client.generate(PROMPT, max_tokens=8)
         reader = asyncio.create_task(stream.result())
         await gate.entered.wait()
+        # Before it has leave to write, it would have nothing to let go of.
+        reservations = cluster.decode[0]._handoff._by_key
+        await until(lambda: any(r.blocks_received for r in reservations.values()), within_s=10)
         await cancel(stream, reader)
         await entered.wait()
         for progress in service._running.values():
