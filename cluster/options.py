@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvrelay.config import Device, Dtype, KvDtype, Quantize, Transport, WireCodec
+from kvrelay.tls import CertificatesError, server_context
 
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
@@ -49,6 +50,13 @@ class ServeOptions:
             raise ServeError(
                 f"--quantize int8 runs on the CPU: drop it, or drop --device {self.device}"
             )
+        if self.transport == "nccl" and self.device != "cuda":
+            raise ServeError("--transport nccl moves KV between GPUs: add --device cuda")
+        if self.certificates:
+            try:
+                server_context(self.certificates)
+            except CertificatesError as error:
+                raise ServeError(f"--certificates: {error}") from None
         if self.quantize == "int8" and self.dtype != "float32":
             raise ServeError(
                 "--quantize int8 computes the rest in float32:"

@@ -45,9 +45,13 @@ async def local_cluster(
     prefill: int = 1,
     decode: int = 1,
     worker: dict[str, Any] | None = None,
+    decode_worker: dict[str, Any] | None = None,
     router: dict[str, Any] | None = None,
 ) -> AsyncIterator[LocalCluster]:
-    """Starts it, and at the end checks that every block came back."""
+    """Starts it, and at the end checks that every block came back.
+
+    decode_worker: what decode workers have different from `worker`.
+    """
     key = new_cluster_key()
     with tempfile.TemporaryDirectory(prefix="kvr-") as folder:
         run_dir = Path(folder)
@@ -63,7 +67,8 @@ async def local_cluster(
         )
         async with contextlib.AsyncExitStack() as stack:
             prefills = [await PrefillService.start(config) for _ in range(prefill)]
-            decodes = [await DecodeService.start(config) for _ in range(decode)]
+            own = config.model_copy(update=decode_worker or {})
+            decodes = [await DecodeService.start(own) for _ in range(decode)]
             for started in (*prefills, *decodes):
                 stack.push_async_callback(started.stop)
             front = await Router.start(router_config)

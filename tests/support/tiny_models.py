@@ -95,19 +95,20 @@ _FAMILIES: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
 FAMILIES = tuple(_FAMILIES)
 
 
-def make_tiny(family: str, folder: Path, *, seed: int = 0) -> Path:
-    """Writes a random fp32 model of `family` (one of FAMILIES) with its tokenizer into `folder`."""
+def make_tiny(family: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """Writes a random fp32 model of `family` (one of FAMILIES) with its tokenizer into `folder`;
+    changes: of its config."""
     tokenizer = _tokenizer()
     config_class, special = _FAMILIES[family]
-    config = config_class(**{**_COMMON, "vocab_size": len(tokenizer), **special})
+    config = config_class(**{**_COMMON, "vocab_size": len(tokenizer), **special, **changes})
     _save(AutoModelForCausalLM.from_config, config, folder, seed)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def make_endless(folder: Path) -> Path:
+def make_endless(folder: Path, **changes: Any) -> Path:
     """A tiny model without an end token: an answer has all the tokens it was asked for."""
-    make_tiny("llama", folder)
+    make_tiny("llama", folder, **changes)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))
     return folder
 
