@@ -66,7 +66,7 @@ class _Finite(click.FloatRange):
     "--kv-dtype",
     type=click.Choice(get_args(KvDtype)),
     default="auto",
-    help="How the KV cache is stored; auto: as the model computes. int8 is for CPUs.",
+    help="How the KV cache is stored; auto: as the model computes, int8 with --quantize int8.",
 )
 @click.option(
     "--decode-kv-dtype",

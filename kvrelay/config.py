@@ -15,7 +15,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
 Quantize = Literal["none", "int8"]
 WireCodec = Literal["asis", "bf16", "int8"]
-KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]  # auto: as the model computes
+KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]  # auto: as the model computes,
+# and with quantize int8 in int8 too, where heads are whole lines of 64 values
 
 
 class _Frozen(BaseModel):

@@ -19,6 +19,7 @@ from kvrelay.engine.fused import FusedModel
 from kvrelay.engine.kernels.threads import Team
 from kvrelay.engine.kernels.tiles import HAS_VNNI
 from kvrelay.engine.prepared import Prepared, find
+from kvrelay.engine.shapes import GROUP
 from kvrelay.engine.step import CancelFlag, Slice, UnsupportedModelError
 from kvrelay.kv.layout import INT8, KVLayout
 from kvrelay.kv.pool import KVPool
@@ -92,6 +93,8 @@ class ModelRunner:
         if prepared.shape is None:
             sizes = (block_size, kv, threads)
             return cls._load_generic(path, dtype, device, *sizes, prepared, quantize)
+        if kv_dtype == "auto" and quantize == "int8" and prepared.shape.head_dim % GROUP == 0:
+            kv = INT8  # smaller heads would be padded to whole lines
         model = FusedModel(prepared.shape, prepared.weights(), threads)
         description = _described("fused", quantize, kv, threads)
         return cls(model, prepared.layout(kv, block_size), None, description)

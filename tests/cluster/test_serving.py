@@ -134,7 +134,7 @@ def test_int8_is_refused_where_it_cannot_be(monkeypatch, chosen, said):
 
 
 @pytest.mark.parametrize(
-    "wrong", [("--quantize", "int4"), ("--kv-dtype", "int8"), ("--kv-dtype", "fp8")]
+    "wrong", [("--quantize", "int4"), ("--wire-codec", "fp8"), ("--kv-dtype", "fp8")]
 )
 def test_kinds_of_numbers_that_there_are_not(wrong):
     done = CliRunner().invoke(main, ["serve", "no-model", *wrong])

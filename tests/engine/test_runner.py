@@ -12,6 +12,7 @@ import transformers
 from tiny_models import FAMILIES, make_not_decoder_only, make_tiny
 from transformers import AutoModelForCausalLM
 
+from kvrelay.config import Quantize
 from kvrelay.engine.runner import ModelRunner, UnsupportedModelError
 from kvrelay.engine.step import Slice
 from kvrelay.kv.pool import KVPool
@@ -370,6 +371,18 @@ def test_kv_may_be_kept_in_another_dtype(
 ) -> None:
     runner = ModelRunner.load(make_tiny("phi", tmp_path), dtype=dtype, kv_dtype=kv_dtype)
     assert runner.layout.dtype == kv_dtype
+    runner.close()
+
+
+@pytest.mark.parametrize(
+    ("quantize", "head_dim", "kept"),
+    [("none", 64, "float32"), ("int8", 64, "int8"), ("int8", 128, "int8"), ("int8", 32, "float32")],
+)
+def test_by_itself_kv_is_int8_where_the_rest_is_and_it_is_smaller(
+    tmp_path: Path, quantize: Quantize, head_dim: int, kept: str
+) -> None:
+    runner = ModelRunner.load(make_tiny("llama", tmp_path, head_dim=head_dim), quantize=quantize)
+    assert runner.layout.dtype == kept
     runner.close()
 
 
