@@ -2,7 +2,7 @@
 
 Run by cluster/ inside a Ray actor, or by tests in process. It carries out what the pure objects
 decide: HandOff (who may write which block), Batch (what each step computes). All state is touched
-from one event loop; only the engine's steps and checksums run on other threads.
+from one event loop; only the engine's steps and copies run on other threads.
 """
 
 import asyncio

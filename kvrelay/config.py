@@ -43,7 +43,7 @@ class WorkerConfig(_Frozen):
     transport: Transport = "auto"
     wire_codec: WireCodec = "asis"  # what KV travels as over tcp and nccl
     checksums: bool = True  # of every block that travels; on as soon as either end has it on
-    certificates: Path | None = None  # folder with ca.pem, cert.pem, key.pem: TLS on tcp links
+    certificates: Path | None = None  # folder with ca.pem, cert.pem, key.pem: TLS on tcp and nccl
     prefix_caching: bool = True  # blocks of ended requests are kept until their room is needed
 
     # Prefill
@@ -61,6 +61,7 @@ class WorkerConfig(_Frozen):
     lease_ms: int = 120_000  # a reservation that makes no progress
     link_connect_ms: int = 5_000
     link_reply_ms: int = 15_000  # an answer on the KV link, or any progress of a frame on it
+    nccl_operation_ms: int = 5_000  # a group of blocks in NCCL's hands
     nccl_pairs_max: int = 32  # communicators of one worker; the least used makes room
     session_events_max: int = 65_536  # events a router has not read yet
 

@@ -78,10 +78,12 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     async def stop(self) -> None:
         await self._server.stop(grace=None)
-        jobs = [progress.task for progress in self._running.values()]
-        for task in (*jobs, *self._tasks):
-            task.cancel()
-        await asyncio.gather(*jobs, *self._tasks, return_exceptions=True)
+        self._step_cancelled.set()
+        await _cancel(self._tasks)
+        await self._engine.idle()  # the task is gone, its step may not be
+        for progress in self._running.values():
+            progress.step_ended()
+        await _cancel([progress.task for progress in self._running.values()])
         await self._writers.close()
         await asyncio.to_thread(self._engine.close)
 
@@ -170,6 +172,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             progress = self._running[chunk.job]
             progress.engine_idle.clear()
             if chunk.is_first:
+                progress.advanced.set()  # what is cached can travel while this is computed
                 progress.started_s = time.perf_counter()
                 started = worker_pb2.PrefillStarted(
                     key=chunk.job.key[1], cached_tokens=chunk.job.cached_tokens
@@ -251,6 +254,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         try:
             async with asyncio.timeout(wait_s):
                 await progress.advanced.wait()
+            progress.idle_s = 0.0
         except TimeoutError:
             if self._steps > steps:  # waiting its turn at an engine that moves
                 await transfer.push([])  # renews the lease
@@ -297,6 +301,12 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     def _send(self, session: Any, event: PrefillEvent) -> None:
         event.load.queued_tokens = self._schedule.queued_tokens
         session.send(event)
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _Progress:

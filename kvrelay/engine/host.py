@@ -121,6 +121,10 @@ class EngineHost:
             return []
         return sample(logits, [p for p, _ in chosen], [position for _, position in chosen])
 
+    async def idle(self) -> None:
+        """Returns when the steps that were begun have ended."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, lambda: None)
+
     def close(self) -> None:
         self._closed.set()
         self._touching.join()

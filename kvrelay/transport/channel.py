@@ -70,10 +70,13 @@ class Channel:
     async def drain(self) -> None:
         """Says that no more comes from here, and returns when the peer has ended its side."""
         self.end_sending()
-        rest = memoryview(bytearray(1))
-        with contextlib.suppress(LinkError):
+        rest = [memoryview(bytearray(_LARGE_BYTES))]
+        with contextlib.suppress(LinkError), self._operation("receiving"):
             while True:
-                await self.read_into([rest], bounded=False)
+                wants = self._receive(rest)
+                if isinstance(wants, _Wants):
+                    await self._until(wants, bounded=False)
+                await asyncio.sleep(0)
 
     def close(self) -> None:
         """Ends every operation under way with a LinkError, and closes when they have ended:

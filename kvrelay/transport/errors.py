@@ -16,10 +16,15 @@ class Rejection(Enum):
     REORDERED = "reordered"  # blocks before their turn
     INCOMPLETE = "incomplete"  # a commit while blocks are missing
     CHECKSUM = "checksum"
+    LATE = "late"  # blocks through a pair that has been closed meanwhile; they come again
 
 
 class LinkError(Exception):
     """The link is of no more use: closed, broken, timed out, or the peer broke the protocol."""
+
+
+class PairGoneError(LinkError):
+    """Blocks were to come through a pair that is not open here; the link is as good as before."""
 
 
 class ProtocolError(LinkError):

@@ -53,6 +53,7 @@ class Listener:
         self.endpoints: list[Endpoint] = []
         self._config = config
         self._stall_s = config.link_reply_ms / 1000
+        self._connect_s = config.link_connect_ms / 1000
         self._instance_id = instance_id
         self._pool = pool
         self._book = book
@@ -133,12 +134,17 @@ class Listener:
         try:
             if transport != "shm":
                 tune_tcp(frames.channel.sock, self._stall_s)
-            async with asyncio.timeout(self._config.link_connect_ms / 1000):
+            async with asyncio.timeout(self._connect_s):
                 link = await self._shake_hands(frames, transport)
+            prove_by_s = asyncio.get_running_loop().time() + self._connect_s
             while True:
-                await link.serve_one()
-        except (LinkError, TimeoutError, OSError) as error:
-            reason = str(error) or "no handshake in time"
+                async with asyncio.timeout_at(None if link.proven else prove_by_s):
+                    await link.serve_one()
+                await asyncio.sleep(0)  # a peer that always has more must not keep the loop
+        except Exception as error:
+            reason = str(error) or "no word in time"
+            if not isinstance(error, LinkError | TimeoutError | OSError):
+                log.exception("a KV link failed")
             if isinstance(error, ProtocolError):
                 self.rejected[error.rejection] += 1
             elif link is None:
@@ -191,9 +197,9 @@ class Listener:
         if transport == "tcp":
             return TcpReceiver(self._pool, wire)
         assert self._pairs is not None
-        receiver = NcclReceiver(self._pool, wire, peer, self._pairs, frames, self._stall_s)
-        self._nccl_receivers[peer] = receiver
-        return receiver
+        deadline_s = self._config.nccl_operation_ms / 1000
+        of_peers = self._nccl_receivers
+        return NcclReceiver(self._pool, wire, peer, self._pairs, frames, deadline_s, of_peers)
 
     def _pair_ended(self, peer: str, epoch: int, reason: str) -> None:
         receiver = self._nccl_receivers.get(peer)

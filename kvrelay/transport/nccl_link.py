@@ -9,7 +9,7 @@ the transfers on it; they are placed again.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 
 import torch
 
@@ -17,9 +17,9 @@ from kvrelay.config import WorkerConfig
 from kvrelay.kv.pool import KVPool
 from kvrelay.transport.codec import transcode
 from kvrelay.transport.device_checksum import device_checksums
-from kvrelay.transport.errors import LinkError, ProtocolError, Rejection
+from kvrelay.transport.errors import LinkError, PairGoneError, ProtocolError, Rejection
 from kvrelay.transport.frames import FrameSocket
-from kvrelay.transport.movers import Wire
+from kvrelay.transport.movers import Wire, unexpected
 from kvrelay.transport.nccl_book import NcclLimits
 from kvrelay.transport.nccl_errors import NcclError, NcclUnavailableError
 from kvrelay.transport.nccl_library import NcclLibrary, NvidiaNccl, Region
@@ -85,7 +85,7 @@ class NcclSender:
         self._opening: asyncio.Task[None] | None = None
         self._epoch = 0
         self._telling: set[asyncio.Task[None]] = set()
-        self._rows: torch.Tensor | None = None  # encoded; the device reads them until it is done
+        self._in_order = asyncio.Lock()  # frames and what the pair sends, on both ends
 
     async def send(
         self,
@@ -105,14 +105,19 @@ class NcclSender:
             rows, sums = await asyncio.to_thread(self._prepare, source)
             header.pair_epoch = held.epoch
             header.checksums.extend(sums)
-            await frames.send(Frame(blocks=header))
-            await held.pair.send(_regions(rows), self._deadline_s)
+            async with self._in_order:
+                await frames.send(Frame(blocks=header))
+                await held.pair.send(_regions(rows), self._deadline_s)
+        except NcclError as error:
+            # D knows better: it asks for the blocks again, or its own end has failed, too, and it
+            # ends the link.
+            log.info("the NCCL pair with %s has ended: %s", self._peer, error)
         finally:
             self._pairs.release(held)
 
     async def on_frame(self, frame: Frame) -> None:
         if frame.WhichOneof("body") != "pair_ended":
-            raise LinkError(f"an unexpected {frame.WhichOneof('body')} frame")
+            raise LinkError(unexpected(frame))
         self._pairs.fail(self._peer, frame.pair_ended.epoch, frame.pair_ended.reason)
 
     def tell(self, epoch: int, reason: str) -> None:
@@ -153,8 +158,10 @@ class NcclSender:
             encoded = _buffer(self._pool, self.wire, len(rows))
             for row, out in zip(rows, encoded, strict=True):
                 transcode(row, layout, out, self.wire.layout)
-            self._rows, rows = encoded, list(encoded)
-        return rows, device_checksums(torch.stack(rows)) if self.wire.checksums else []
+            rows = list(encoded)
+        sums = device_checksums(torch.stack(rows)) if self.wire.checksums else []
+        _finish_device_work(self._pool)
+        return rows, sums
 
 
 class NcclReceiver:
@@ -170,8 +177,11 @@ class NcclReceiver:
         pairs: NcclPairs,
         frames: FrameSocket,
         deadline_s: float,
+        of_peers: "MutableMapping[str, NcclReceiver]",
     ) -> None:
-        """deadline_s: of one group of blocks in NCCL's hands."""
+        """deadline_s: of one group of blocks in NCCL's hands. of_peers: where this one stands as
+        soon as its peer has a pair."""
+        self._of_peers = of_peers
         self.wire = wire
         self._pool = pool
         self._peer = peer
@@ -191,13 +201,13 @@ class NcclReceiver:
         if not header.pair_epoch:
             return await self._inline.receive(frames, header, target)
         held = await self._hold(header.pair_epoch)
-        own = [_row(self._pool, block) for block in target]
-        rows = own
-        same = self.wire.layout.dtype == self._pool.layout.dtype
-        if not same:
-            self._rows = _buffer(self._pool, self.wire, len(own))
-            rows = list(self._rows)
         try:
+            own = [_row(self._pool, block) for block in target]
+            rows = own
+            same = self.wire.layout.dtype == self._pool.layout.dtype
+            if not same:
+                self._rows = _buffer(self._pool, self.wire, len(own))
+                rows = list(self._rows)
             await held.pair.receive(_regions(rows), self._deadline_s)
         finally:
             self._pairs.release(held)
@@ -207,13 +217,14 @@ class NcclReceiver:
         kind = frame.WhichOneof("body")
         if kind == "pair_open":
             await self._stop_accepting()
+            self._of_peers[self._peer] = self
             self._epoch = frame.pair_open.epoch
             invitation = Invitation(self._epoch, frame.pair_open.unique_id)
             self._accepting = asyncio.create_task(self._accept(invitation))
         elif kind == "pair_ended":
             self._pairs.fail(self._peer, frame.pair_ended.epoch, frame.pair_ended.reason)
         else:
-            raise ProtocolError(Rejection.MALFORMED, f"an unexpected {kind} frame")
+            raise ProtocolError(Rejection.MALFORMED, unexpected(frame))
 
     def tell(self, epoch: int, reason: str) -> None:
         _tell(self._frames, epoch, reason, self._telling)
@@ -221,6 +232,7 @@ class NcclReceiver:
     async def quiet(self, frames: FrameSocket) -> None:
         """Returns when neither NCCL nor the device writes to the pool for this link. Never, it may
         be, when its abort hangs: then the blocks stay in quarantine."""
+        frames.close()  # P need not wait for that: it writes nothing here itself
         await self._stop_accepting()
         self._pairs.fail(self._peer, self._epoch, "its control link has ended")
         if self._used is not None and not self._used.pair.memory_safe:
@@ -246,7 +258,7 @@ class NcclReceiver:
         if held is None or held.epoch != epoch:
             if held is not None:
                 self._pairs.release(held)
-            raise NcclError(f"blocks by a pair of epoch {epoch}, which is not open here")
+            raise PairGoneError(f"blocks by a pair of epoch {epoch}, which is not open here")
         self._used = held
         return held
 
@@ -263,7 +275,14 @@ class NcclReceiver:
             wrong = [at for at, (here, there) in enumerate(sums) if here != there]
         for row, out in zip(rows, own or (), strict=False):
             transcode(row, self.wire.layout, out, self._pool.layout)
+        _finish_device_work(self._pool)
         return wrong
+
+
+def _finish_device_work(pool: KVPool) -> None:
+    """What torch has been given is done: NCCL's streams do not wait for torch's."""
+    if pool.kv.is_cuda:
+        torch.cuda.current_stream(pool.kv.device).synchronize()
 
 
 def _row(pool: KVPool, block: int) -> torch.Tensor:

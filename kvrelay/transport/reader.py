@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
-from kvrelay.transport.errors import ProtocolError, RefusedError, Rejection
+from kvrelay.transport.errors import PairGoneError, ProtocolError, RefusedError, Rejection
 from kvrelay.transport.frames import FrameSocket
 from kvrelay.transport.movers import Receiver
 from kvrelay.wire import transfer_pb2
@@ -63,7 +63,7 @@ class ReaderLink:
         self.send = frames.send
         self._refused: set[int] = set()  # of those, the ones whose Aborted is still to come
         self._commits: dict[int, transfer_pb2.Commit] = {}  # that wait for blocks sent again
-        self._proven = False  # that it holds tickets of ours
+        self.proven = False  # that it holds tickets of ours
         self._frames = frames
         self._receiver = receiver
         self._book = book
@@ -84,8 +84,8 @@ class ReaderLink:
         elif kind in ("abort", "aborted"):
             transfer_id = getattr(frame, kind).transfer_id
             self._end(transfer_id, frame.abort.reason or "the prefill worker let go")
-        elif kind == "pair_open" and not self._proven:
-            raise ProtocolError(Rejection.SECRET, "an invitation to a pair before any ticket")
+        elif kind in ("pair_open", "pair_ended") and not self.proven:
+            raise ProtocolError(Rejection.SECRET, f"{kind} before any ticket")
         else:
             await self._receiver.on_frame(frame)
 
@@ -101,7 +101,7 @@ class ReaderLink:
 
     async def let_writer_stop(self) -> None:
         """After an error, and before `close`, which gives the blocks back."""
-        if self.transfers:
+        if self.transfers or not self._receiver.peer_writes:
             await self._receiver.quiet(self._frames)
 
     def close(self, reason: str) -> None:
@@ -122,7 +122,7 @@ class ReaderLink:
         except RefusedError as error:
             await self._refuse(transfer_id, error)
             return
-        self._proven = True
+        self.proven = True
         self.transfers.add(transfer_id)
         self._links[transfer_id] = self
         await self.send(Frame(begun=transfer_pb2.Begun(transfer_id=transfer_id)))
@@ -131,10 +131,15 @@ class ReaderLink:
         """Takes the bytes of blocks in, tells the book, asks again for those that are wrong."""
         transfer_id, first = header.transfer_id, header.first_index
         targets = self._targets(header)
-        wrong = await self._receiver.receive(self._frames, header, targets)
+        rejection = Rejection.CHECKSUM
+        try:
+            wrong = await self._receiver.receive(self._frames, header, targets)
+        except PairGoneError as error:
+            log.info("from %s: %s", self.peer, error)
+            rejection, wrong = Rejection.LATE, list(range(len(targets)))
         bad = [first + position for position in wrong]
         if bad:
-            self._rejected[Rejection.CHECKSUM] += len(bad)
+            self._rejected[rejection] += len(bad)
         refused = transfer_id in self._refused  # what was on the wire still comes, in order
         try:
             self._book.received(transfer_id, first, len(targets), bad)
@@ -145,7 +150,7 @@ class ReaderLink:
         if refused:
             return
         if bad:
-            log.warning("blocks %s from %s have wrong checksums: asking again", bad, self.peer)
+            log.warning("blocks %s from %s: %s, asking again", bad, self.peer, rejection.value)
             again = transfer_pb2.Resend(transfer_id=transfer_id, indexes=bad)
             await self.send(Frame(resend=again))
         elif transfer_id in self._commits:

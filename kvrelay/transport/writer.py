@@ -25,6 +25,7 @@ class Transfer:
 
     def __init__(self, link: "WriterLink", ticket: Ticket) -> None:
         self.ticket = ticket
+        self.transport = link.sender.name  # what carried the last blocks
         self.blocks_sent = 0
         self.busy_s = 0.0
         self.committed = False
@@ -33,10 +34,6 @@ class Transfer:
         self._writing = asyncio.Lock()
         self._aborted: str | None = None
         self.answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    @property
-    def transport(self) -> str:
-        return self._link.sender.name
 
     @property
     def bytes_sent(self) -> int:
@@ -60,6 +57,7 @@ class Transfer:
             started = time.perf_counter()
             self._sources.extend(source)  # first: the answer may come before the send returns
             await self._link.send_blocks(header, source, target)
+            self.transport = self._link.sender.name
             self.busy_s += time.perf_counter() - started
             self.blocks_sent += len(source)
 
@@ -231,6 +229,7 @@ class WriterLink:
         for waiting in list(self._begun.values()):
             if not waiting.done():
                 waiting.set_exception(error)
+                waiting.exception()  # as in Transfer.fail
         for transfer in list(self._transfers.values()):
             transfer.fail(error)
 

@@ -126,7 +126,7 @@ class WriterPool:
 
     def _nccl_sender(self, peer: str, wire: Wire, frames: FrameSocket) -> NcclSender:
         assert self._pairs is not None
-        deadline_s = self.config.link_reply_ms / 1000
+        deadline_s = self.config.nccl_operation_ms / 1000
         sender = NcclSender(self._pool, wire, peer, self._pairs, frames, deadline_s)
         self._nccl_senders[peer] = sender
         return sender

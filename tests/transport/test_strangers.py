@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import struct
 
 import pytest
 from kv_fixtures import (
@@ -10,6 +11,7 @@ from kv_fixtures import (
 )
 from links import (
     REPLY_S,
+    begun_by_hand,
     by_hand,
     is_closed,
     raw,
@@ -55,15 +57,40 @@ async def test_a_stranger_that_says_nothing_is_shut_out_in_time(transport):
         assert await is_closed(frames)
 
 
-async def test_a_link_idle_after_its_handshake_is_kept(transport):
+async def test_a_link_is_kept_idle_once_it_has_shown_a_ticket_and_no_other(transport):
     async with (
-        decode_end(transport=transport, link_connect_ms=30) as end,
-        by_hand(end, transport, hello=False) as stranger,
+        decode_end(transport=transport, link_connect_ms=50) as end,
         by_hand(end, transport) as frames,
     ):
-        assert await is_closed(stranger)  # so its time is up as well
+        await begun_by_hand(frames, end.ticket(1))
+        async with (
+            by_hand(end, transport, hello=False) as silent,
+            by_hand(end, transport) as polite,
+            by_hand(end, transport) as busy,
+        ):
+            await busy.send(Frame(begin=Begin(transfer_id=9)))
+            assert (await busy.receive()).abort.reason.startswith("no such transfer")
+            for stranger in (silent, polite, busy):
+                assert await is_closed(stranger)
         await frames.send(Frame(begin=Begin(transfer_id=9)))
         assert (await frames.receive()).abort.reason.startswith("no such transfer")
+
+
+async def test_a_stranger_that_sends_without_end_does_not_keep_the_loop(transport):
+    """Nothing it says costs it the link at once, and there is always more to read."""
+    abort = Frame(abort=Abort(transfer_id=9)).SerializeToString()
+    flood = (struct.pack("<I", len(abort)) + abort) * 10_000
+    async with decode_end(transport=transport) as end, by_hand(end, transport) as frames:
+        sending = asyncio.ensure_future(frames.channel.write([memoryview(flood)]))
+        answer = asyncio.ensure_future(frames.receive())
+        await sending
+        await frames.send(Frame(begin=Begin(transfer_id=9)))
+        turns = 0
+        while not answer.done():
+            await asyncio.sleep(0)
+            turns += 1
+        assert (await answer).abort.reason.startswith("no such transfer")
+        assert turns > 100
 
 
 BROKEN = {
