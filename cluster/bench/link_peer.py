@@ -3,7 +3,7 @@
 Started by links.py as `python -m cluster.bench.link_peer SOCKET_DIR BLOCKS CORE`. It reads one
 command a line from stdin and answers with one line on stdout:
 
-  ticket LISTENER COUNT   leave to write COUNT blocks: a Ticket in base64
+  ticket COUNT [CASE]     leave to write COUNT blocks: a Ticket in base64
   socket BYTES            a port; who connects there sends BYTES and gets a byte back, and again
   gloo FILE BYTES         rank 1 of a gloo group over FILE: takes a length and so much, BYTES at
                           most, and sends a byte back, and again
@@ -19,7 +19,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.bench.link_cases import LAYOUT, LISTENERS, PEER, peer_config
+from cluster.bench.link_cases import CASES, LAYOUT, PEER, end_config
 from decode_worker.handoff import HandOff
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.ledger import BlockLedger
@@ -80,18 +80,18 @@ async def _serve(socket_dir: Path, blocks: int) -> None:
     pool = KVPool(LAYOUT, blocks, shared=True)
     pool.bytes[:] = 0  # every page is there
     books = {}
-    for name, checksums in LISTENERS.items():
-        book = books[name] = _Book(blocks)
-        folder = socket_dir / name
-        folder.mkdir()
-        book.listener = Listener(peer_config(folder, checksums), PEER, pool, book)
+    for case in CASES:
+        book = books[case] = _Book(blocks)
+        config = end_config(socket_dir, case)
+        config.socket_dir.mkdir()
+        book.listener = Listener(config, PEER, pool, book)
         await book.listener.start()
     loop = asyncio.get_running_loop()
     print("ready", flush=True)
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         command, *words = line.split()
         if command == "ticket":
-            ticket = books[words[0]].ticket(int(words[1]))
+            ticket = books["".join(words[1:])].ticket(int(words[0]))
             print(base64.b64encode(ticket.SerializeToString()).decode(), flush=True)
         elif command == "socket":
             server = socket.create_server(("127.0.0.1", 0))

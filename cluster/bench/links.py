@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from cluster.bench.link_cases import LAYOUT, LISTENERS, peer_config
+from cluster.bench.link_cases import CASES, LAYOUT, end_config
 from cluster.bench.report import BenchError, Row
 from cluster.bench.timing import Budget, Work, interleaved_times, timed
 from cluster.preparation import Progress
@@ -36,7 +36,8 @@ LINKS: tuple[Transport, ...] = ("shm", "tcp")
 
 
 def bench_links(sizes_mb: list[int], budget: Budget, on_progress: Progress) -> list[Row]:
-    """GB/s of a whole hand-off, from the first push to the acknowledged commit, and its times.
+    """GB/s of a whole hand-off, from the first push to the acknowledged commit, and its times. With
+    a codec, of KV as the pools hold it.
 
     In turns with a copy into shared memory, a loop over a plain TCP socket, and gloo.
     """
@@ -58,13 +59,14 @@ def _rows(size_mb: int, ends: "_Ends", budget: Budget) -> list[Row]:
     sides: dict[str, Work] = {"memcpy": ends.copying(count)}
     with ends.socket(count) as over_socket:
         sides |= {"socket": over_socket, "gloo": ends.gloo(count)}
-        for link in LINKS:
-            for listener in LISTENERS:
-                name = link if LISTENERS[listener] else f"{link}/{listener}"
-                sides[name] = ends.handing_off(link, listener, count)
+        for case, (_, links) in CASES.items():
+            for link in links:
+                sides[f"{link}/{case}".rstrip("/")] = ends.handing_off(link, case, count)
         for work in sides.values():
             work()  # connects, and touches its buffers
         times = dict(zip(sides, interleaved_times(list(sides.values()), budget), strict=True))
+        for link in LINKS:
+            times[link] += [sides[link]() for _ in range(budget.samples_min - len(times[link]))]
     moved = count * LAYOUT.block_bytes
     speed = {name: moved / median(taken) / 1e9 for name, taken in times.items()}
     rows = [Row(f"{name}/{size_mb}", speed[name], "GB/s") for name in ("memcpy", "socket", "gloo")]
@@ -94,11 +96,11 @@ class _Ends:
         source = self.pool.bytes[:count]
         return lambda: timed(lambda: np.copyto(target.bytes, source))
 
-    def handing_off(self, link: str, listener: str, count: int) -> Work:
-        writers = self.writers[link, listener]
+    def handing_off(self, link: str, case: str, count: int) -> Work:
+        writers = self.writers[link, case]
 
         async def hand_off() -> float:
-            ticket = Ticket.FromString(base64.b64decode(self._ask(f"ticket {listener} {count}")))
+            ticket = Ticket.FromString(base64.b64decode(self._ask(f"ticket {count} {case}")))
             transfer = await writers.begin(ticket)
             step = max(1, writers.config.push_bytes_max // LAYOUT.block_bytes)
             started = time.perf_counter()
@@ -176,10 +178,10 @@ def _two_processes(blocks: int) -> Iterator[_Ends]:
             raise BenchError("the other process of the bench did not start")
         runner = stack.enter_context(asyncio.Runner())
         writers: dict[tuple[str, str], WriterPool] = {}
-        for link in LINKS:
-            for listener, checksums in LISTENERS.items():
-                config = peer_config(folder, checksums).model_copy(update={"transport": link})
-                writers[link, listener] = WriterPool(config, "bench-prefill", pool)
+        for case, (_, links) in CASES.items():
+            for link in links:
+                config = end_config(folder, case).model_copy(update={"transport": link})
+                writers[link, case] = WriterPool(config, "bench-prefill", pool)
         try:
             yield _Ends(pool, peer, folder, runner, writers)
         finally:

@@ -18,10 +18,11 @@ class Budget:
     rounds_min: int = 3
     row_s: float = 5.0
     turn_s: float = 0.25  # of one side, before it is the other's turn
+    samples_min: int = 100  # behind a 99th percentile
 
     @classmethod
     def quick(cls) -> "Budget":
-        return cls(rounds_min=3, row_s=0.3, turn_s=0.05)
+        return cls(rounds_min=3, row_s=0.3, turn_s=0.05, samples_min=10)
 
 
 def interleaved_medians(

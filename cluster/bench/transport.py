@@ -18,7 +18,8 @@ from kvrelay.config import Quantize
 
 _ROUNDS, _ROUNDS_QUICK = 9, 3
 _NOTES = (
-    "GB/s of a whole hand-off, first push to acknowledged commit, checksums on; unchecked: off.",
+    "GB/s of a whole hand-off, first push to acknowledged commit, checksums on; unchecked: off;"
+    " bf16, int8: of the fp32 KV that travels so.",
     "limit: memcpy for shm, a loop over a plain socket for tcp. Prompts: beside the same prefill"
     " with no hand-off; gap-1-2: beside the mean of the gaps that follow.",
 )
