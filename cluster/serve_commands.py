@@ -66,7 +66,8 @@ class _Finite(click.FloatRange):
     "--kv-dtype",
     type=click.Choice(get_args(KvDtype)),
     default="auto",
-    help="How the KV cache is stored; auto: as the model computes, int8 with --quantize int8.",
+    help="How the KV cache is stored; auto: as the model computes, and int8 with --quantize int8"
+    " where heads have 64, 128 ... values.",
 )
 @click.option(
     "--decode-kv-dtype",

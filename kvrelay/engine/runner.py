@@ -77,7 +77,7 @@ class ModelRunner:
             UnsupportedModelError: the model cannot be served; says why in one line.
             CacheError: packed weights cannot be written.
         """
-        if quantize == "int8" and not HAS_VNNI:
+        if "int8" in (quantize, kv_dtype) and not HAS_VNNI:
             log.warning("no AVX512-VNNI here: int8 needs less memory, but prefill is slower in it")
         kv = dtype if kv_dtype == "auto" else kv_dtype
         if quantize != "none" and (device != "cpu" or dtype != "float32"):
@@ -93,8 +93,9 @@ class ModelRunner:
         if prepared.shape is None:
             sizes = (block_size, kv, threads)
             return cls._load_generic(path, dtype, device, *sizes, prepared, quantize)
-        if kv_dtype == "auto" and quantize == "int8" and prepared.shape.head_dim % GROUP == 0:
-            kv = INT8  # smaller heads would be padded to whole lines
+        heads_fill_lines = prepared.shape.head_dim % GROUP == 0  # others would be padded
+        if kv_dtype == "auto" and quantize == "int8" and HAS_VNNI and heads_fill_lines:
+            kv = INT8
         model = FusedModel(prepared.shape, prepared.weights(), threads)
         description = _described("fused", quantize, kv, threads)
         return cls(model, prepared.layout(kv, block_size), None, description)

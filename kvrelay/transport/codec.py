@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kvrelay.config import WireCodec
-from kvrelay.engine.kernels.int8_head import INT8_MAX, OFFSET, SCALE_MIN, SPREAD
+from kvrelay.engine.kernels.int8_head import INT8_MAX, OFFSET, SCALE_MAX, SCALE_MIN, SPREAD
 from kvrelay.engine.shapes import GROUP
 from kvrelay.kv.layout import INT8, KVLayout
 from kvrelay.kv.pool import TORCH_DTYPES
@@ -80,7 +80,11 @@ def _write(values: torch.Tensor, block: torch.Tensor, layout: KVLayout) -> None:
     both = torch.nn.functional.pad(values.transpose(2, 3), (0, pad))
     both = torch.stack([_spread_out(both[:, 0]), both[:, 1]], 1)
     own = (both.abs().amax(-1) / INT8_MAX).clamp_min(SCALE_MIN)
-    whole = (both / own.unsqueeze(-1)).round().to(torch.int16)
+    # As the kernel does: a vector with a number that is not finite becomes all zeros.
+    finite = own < SCALE_MAX
+    own = torch.where(finite, own, SCALE_MIN)
+    whole = torch.where(finite.unsqueeze(-1), both / own.unsqueeze(-1), 0.0).round()
+    whole = whole.to(torch.int16)
     vectors, scales = _int8_parts(block, layout)
     vectors[:, 0] = (whole[:, 0] + OFFSET).to(torch.uint8)
     vectors[:, 1] = whole[:, 1].to(torch.int8).view(torch.uint8)

@@ -16,7 +16,7 @@ from kvrelay.engine.shapes import GROUP, LINE_BYTES
 INT8_MAX = 127
 SPREAD = 1 / 64  # of a dot product of two vectors that are both spread out
 SCALE_MIN = 1e-20  # of a head of zeros; its inverse times a weight is far from overflow
-_SCALE_MAX = 3e36
+SCALE_MAX = 3e36
 OFFSET = 128  # added to keys, which are the unsigned side of a dot product
 
 
@@ -35,15 +35,15 @@ def _quantize(
 ) -> tuple[Vec, Ints]:
     """Symmetric, ties to even. Gives the scale and the sum of the bytes without their offset.
 
-    finite: what is too large becomes the largest, and what is no number something: infinity would
-    spoil whoever gives it weight 0.
+    finite: one that holds a number that is not finite becomes all zeros: it would spoil whoever
+    gives it weight 0.
     """
     largest = c.variable(c.floats(0.0))
     with c.each(count, GROUP) as first:
         largest.set(c.largest([largest.get(), *_group(c, x, count, first, spread)]))
     scale = c.maximum(largest.get() * (1 / INT8_MAX), c.floats(SCALE_MIN))
     if finite:
-        scale = c.select_less(scale, _SCALE_MAX, scale, c.floats(_SCALE_MAX))
+        scale = c.select_less(scale, SCALE_MAX, scale, c.floats(SCALE_MIN))
     inverse = c.first_lane(c.floats(1.0) / scale)
     total = c.variable(c.ints(0))
     with c.each(count, GROUP) as first:

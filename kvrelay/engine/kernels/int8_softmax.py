@@ -54,7 +54,7 @@ def _score(
     a, b = c.larger(scores[0], scores[1]), c.larger(scores[2], scores[3])
     # NOTHING_YET is what all of them are less than when the row sees none.
     largest = c.larger(c.larger_lanes(c.larger(a, b)), c.floats(NOTHING_YET))
-    c.store_first(top_at, largest - math.log2(_WEIGHT_MAX))
+    c.store_first(top_at, largest)
 
 
 @emitted
@@ -89,9 +89,10 @@ def weigh(c: Code, scores: Int, scales: Int, top_at: Int, weights: Int, sum_at: 
     In a loop of its own: a row's scores have to wait for the last of them, other rows fill the gap.
     """
     top = c.spread(top_at)
-    found = [
-        exp2_coarse(c, c.load_line(scores + n * LINE_BYTES) - top) for n in range(KEY_TILE // LANES)
-    ]
+    found = []
+    for n in range(KEY_TILE // LANES):
+        below = c.load_line(scores + n * LINE_BYTES) - top  # exact near the top, where it matters
+        found.append(exp2_coarse(c, below + math.log2(_WEIGHT_MAX)))
     store_unsigned(c, weights, found)
     total = c.floats(0.0)
     for n, weight in enumerate(found):

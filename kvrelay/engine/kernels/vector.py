@@ -354,13 +354,16 @@ class Code:
         if vnni:
             name = "llvm.x86.avx512.vpdpbusd.512"
             return Ints(self, self.call(name, I32, total.value, unsigned, quads))
-        wide = ir.VectorType(_I32, LINE_BYTES)
-        products = self.builder.mul(
-            self.builder.zext(unsigned, wide), self.builder.sext(quads, wide)
-        )
-        for part in range(4):
-            lanes = range(part, LINE_BYTES, 4)
-            total += Ints(self, self.shuffle(products, products, list(lanes)))
+        b, words = self.builder, ir.VectorType(_I16, 2 * LANES)
+        eight, sixteen = ir.Constant(words, [8] * 2 * LANES), ir.Constant(I32, [16] * LANES)
+        low_byte = ir.Constant(words, [255] * 2 * LANES)
+        x, y = b.bitcast(unsigned, words), b.bitcast(quads, words)
+        even = b.mul(b.and_(x, low_byte), b.ashr(b.shl(y, eight), eight))
+        odd = b.mul(b.lshr(x, eight), b.ashr(y, eight))
+        for products in (even, odd):  # 32,640 at most, in 16 bits
+            pair = b.bitcast(products, I32)
+            low = b.ashr(b.shl(pair, sixteen), sixteen)
+            total += Ints(self, b.add(low, b.ashr(pair, sixteen)))
         return total
 
     # ---- control
