@@ -16,14 +16,20 @@ from kvrelay.engine import attention
 from kvrelay.engine.kernel_attention import KernelStep
 from kvrelay.engine.kernels import int8_head, int8_segment, int8_softmax
 from kvrelay.engine.kernels.functions import exp2_coarse, log2
+from kvrelay.engine.kernels.int8_head import SCALE_MIN
+from kvrelay.engine.kernels.paged import LOG2_E
 from kvrelay.engine.kernels.pool import keys_at
+from kvrelay.engine.kernels.shuffles import turn_keys
 from kvrelay.engine.kernels.threads import Team, aligned
 from kvrelay.engine.kernels.vector import LANES, Code, Int, emitted
 from kvrelay.engine.plan import pool_record
 from kvrelay.engine.shapes import GROUP, up_to
 from kvrelay.engine.step import Slice, UnsupportedModelError
+from kvrelay.transport.codec import transcode
 
 KEYS = 64
+QUAD_BYTES = KEYS * 4
+NOT_FINITE = (np.nan, np.inf, -np.inf)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 # Of values around 1: their own rounding, that of scores, that of weights.
 ERROR_MAX = 0.06
@@ -63,7 +69,7 @@ def spread_out(x: np.ndarray) -> np.ndarray:
 
 
 def quantized(x: np.ndarray) -> tuple[np.ndarray, np.float32]:
-    scale = np.maximum(np.abs(x).max() * np.float32(1 / 127), np.float32(1e-20))
+    scale = np.maximum(np.abs(x).max() * np.float32(1 / 127), np.float32(SCALE_MIN))
     return np.rint(x * (np.float32(1) / scale)).astype(np.int64), scale
 
 
@@ -101,15 +107,50 @@ def test_the_transform_leaves_dot_products_alone():
     assert product / 64 == pytest.approx(a.astype(np.float64) @ b, rel=1e-5)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
-def test_what_is_no_number_leaves_a_finite_scale(bad):
-    x = filled(random_floats(64))
+@pytest.mark.parametrize("bad", NOT_FINITE)
+def test_a_head_with_what_is_no_number_becomes_zeros(bad):
+    x = filled(random_floats(128))
     x[5] = bad
+    out, scale = aligned(128, np.uint8), aligned(1, np.float32)
+    for write, zero in ((int8_head.write_key, 128), (int8_head.write_value, 0)):
+        write(x.ctypes.data, 128, out.ctypes.data, scale.ctypes.data)
+        assert scale[0] == SCALE_MIN
+        assert (out == zero).all()
+
+
+def test_a_head_of_the_largest_numbers_has_a_finite_scale():
+    x = filled(random_floats(64))
+    x[5] = 3e38
     out, scale = aligned(64, np.uint8), aligned(1, np.float32)
-    for write in (int8_head.write_key, int8_head.write_value):
+    for write, largest in ((int8_head.write_key, 255), (int8_head.write_value, 127)):
         write(x.ctypes.data, 64, out.ctypes.data, scale.ctypes.data)
         assert np.isfinite(scale[0])
-        assert scale[0] > 0
+        assert out[5] == largest
+
+
+@pytest.mark.parametrize("bad", NOT_FINITE)
+def test_blocks_made_int8_on_the_way_have_finite_scales(bad):
+    """Of the codec: the vector with a number that is not finite is zeros, others are their own."""
+    shape = Shape(head_dim=64)
+    here, there = (make_pool(shape, dtype, 1, litter=0.0) for dtype in ("float32", "int8"))
+    back = make_pool(shape, "float32", 1)
+    here.kv.copy_(torch.from_numpy(random_floats(*here.kv.shape)))
+    broken = torch.zeros(here.layout.block_shape[:-1], dtype=torch.bool)
+    for place in ((0, 0, 1, 0), (1, 1, 2, 1)):  # layer, side, slot, head
+        broken[place] = True
+        here.kv[0][place][7] = bad
+    blocks = [torch.from_numpy(pool.bytes[0]) for pool in (here, there, back)]
+    layouts = [pool.layout for pool in (here, there, back)]
+    transcode(blocks[0], layouts[0], blocks[1], layouts[1])
+    transcode(blocks[1], layouts[1], blocks[2], layouts[2])
+    layout = there.layout
+    scales = there.bytes.reshape(-1, layout.side_bytes)[:, layout.vectors_bytes :]
+    used = layout.kv_heads * layout.block_size * 4
+    found = scales[:, :used].copy().view(np.float32)
+    assert np.isfinite(found).all()
+    assert (found > 0).all()
+    assert (back.kv[0][broken] == 0.0).all()
+    assert (back.kv[0][~broken] - here.kv[0][~broken]).abs().max() < 0.06
 
 
 # ---- panels and products
@@ -118,7 +159,7 @@ def test_what_is_no_number_leaves_a_finite_scale(bad):
 @njit
 def _turn(keys, values, stride, key_panel, value_panel):
     for at in range(0, KEYS, LANES):
-        int8_segment._turn_keys(keys + at * stride, stride, key_panel + at * 4, 0, 0, 0)
+        turn_keys(keys + at * stride, stride, key_panel + at * 4, QUAD_BYTES, 0, 0, 0)
         int8_segment._turn_values(values + at * stride, stride, value_panel + at * 64)
 
 
@@ -228,31 +269,52 @@ def _softmax(dots, scale, scales, first, last, softcap, top, weights, total):
     int8_softmax.weigh(dots, scales, top, weights, total)
 
 
-@pytest.mark.parametrize("softcap", [0.0, 3.0])
-@pytest.mark.parametrize(("first", "last"), [(0, 63), (0, 70), (0, 17), (40, 41), (63, 63)])
-def test_weights_are_bytes_of_the_row_s_own_largest(first, last, softcap):
-    dots = filled(np.random.default_rng(1).integers(-90_000, 90_000, KEYS).astype(np.int32))
-    key_scales, value_scales = np.abs(random_floats(2, KEYS)) + np.float32(0.01)
-    inverses = 1 / value_scales
-    scales = filled(np.stack([key_scales, np.log2(value_scales), inverses]))
-    numbers = np.array([1e-4, softcap], np.float32)
-    top, total, weights = (aligned(LANES, t) for t in (np.float32, np.float32, np.uint8))
+def softmax(dots, scales, scale, first=0, last=KEYS - 1, softcap=0.0):
+    """One row of one tile: its largest score, its weights as bytes, and their sum."""
+    dots, scales = filled(dots), filled(scales)
+    numbers = np.array([scale, softcap], np.float32)
+    top, total = (aligned(LANES, np.float32) for _ in range(2))
     weights = aligned(KEYS, np.uint8)
-    scores = dots.astype(np.float64) * key_scales * numbers[0]
-    scores = softcap * np.tanh(scores / softcap) if softcap else scores
     at = numbers.ctypes.data
     _softmax(
         dots.ctypes.data, at, scales.ctypes.data, first, last, at + 4 if softcap else 0,
         top.ctypes.data, weights.ctypes.data, total.ctypes.data,
     )  # fmt: skip
+    return top[0], weights, total[0]
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize(("first", "last"), [(0, 63), (0, 70), (0, 17), (40, 41), (63, 63)])
+def test_weights_are_bytes_of_the_row_s_own_largest(first, last, softcap):
+    dots = np.random.default_rng(1).integers(-90_000, 90_000, KEYS).astype(np.int32)
+    key_scales, value_scales = np.abs(random_floats(2, KEYS)) + np.float32(0.01)
+    scales = np.stack([key_scales, np.log2(value_scales), 1 / value_scales])
+    scale = np.float32(1e-4)
+    top, weights, total = softmax(dots, scales, scale, first, last, softcap)
+    scores = dots.astype(np.float64) * key_scales * scale
+    scores = softcap * np.tanh(scores / softcap) if softcap else scores
     seen = (np.arange(KEYS) >= first) & (np.arange(KEYS) <= last)
     exact = np.where(seen, np.exp2(scores) * value_scales, 0.0)
     assert np.abs(weights - 255 * exact / exact.max()).max() < 0.53
     assert weights.max() == 255
     assert (weights[~seen] == 0).all()
-    assert top[0] == pytest.approx(np.log2(exact.max() / 255), abs=1e-4)
+    assert top == pytest.approx(np.log2(exact.max()), abs=1e-4)
     own_sum = np.where(seen, np.exp2(scores), 0.0).sum()
-    assert total[0] * 2.0 ** top[0] == pytest.approx(own_sum, rel=2e-4)
+    assert total * 2.0**top == pytest.approx(255 * own_sum, rel=2e-4)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_largest_weight_is_255_however_large_the_scores(seed):
+    """Around 1e5 floats are 2^-7 apart, at 5e5 2^-5: a weight must not be rounded past a byte."""
+    rng = np.random.default_rng(seed)
+    dots = rng.integers(900_000_000, 1_100_000_000, KEYS).astype(np.int32)
+    value_scales = rng.uniform(0.5, 2, KEYS).astype(np.float32)
+    scales = np.stack([np.ones(KEYS, np.float32), np.log2(value_scales), 1 / value_scales])
+    top, weights, total = softmax(dots, scales, rng.uniform(1e-4, 5e-4))
+    assert 9e4 < top < 6e5
+    assert weights.max() == 255
+    assert weights[dots.argmax()] > 0
+    assert 0 < total < np.inf
 
 
 # ---- the whole
@@ -338,3 +400,37 @@ def test_a_row_that_is_no_number_spoils_no_other(team):
     assert torch.equal(answers[0][others], answers[1][others])
     assert answers[1][7].isnan().all()
     assert (answers[0] - naive_attention(q, k, v, LayerKind(scale=0.125))).abs().max() < ERROR_MAX
+
+
+@pytest.mark.parametrize("score", [1e5, 2.3e5, 5e5])
+def test_scores_of_any_size_give_the_right_answer(score, team):
+    """Keys in one direction, twice each of many lengths: each row is the values of the longest two
+    that it sees, or of one."""
+    length, pairs = 150, 75
+    case = LongCase(Shape(4, 2, 64, 16), LayerKind(scale=1.0), length, "int8")
+    q, k, _ = case._own
+    rng = np.random.default_rng(int(score))
+    direction = torch.from_numpy(rng.choice([-1.0, 1.0], 64).astype(np.float32))
+    sizes = 0.2 + 0.8 * rng.permutation(np.repeat(np.arange(1, pairs + 1), 2)) / pairs
+    k[:] = direction * torch.from_numpy(sizes.astype(np.float32))[:, None, None]
+    q[:] = 0.3 * q + direction
+    q *= score / LOG2_E / (q @ direction).unsqueeze(-1)
+    expected = case.expected()
+    assert expected.square().mean(-1).sqrt().min() > 0.4, "a row near zero would prove nothing"
+    for chunks in ((150,), (1,), (2, 61)):
+        assert (case.run(case.chunks(chunks), team) - expected).abs().max() < ERROR_MAX
+
+
+@pytest.mark.parametrize("bad", NOT_FINITE)
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_a_value_that_is_no_number_spoils_no_row_of_other_tokens(head_dim, bad, team):
+    """Those before it do not see it; those after it find zeros there, with the weight it has."""
+    kind = LayerKind(scale=head_dim**-0.5)
+    case = LongCase(Shape(4, 2, head_dim, 16), kind, 150, "int8")
+    values = case._own[2]
+    values[70] = 0.0
+    expected = case.expected()
+    values[70, :, 3] = bad
+    for chunks in ((150,), (1,), (2, 61)):
+        answer = case.run(case.chunks(chunks), team, neighbours=True)
+        assert (answer - expected).abs().max() < ERROR_MAX

@@ -22,6 +22,8 @@ POOL_BLOCKS = 96
 VOCAB = 96
 PROMPT_TOKENS = 60  # far over every sliding window and short context below
 ERROR_MAX = 1e-4  # of the spread of the logits
+# Of the spread of the logits, their deviation with KV in int8: by how the weights are.
+ERROR_MAX_INT8_KV: dict[Quantize, float] = {"none": 0.03, "int8": 0.12}
 
 # (KV heads, head dimension, layers) as tiny_models makes them
 SHAPES = {
@@ -301,6 +303,29 @@ def family(tmp_path_factory) -> Callable[[str], Path]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_of_every_family_are_transformers_own(family, name):
     check_all_ways(Checked(family(name)))
+
+
+@pytest.mark.parametrize("quantize", ERROR_MAX_INT8_KV)
+@pytest.mark.parametrize("name", ["phi", "gpt_neox"])
+def test_int8_kv_costs_a_generic_model_little(
+    family: Callable[[str], Path], name: str, quantize: Quantize
+) -> None:
+    runner = ModelRunner.load(
+        family(name), block_size=BLOCK_SIZE, quantize=quantize, kv_dtype="int8"
+    )
+    assert runner.description.startswith("generic")
+    assert runner.layout.dtype == "int8"
+    runner.attach(KVPool(runner.layout, POOL_BLOCKS))
+    prompt, blocks = prompt_of(PROMPT_TOKENS), random.Random(5).sample(range(POOL_BLOCKS), 15)
+    with torch.inference_mode():
+        own = reference.load(family(name))(input_ids=torch.tensor([prompt]), use_cache=False)
+    own = own.logits[0]
+    parts = []
+    for start, end in ((0, 31), (31, 32), (32, PROMPT_TOKENS)):
+        parts.append(runner.logits([Slice(prompt[start:end], start, blocks)]).clone())
+    off = torch.cat(parts) - own
+    assert ERROR_MAX * own.std() < off.std() < ERROR_MAX_INT8_KV[quantize] * own.std()
+    runner.close()
 
 
 @pytest.mark.parametrize("name", WORKING)

@@ -6,31 +6,14 @@ times the panel of values are another one.
 
 from numba import njit
 
+from kvrelay.engine.kernels.cuts import tile_after, tiles_of
 from kvrelay.engine.kernels.pool import FLOAT32, keys_at, read
 from kvrelay.engine.kernels.rows import clear
-from kvrelay.engine.kernels.shuffles import transposed
-from kvrelay.engine.kernels.softmax import KEY_TILE, SEGMENT, TILE_BYTES, softmax_rows, start_row
+from kvrelay.engine.kernels.shuffles import turn_keys
+from kvrelay.engine.kernels.softmax import KEY_TILE, TILE_BYTES, softmax_rows, start_row
 from kvrelay.engine.kernels.tiles import ROWS_MAX, multiply_float
 from kvrelay.engine.kernels.vector import LANES, Code, Int, emitted
 from kvrelay.engine.shapes import PANEL, PANEL_BYTES
-
-
-@emitted
-def _turn_keys(
-    c: Code, source: Int, source_stride: Int, target: Int, ahead: Int, ahead_stride: Int, side: Int
-) -> None:
-    """16 x 16 floats, rows become columns; target rows are a panel's.
-
-    Beside each load it asks for a line of the keys at `ahead` and one of their values, `side` bytes
-    on: memory answers while this tile is computed, and nowhere does a burst of requests wait.
-    """
-    rows = []
-    for n in range(LANES):
-        rows.append(c.load(source + source_stride * n))
-        c.prefetch(ahead + ahead_stride * n)
-        c.prefetch(ahead + ahead_stride * n + side)
-    for n, row in enumerate(transposed(c, rows)):
-        c.store(target + n * PANEL_BYTES, row)
 
 
 @emitted
@@ -71,8 +54,8 @@ def _pack_keys(  # type: ignore[no-untyped-def]
                 if together:
                     place += pool.row_bytes
         for i in range(0, pool.head_dim, LANES):
-            _turn_keys(
-                source + i * 4, stride, target + i * PANEL_BYTES,
+            turn_keys(
+                source + i * 4, stride, target + i * PANEL_BYTES, PANEL_BYTES,
                 following + i * width, pool.row_bytes, pool.side_bytes,
             )  # fmt: skip
 
@@ -157,15 +140,10 @@ def attend_segment(  # type: ignore[no-untyped-def]
     wide = pool.head_pad * 4
     for row in range(rows):
         start_row(states + row * 8, totals + row * wide, pool.head_pad)
-    end = min(start + tokens, segment + SEGMENT)
-    begin = segment
-    if rule.window:
-        begin = max(begin, (start - rule.window + 1) // KEY_TILE * KEY_TILE)
+    begin, end = tiles_of(rule, segment, start, tokens)
     for tile in range(begin, end, KEY_TILE):
         count = min(KEY_TILE, end - tile)
-        ahead, ahead_head = tile + KEY_TILE, head
-        if ahead >= end:
-            ahead, ahead_head = begin, min(head + 1, pool.kv_heads - 1)
+        ahead, ahead_head = tile_after(pool, tile, begin, end, head)
         _pack_keys(
             pool, tables, table, layer, head, tile, count, work, ahead, ahead_head, end - ahead
         )

@@ -11,6 +11,7 @@ is divided by in the end, is of weights without it.
 
 from numba import njit
 
+from kvrelay.engine.kernels.cuts import tile_after, tiles_of
 from kvrelay.engine.kernels.functions import log2
 from kvrelay.engine.kernels.int8_head import write_query
 from kvrelay.engine.kernels.int8_softmax import (
@@ -28,8 +29,8 @@ from kvrelay.engine.kernels.int8_softmax import (
 )
 from kvrelay.engine.kernels.pool import keys_at, scales_at
 from kvrelay.engine.kernels.rows import clear
-from kvrelay.engine.kernels.shuffles import quads_of, transposed
-from kvrelay.engine.kernels.softmax import KEY_TILE, SEGMENT, TILE_BYTES
+from kvrelay.engine.kernels.shuffles import quads_of, turn_keys
+from kvrelay.engine.kernels.softmax import KEY_TILE, TILE_BYTES
 from kvrelay.engine.kernels.tiles import HAS_VNNI
 from kvrelay.engine.kernels.vector import LANES, Code, Int, Ints, Vec, emitted
 from kvrelay.engine.shapes import GROUP, LINE_BYTES
@@ -94,24 +95,6 @@ def _add_weighted(
                 c.store(place, c.fma(c.to_float(total), factor, c.load(place) * shrink))
 
     c.cases(rows, emit, range(1, _ROWS_MAX + 1))
-
-
-@emitted
-def _turn_keys(
-    c: Code, source: Int, stride: Int, target: Int, ahead: Int, ahead_stride: Int, side: Int
-) -> None:
-    """16 keys' 64 bytes as columns of a panel.
-
-    Beside each load it asks for a line of the keys at `ahead` and one of their values, `side` bytes
-    on: memory answers while this tile is computed, and nowhere does a burst of requests wait.
-    """
-    rows = []
-    for n in range(LANES):
-        rows.append(c.load(source + stride * n))
-        c.prefetch(ahead + ahead_stride * n)
-        c.prefetch(ahead + ahead_stride * n + side)
-    for n, column in enumerate(transposed(c, rows)):
-        c.store(target + n * _QUAD_BYTES, column)
 
 
 @emitted
@@ -202,8 +185,8 @@ def _pack(  # type: ignore[no-untyped-def]
             _read_scales(scale, scale + LANES * 4, group, work.scales + at * 4)
         for i in range(0, pool.row_bytes, GROUP):
             panel = i // GROUP * panel_bytes
-            _turn_keys(
-                source + i, pool.row_bytes, work.keys + panel + at * 4,
+            turn_keys(
+                source + i, pool.row_bytes, work.keys + panel + at * 4, _QUAD_BYTES,
                 following + i, pool.row_bytes, pool.side_bytes,
             )  # fmt: skip
             target = work.values + panel + at // 4 * _QUAD_BYTES
@@ -243,15 +226,10 @@ def attend_segment(  # type: ignore[no-untyped-def]
     clear(totals, rows * pool.head_pad)
     level_bytes = (rows + LANES - 1) // LANES * LINE_BYTES
     start_levels(work.levels, level_bytes)
-    end = min(start + tokens, segment + SEGMENT)
-    begin = segment
-    if rule.window:
-        begin = max(begin, (start - rule.window + 1) // KEY_TILE * KEY_TILE)
+    begin, end = tiles_of(rule, segment, start, tokens)
     for tile in range(begin, end, KEY_TILE):
         count = min(KEY_TILE, end - tile)
-        ahead, ahead_head = tile + KEY_TILE, head
-        if ahead >= end:
-            ahead, ahead_head = begin, min(head + 1, pool.kv_heads - 1)
+        ahead, ahead_head = tile_after(pool, tile, begin, end, head)
         _pack(pool, tables, table, layer, head, tile, count, work, ahead, ahead_head, end - ahead)
         for row in range(0, rows, _ROWS_MAX):
             some = min(_ROWS_MAX, rows - row)

@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit
 
 from kvrelay.engine.kernels import float_segment, int8_segment
+from kvrelay.engine.kernels.cuts import first_segment
 from kvrelay.engine.kernels.int8_softmax import LEVELS
 from kvrelay.engine.kernels.pool import INT8
 from kvrelay.engine.kernels.rows import copy_row
@@ -70,13 +71,6 @@ def _attend_segment(  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _first_segment(rule, position):  # type: ignore[no-untyped-def]
-    if rule.window and position >= rule.window:
-        return (position - rule.window + 1) // SEGMENT * SEGMENT
-    return 0
-
-
-@njit(nogil=True, cache=True)
 def attend(counter, pool, rule, slices, tables, layer, q, q_stride, out, out_stride, work):  # type: ignore[no-untyped-def]
     """One thread's part of prompts' attention: pieces are some tokens of a slice with one KV head.
 
@@ -101,7 +95,7 @@ def attend(counter, pool, rule, slices, tables, layer, q, q_stride, out, out_str
             rows = tokens * rule.group
             for n in range(rows):
                 start_row(work.states + n * 8, work.totals + n * wide, pool.head_pad)
-            for segment in range(_first_segment(rule, start), start + tokens, SEGMENT):
+            for segment in range(first_segment(rule, start), start + tokens, SEGMENT):
                 _attend_segment(
                     pool, rule, tables, s.table, layer, head, segment, start, tokens, work
                 )
@@ -131,7 +125,7 @@ def attend_split(counter, pool, rule, slices, tables, layer, q, q_stride, partia
     for s in slices:
         if s.count != 1:
             continue
-        begin = _first_segment(rule, s.start)
+        begin = first_segment(rule, s.start)
         parts = (s.start - begin) // SEGMENT + 1
         while piece < passed + parts:
             segment = begin + (piece - passed) * SEGMENT
@@ -159,7 +153,7 @@ def attend_join(counter, pool, rule, slices, partials, out, out_stride, work):  
             continue
         s = slices[number]
         if s.count == 1:
-            begin = _first_segment(rule, s.start)
+            begin = first_segment(rule, s.start)
             for head in range(heads):
                 start_row(work.states, work.totals, pool.head_pad)
                 for segment in range(begin, s.start + 1, SEGMENT):

@@ -6,7 +6,7 @@ from typing import Any
 from llvmlite import ir
 
 from kvrelay.engine.kernels.functions import TO_INTEGER
-from kvrelay.engine.kernels.vector import BYTES, F32, LANES, Code, Int, Vec
+from kvrelay.engine.kernels.vector import BYTES, F32, LANES, Code, Int, Vec, emitted
 from kvrelay.engine.shapes import LINE_BYTES
 
 
@@ -24,6 +24,31 @@ def transposed(c: Code, rows: Sequence[Vec]) -> list[Vec]:
                 turned[n + distance] = c.shuffle(a, b, second)
         distance *= 2
     return [Vec(c, row) for row in turned]
+
+
+@emitted
+def turn_keys(
+    c: Code,
+    source: Int,
+    stride: Int,
+    target: Int,
+    target_stride: Int,
+    ahead: Int,
+    ahead_stride: Int,
+    side: Int,
+) -> None:
+    """64 bytes each of 16 keys, as 16 columns of a panel whose rows are target_stride apart.
+
+    Beside each load it asks for a line of the keys at `ahead` and one of their values, `side` bytes
+    on: memory answers while this tile is computed, and nowhere does a burst of requests wait.
+    """
+    rows = []
+    for n in range(LANES):
+        rows.append(c.load(source + stride * n))
+        c.prefetch(ahead + ahead_stride * n)
+        c.prefetch(ahead + ahead_stride * n + side)
+    for n, column in enumerate(transposed(c, rows)):
+        c.store(target + target_stride * n, column)
 
 
 def quads_of(c: Code, rows: Sequence[Any]) -> list[Any]:

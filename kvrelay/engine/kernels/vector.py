@@ -154,6 +154,7 @@ class Code:
         return Vec(self, self._load(address, F32, 4))
 
     def load_bytes(self, address: Int) -> Any:
+        """64 of them, from an address that is a multiple of 64."""
         return self._load(address, BYTES, LINE_BYTES)
 
     def load_line(self, address: Int) -> Vec:
@@ -220,6 +221,7 @@ class Code:
         self._store(address, value.value, 4)
 
     def store_bytes(self, address: Int, value: Any) -> None:
+        """64 of them, to an address that is a multiple of 64."""
         self._store(address, value, LINE_BYTES)
 
     def store_first(self, address: Int, value: Vec) -> None:
