@@ -49,7 +49,6 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             chunk_tokens=config.chunk_tokens,
             jobs_max=config.jobs_max,
         )
-        self._push_blocks_max = max(1, config.push_bytes_max // self._layout.block_bytes)
         self._writers = WriterPool(config, self.instance_id, engine.pool, find_nccl(config))
         self._work = asyncio.Event()
         self._steps = 0  # ended
@@ -240,7 +239,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             done = job.first_token is not None
             filled = len(job.blocks) if done else job.computed // self._layout.block_size
             first = job.ticket.first_block + transfer.blocks_sent
-            blocks = job.blocks[first : min(filled, first + self._push_blocks_max)]
+            blocks = job.blocks[first:filled]
             if blocks:
                 await transfer.push(blocks)
             elif done:

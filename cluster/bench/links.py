@@ -102,10 +102,8 @@ class _Ends:
         async def hand_off() -> float:
             ticket = Ticket.FromString(base64.b64decode(self._ask(f"ticket {count} {case}")))
             transfer = await writers.begin(ticket)
-            step = max(1, writers.config.push_bytes_max // LAYOUT.block_bytes)
             started = time.perf_counter()
-            for first in range(0, count, step):
-                await transfer.push(range(first, min(first + step, count)))
+            await transfer.push(range(count))
             await transfer.commit(0, _REPLY_S)
             taken = time.perf_counter() - started
             transfer.close()

@@ -15,7 +15,7 @@ from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
 from kvrelay.engine.runner import ModelRunner, UnsupportedModelError
 from kvrelay.engine.sampling import SamplingParams, sample
 from kvrelay.engine.step import CancelFlag, Slice
-from kvrelay.kv.pool import KVPool
+from kvrelay.kv.pool import KVPool, touch_pages
 from kvrelay.wire import worker_pb2
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class EngineHost:
         self._thread = thread
         self._closed = threading.Event()
         self._touching = threading.Thread(
-            target=pool.touch_pages, args=[self._closed], name="touch pages", daemon=True
+            target=touch_pages, args=[pool.bytes, self._closed], name="touch pages", daemon=True
         )
         self._touching.start()
 

@@ -77,22 +77,23 @@ class KVPool:
         for block in blocks:
             target[block].copy_(source[block])
 
-    def touch_pages(self, stop: threading.Event) -> None:
-        """Has the kernel make the pool's pages until `stop` is set. For a thread of its own.
-
-        The first write to a new page may take ten times as long as the next, and would come in
-        the middle of somebody's hand-off. Where the kernel cannot do it, writing will.
-        """
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_URGENT)
-        madvise = ctypes.CDLL(None, use_errno=True).madvise  # ctypes lets other threads run
-        start = self.bytes.ctypes.data
-        for offset in range(0, self.size_bytes, _TOUCH_BYTES):
-            length = min(_TOUCH_BYTES, self.size_bytes - offset)
-            address, size = ctypes.c_void_p(start + offset), ctypes.c_size_t(length)
-            if stop.is_set() or madvise(address, size, _POPULATE_WRITE):
-                return
-
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def touch_pages(memory: np.ndarray, stop: threading.Event) -> None:
+    """Has the kernel make the pages of `memory`, uint8 from a mapping's start, until `stop` is set.
+    For a thread of its own.
+
+    The first write to a new page may take ten times as long as the next, and would come in the
+    middle of somebody's hand-off. Where the kernel cannot do it, writing will.
+    """
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_URGENT)
+    madvise = ctypes.CDLL(None, use_errno=True).madvise  # ctypes lets other threads run
+    for offset in range(0, memory.nbytes, _TOUCH_BYTES):
+        address = ctypes.c_void_p(memory.ctypes.data + offset)
+        length = ctypes.c_size_t(min(_TOUCH_BYTES, memory.nbytes - offset))
+        if stop.is_set() or madvise(address, length, _POPULATE_WRITE):
+            return

@@ -4,17 +4,21 @@ import asyncio
 import mmap
 import os
 import socket
+import threading
 from collections.abc import Sequence
 
 import numpy as np
+import xxhash
 
 from kvrelay.engine.kernels.stream import stream_copy
-from kvrelay.kv.pool import KVPool
+from kvrelay.kv.pool import KVPool, touch_pages
 from kvrelay.transport.codec import encode
 from kvrelay.transport.errors import LinkError, ProtocolError, Rejection
 from kvrelay.transport.frames import FrameSocket
-from kvrelay.transport.movers import Wire, checksum, to_device, unexpected, wrong_blocks
+from kvrelay.transport.movers import Wire, to_device, unexpected, wrong_blocks
 from kvrelay.wire import transfer_pb2
+
+_PIECE_BYTES = 360 << 10  # half of a core's own cache
 
 
 class ShmSender:
@@ -35,6 +39,10 @@ class ShmSender:
         self._pool = pool
         peer = np.frombuffer(mapped, dtype=np.uint8).reshape(-1, block_bytes)
         self._peer: np.ndarray | None = peer
+        # The pages are there, but not yet in our tables. The thread keeps the mapping alive.
+        self._closed = threading.Event()
+        touching = threading.Thread(target=touch_pages, args=[peer, self._closed], daemon=True)
+        touching.start()
         self._writes = 0  # under way
         self._quiet = asyncio.Event()
         self._quiet.set()
@@ -69,14 +77,16 @@ class ShmSender:
             self._pool.to_host(source)
         for mine, theirs in zip(source, target, strict=True):
             (block,) = encode([self._pool.bytes[mine]], self._pool.layout, self.wire.layout)
-            stream_copy(block, peer[theirs])  # first: then it is in the caches for the checksum
             if self.wire.checksums:
-                header.checksums.append(checksum(block))
+                header.checksums.append(_copy_and_sum(block, peer[theirs]))
+            else:
+                stream_copy(block, peer[theirs])
 
     async def on_frame(self, frame: transfer_pb2.Frame) -> None:
         raise LinkError(unexpected(frame))
 
     async def close(self) -> None:
+        self._closed.set()
         self._peer = None  # the mapping goes with its last user
         await self._quiet.wait()
 
@@ -103,6 +113,16 @@ class ShmReceiver:
     async def quiet(self, frames: FrameSocket) -> None:
         """What the writer still writes goes to its blocks until it has seen the link's end."""
         await frames.channel.drain()
+
+
+def _copy_and_sum(block: np.ndarray, target: np.ndarray) -> int:
+    """target = block; its `checksum`, made of pieces that are still in the core's cache."""
+    total = xxhash.xxh3_64()
+    for start in range(0, len(block), _PIECE_BYTES):
+        piece = block[start : start + _PIECE_BYTES]
+        stream_copy(piece, target[start : start + _PIECE_BYTES])
+        total.update(piece.data)
+    return total.intdigest()
 
 
 def send_fd(sock: socket.socket, fd: int) -> None:

@@ -19,6 +19,8 @@ from kvrelay.transport.movers import Sender
 from kvrelay.wire import transfer_pb2
 from kvrelay.wire.transfer_pb2 import Frame, Ticket
 
+_TAIL_BYTES_MAX = 4 << 20  # of the last frame of a push
+
 
 class Transfer:
     """One prompt's KV on its way. Ends with commit() or abort(); close() is safe at any time."""
@@ -40,13 +42,18 @@ class Transfer:
         return self.blocks_sent * self._link.sender.wire.layout.block_bytes
 
     async def push(self, source: Sequence[int]) -> None:
-        """Sends the next len(source) blocks of the prompt out of these blocks of our pool.
+        """Sends the next len(source) blocks of the ticket out of these blocks of our pool.
 
         None at all is fine, too: any frame renews the decode worker's lease.
 
         Raises:
             LinkError: the link broke, or the decode worker gave the transfer up.
         """
+        for count in self._link.frames_for(len(source)):
+            await self._push_frame(source[:count])
+            source = source[count:]
+
+    async def _push_frame(self, source: Sequence[int]) -> None:
         first = self.blocks_sent
         target = self.ticket.block_ids[first : first + len(source)]
         header = transfer_pb2.Blocks(
@@ -124,8 +131,11 @@ class Transfer:
 class WriterLink:
     """One connection to one decode worker; made by WriterPool."""
 
-    def __init__(self, frames: FrameSocket, sender: Sender) -> None:
+    def __init__(self, frames: FrameSocket, sender: Sender, push_bytes_max: int) -> None:
         self.sender = sender
+        block_bytes = sender.wire.layout.block_bytes
+        self._blocks_max = max(1, push_bytes_max // block_bytes)
+        self._tail_blocks_max = max(1, _TAIL_BYTES_MAX // block_bytes)
         self.closed = False
         self._frames = frames
         self._transfers: dict[int, Transfer] = {}
@@ -154,6 +164,15 @@ class WriterLink:
         finally:
             self._begun.pop(transfer_id, None)
         return transfer
+
+    def frames_for(self, count: int) -> list[int]:
+        """How many of `count` blocks go in each frame: the decode worker checks one while the next
+        is written, so the last is a small one."""
+        frames = []
+        while count > self._tail_blocks_max:
+            frames.append(min(self._blocks_max, -(-count * 3 // 4)))
+            count -= frames[-1]
+        return [*frames, count] if count or not frames else frames
 
     async def send(self, frame: Frame) -> None:
         try:

@@ -34,7 +34,7 @@ class WriterPool:
         pool: KVPool,
         nccl: NcclLibrary | None = None,
     ) -> None:
-        self.config = config
+        self._config = config
         self._instance_id = instance_id
         self._pool = pool
         self._tls = client_context(config.certificates) if config.certificates else None
@@ -51,7 +51,7 @@ class WriterPool:
         """
         tried = []
         for endpoint in ticket.endpoints:
-            if self.config.transport not in ("auto", endpoint.transport):
+            if self._config.transport not in ("auto", endpoint.transport):
                 continue
             if endpoint.transport == "nccl" and self._pairs is None:
                 continue
@@ -60,7 +60,7 @@ class WriterPool:
             except LinkError as error:
                 tried.append(f"{endpoint.transport}: {error}")
                 continue
-            return await link.begin(ticket, self.config.link_reply_ms / 1000)
+            return await link.begin(ticket, self._config.link_reply_ms / 1000)
         raise LinkError(f"no way to {ticket.decode_instance_id}: {'; '.join(tried) or 'none fits'}")
 
     async def close(self) -> None:
@@ -82,10 +82,10 @@ class WriterPool:
         return await asyncio.shield(self._links[key])
 
     async def _connect(self, instance_id: str, endpoint: transfer_pb2.Endpoint) -> WriterLink:
-        stall_s = self.config.link_reply_ms / 1000
+        stall_s = self._config.link_reply_ms / 1000
         frames = FrameSocket(_socket_for(endpoint, stall_s), stall_s)
         try:
-            async with asyncio.timeout(self.config.link_connect_ms / 1000):
+            async with asyncio.timeout(self._config.link_connect_ms / 1000):
                 await _dial(frames.channel.sock, endpoint)
                 if self._tls and endpoint.transport != "shm":
                     await frames.channel.start_tls(self._tls, server_side=False)
@@ -104,8 +104,8 @@ class WriterPool:
             protocol_version=PROTOCOL_VERSION,
             instance_id=self._instance_id,
             layout=self._pool.layout.to_wire(),
-            codec=self.config.wire_codec,
-            checksums=self.config.checksums,
+            codec=self._config.wire_codec,
+            checksums=self._config.checksums,
         )
         await frames.send(Frame(hello=hello))
         answer = await frames.receive()
@@ -117,16 +117,18 @@ class WriterPool:
         if welcome.wire_dtype not in DTYPE_BYTES:
             raise LinkError(f"KV blocks as {welcome.wire_dtype!r} are asked for, unknown here")
         wire = Wire(replace(self._pool.layout, dtype=welcome.wire_dtype), welcome.checksums)
+        push_bytes_max = self._config.push_bytes_max
         if transport == "nccl":
-            return WriterLink(frames, self._nccl_sender(instance_id, wire, frames))
+            return WriterLink(frames, self._nccl_sender(instance_id, wire, frames), push_bytes_max)
         if transport == "tcp":
-            return WriterLink(frames, TcpSender(self._pool, wire))
+            return WriterLink(frames, TcpSender(self._pool, wire), push_bytes_max)
         fd = await receive_fd(frames.channel.sock)
-        return WriterLink(frames, ShmSender(self._pool, wire, fd, welcome.pool_bytes))
+        sender = ShmSender(self._pool, wire, fd, welcome.pool_bytes)
+        return WriterLink(frames, sender, push_bytes_max)
 
     def _nccl_sender(self, peer: str, wire: Wire, frames: FrameSocket) -> NcclSender:
         assert self._pairs is not None
-        deadline_s = self.config.nccl_operation_ms / 1000
+        deadline_s = self._config.nccl_operation_ms / 1000
         sender = NcclSender(self._pool, wire, peer, self._pairs, frames, deadline_s)
         self._nccl_senders[peer] = sender
         return sender

@@ -9,7 +9,7 @@ import pytest
 import torch
 from kv_fixtures import LAYOUT
 
-from kvrelay.kv.pool import TORCH_DTYPES, KVPool
+from kvrelay.kv.pool import TORCH_DTYPES, KVPool, touch_pages
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_touched_pages_exist_and_keep_what_was_written():
     pool.bytes[1] = 7
     before = resident_pages(pool)
     assert before < pool.size_bytes // mmap.PAGESIZE
-    touch = threading.Thread(target=pool.touch_pages, args=[threading.Event()])
+    touch = threading.Thread(target=touch_pages, args=[pool.bytes, threading.Event()])
     touch.start()
     touch.join()
     assert resident_pages(pool) == pool.size_bytes // mmap.PAGESIZE
@@ -120,7 +120,7 @@ def test_touching_pages_stops_when_told():
     pool = KVPool(replace(LAYOUT, head_dim=1 << 12), 4, shared=True)
     stop = threading.Event()
     stop.set()
-    touch = threading.Thread(target=pool.touch_pages, args=[stop])
+    touch = threading.Thread(target=touch_pages, args=[pool.bytes, stop])
     touch.start()
     touch.join()
     assert resident_pages(pool) == 0

@@ -17,7 +17,7 @@ from kv_fixtures import DEADLINE_S, LAYOUT, DecodeEnd, decode_end, prefill_end, 
 
 from kvrelay.config import PROTOCOL_VERSION
 from kvrelay.kv.layout import KVLayout
-from kvrelay.transport import movers, shm, tcp
+from kvrelay.transport import movers, shm
 from kvrelay.transport.errors import LinkError
 from kvrelay.transport.frames import FrameSocket
 from kvrelay.transport.writer import Transfer, WriterLink
@@ -196,22 +196,29 @@ async def stalled_peer(
 
 
 class Gate:
-    """Holds checksum() of the writer's pool in its thread until opened."""
+    """Holds a push until opened: on shm in its thread, in the middle of a copy; on tcp before the
+    bytes of its blocks."""
 
-    def __init__(self, monkeypatch: Any, pool: Any) -> None:
+    def __init__(self, monkeypatch: Any) -> None:
         self.entered = asyncio.Event()
         self.open = threading.Event()
-        loop, right = asyncio.get_running_loop(), movers.checksum
-        start, end = pool.bytes.ctypes.data, pool.bytes.ctypes.data + pool.bytes.nbytes
+        loop, copy, send = asyncio.get_running_loop(), shm._copy_and_sum, FrameSocket.send
 
-        def held(block: np.ndarray) -> int:
-            if start <= block.ctypes.data < end:
-                loop.call_soon_threadsafe(self.entered.set)
-                assert self.open.wait(DEADLINE_S)
-            return right(block)
+        def held_copy(block: np.ndarray, target: np.ndarray) -> int:
+            loop.call_soon_threadsafe(self.entered.set)
+            assert self.open.wait(DEADLINE_S)
+            return copy(block, target)
 
-        for module in (shm, tcp):
-            monkeypatch.setattr(module, "checksum", held)
+        async def held_send(
+            frames: FrameSocket, frame: Frame, payload: Sequence[memoryview] = ()
+        ) -> None:
+            if payload:
+                self.entered.set()
+                assert await asyncio.to_thread(self.open.wait, DEADLINE_S)
+            await send(frames, frame, payload)
+
+        monkeypatch.setattr(shm, "_copy_and_sum", held_copy)
+        monkeypatch.setattr(FrameSocket, "send", held_send)
 
 
 class Wire:

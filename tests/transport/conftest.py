@@ -30,8 +30,8 @@ async def prefill(transport) -> AsyncIterator[WriterPool]:
 
 
 @pytest.fixture
-async def gate(prefill, monkeypatch) -> AsyncIterator[Gate]:
-    made = Gate(monkeypatch, prefill.pool)
+async def gate(monkeypatch) -> AsyncIterator[Gate]:
+    made = Gate(monkeypatch)
     yield made
     made.open.set()
 

@@ -112,13 +112,13 @@ async def test_a_commit_cancelled_in_the_middle_of_its_bytes_leaves_the_stream_w
         channel = link_of(writers)._frames.channel
         cut, go_on, whole = asyncio.Event(), asyncio.Event(), channel._send
 
-        def three_bytes_first(buffers):
+        def three_bytes_first(buffers, wait):
             if go_on.is_set():
-                return whole(buffers)
+                return whole(buffers, wait)
             if cut.is_set():
                 return _Wants.WRITE
             cut.set()
-            return whole([buffers[0][:3]])
+            return whole([buffers[0][:3]], wait)
 
         channel._send = three_bytes_first
         commit = asyncio.ensure_future(transfer.commit(1, REPLY_S))
