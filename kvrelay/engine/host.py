@@ -123,6 +123,8 @@ class EngineHost:
 
     async def idle(self) -> None:
         """Returns when the steps that were begun have ended."""
+        if self._closed.is_set():
+            return
         await asyncio.get_running_loop().run_in_executor(self._thread, lambda: None)
 
     def close(self) -> None:

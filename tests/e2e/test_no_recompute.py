@@ -122,8 +122,8 @@ async def test_blocks_arrive_while_the_prompt_is_still_computed(model, transport
         received, arrived = handoff.received, asyncio.Event()
         counts = []
 
-        def noted(transfer_id, count, now_ms):
-            received(transfer_id, count, now_ms)
+        def noted(transfer_id, first_index, count, bad, now_ms):
+            received(transfer_id, first_index, count, bad, now_ms)
             counts.append(count)
             if sum(counts) >= before_last:
                 arrived.set()
