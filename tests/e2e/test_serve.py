@@ -31,7 +31,7 @@ SHM = Path("/dev/shm")
 # Only a broken test waits so long: to be ready, for one answer, for the end.
 READY_S, ANSWER_S, END_S = 120.0, 90.0, 60.0
 INTERRUPTED_S = 20.0
-DRAINED_TOKENS = 2000
+DRAINED_TOKENS = 4000
 # Days of decoding: an answer of so many tokens never ends by itself.
 MODEL_TOKENS = 1 << 16
 ENDLESS_TOKENS = 50_000
