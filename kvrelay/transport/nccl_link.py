@@ -61,8 +61,8 @@ def make_pairs(
     return NcclPairs(library, _RANKS[role], pool.kv.device.index or 0, limits, tell)
 
 
-class NcclSender:
-    """P's half, on a link to one peer."""
+class _NcclEnd:
+    """What both ends of a link keep of their peer and its pair."""
 
     def __init__(
         self,
@@ -74,17 +74,43 @@ class NcclSender:
         deadline_s: float,
     ) -> None:
         """deadline_s: of one group of blocks in NCCL's hands."""
-        self.name = "tcp"  # what carried the last blocks
         self.wire = wire
         self._pool = pool
         self._peer = peer
         self._pairs = pairs
         self._frames = frames
         self._deadline_s = deadline_s
-        self._inline = TcpSender(pool, wire)
-        self._opening: asyncio.Task[None] | None = None
         self._epoch = 0
         self._telling: set[asyncio.Task[None]] = set()
+
+    def tell(self, epoch: int, reason: str) -> None:
+        """Our end of the pair has ended: the peer shall not wait for it."""
+        task = asyncio.ensure_future(self._say_ended(epoch, reason))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _say_ended(self, epoch: int, reason: str) -> None:
+        ended = transfer_pb2.PairEnded(epoch=epoch, reason=reason)
+        with contextlib.suppress(LinkError):
+            await self._frames.send(Frame(pair_ended=ended))
+
+
+class NcclSender(_NcclEnd):
+    """P's half, on a link to one peer."""
+
+    def __init__(
+        self,
+        pool: KVPool,
+        wire: Wire,
+        peer: str,
+        pairs: NcclPairs,
+        frames: FrameSocket,
+        deadline_s: float,
+    ) -> None:
+        super().__init__(pool, wire, peer, pairs, frames, deadline_s)
+        self.name = "tcp"  # what carried the last blocks
+        self._inline = TcpSender(pool, wire)
+        self._opening: asyncio.Task[None] | None = None
         self._in_order = asyncio.Lock()  # frames and what the pair sends, on both ends
 
     async def send(
@@ -119,10 +145,6 @@ class NcclSender:
         if frame.WhichOneof("body") != "pair_ended":
             raise LinkError(unexpected(frame))
         self._pairs.fail(self._peer, frame.pair_ended.epoch, frame.pair_ended.reason)
-
-    def tell(self, epoch: int, reason: str) -> None:
-        """Our end of the pair has ended: the peer shall not wait for it."""
-        _tell(self._frames, epoch, reason, self._telling)
 
     async def close(self) -> None:
         if self._opening is not None:
@@ -164,7 +186,7 @@ class NcclSender:
         return rows, sums
 
 
-class NcclReceiver:
+class NcclReceiver(_NcclEnd):
     """D's half, on the link of one writer."""
 
     peer_writes = False
@@ -179,20 +201,12 @@ class NcclReceiver:
         deadline_s: float,
         of_peers: "MutableMapping[str, NcclReceiver]",
     ) -> None:
-        """deadline_s: of one group of blocks in NCCL's hands. of_peers: where this one stands as
-        soon as its peer has a pair."""
+        """of_peers: where this one stands as soon as its peer has a pair."""
+        super().__init__(pool, wire, peer, pairs, frames, deadline_s)
         self._of_peers = of_peers
-        self.wire = wire
-        self._pool = pool
-        self._peer = peer
-        self._pairs = pairs
-        self._frames = frames
-        self._deadline_s = deadline_s
         self._inline = TcpReceiver(pool, wire)
         self._accepting: asyncio.Task[None] | None = None
-        self._epoch = 0
         self._used: HeldPair | None = None
-        self._telling: set[asyncio.Task[None]] = set()
         self._rows: torch.Tensor | None = None  # still encoded
 
     async def receive(
@@ -225,9 +239,6 @@ class NcclReceiver:
             self._pairs.fail(self._peer, frame.pair_ended.epoch, frame.pair_ended.reason)
         else:
             raise ProtocolError(Rejection.MALFORMED, unexpected(frame))
-
-    def tell(self, epoch: int, reason: str) -> None:
-        _tell(self._frames, epoch, reason, self._telling)
 
     async def quiet(self, frames: FrameSocket) -> None:
         """Returns when neither NCCL nor the device writes to the pool for this link. Never, it may
@@ -297,14 +308,3 @@ def _buffer(pool: KVPool, wire: Wire, count: int) -> torch.Tensor:
 
 def _regions(rows: Sequence[torch.Tensor]) -> list[Region]:
     return [Region(row.data_ptr(), row.numel()) for row in rows]
-
-
-def _tell(frames: FrameSocket, epoch: int, reason: str, telling: set[asyncio.Task[None]]) -> None:
-    async def send() -> None:
-        ended = transfer_pb2.PairEnded(epoch=epoch, reason=reason)
-        with contextlib.suppress(LinkError):
-            await frames.send(Frame(pair_ended=ended))
-
-    task = asyncio.ensure_future(send())
-    telling.add(task)
-    task.add_done_callback(telling.discard)
