@@ -18,8 +18,10 @@ from grpc_reflection.v1alpha import reflection
 from kvrelay.config import RouterConfig
 from kvrelay.rpc import make_server
 from kvrelay.wire import control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from router.callers import Callers
 from router.control import ControlService
 from router.fleet import Fleet
+from router.frontdoor import FrontDoor
 from router.malformed import MalformedRequests
 from router.model_files import ModelFiles
 from router.service import InferenceService
@@ -37,7 +39,7 @@ class Router:
         self.address = ""
         self._config = config
         self.fleet = Fleet(config)
-        self._inference = InferenceService(files, self.fleet)
+        self._door = FrontDoor(files, self.fleet, Callers())
         self._health = health.aio.HealthServicer()
         self._public = make_server(interceptors=(MalformedRequests(),), rpcs_max=config.rpcs_max)
         self._control = make_server()
@@ -55,7 +57,9 @@ class Router:
         return router
 
     async def _start_public(self) -> None:
-        inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, self._public)
+        inference_pb2_grpc.add_InferenceServicer_to_server(
+            InferenceService(self._door), self._public
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._public)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._public)
@@ -70,10 +74,10 @@ class Router:
         await self._set_health(_NOT_SERVING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_ms / 1000):
-                await self._inference.drain()
+                await self._door.drain()
         # What is open now, a health watch for one, would stay open for ever.
         await self._public.stop(grace=_GOODBYE_S)
-        self._inference.close()
+        self._door.close()
         await self.fleet.close()
         await self._control.stop(grace=None)
         self._config.control_socket.unlink(missing_ok=True)

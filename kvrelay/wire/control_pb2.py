@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvrelay/wire/control.proto\x12\x13kvrelay.internal.v1\"@\n\tWorkerSet\x12\x19\n\x11prefill_addresses\x18\x01 \x03(\t\x12\x18\n\x10\x64\x65\x63ode_addresses\x18\x02 \x03(\t\"\x12\n\x10WaitReadyRequest\"Z\n\x0bRouterState\x12\x16\n\x0epublic_address\x18\x01 \x01(\t\x12\x19\n\x11prefill_connected\x18\x02 \x01(\r\x12\x18\n\x10\x64\x65\x63ode_connected\x18\x03 \x01(\r2\xb5\x01\n\rRouterControl\x12N\n\nSetWorkers\x12\x1e.kvrelay.internal.v1.WorkerSet\x1a .kvrelay.internal.v1.RouterState\x12T\n\tWaitReady\x12%.kvrelay.internal.v1.WaitReadyRequest\x1a .kvrelay.internal.v1.RouterStateb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1akvrelay/wire/control.proto\x12\x13kvrelay.internal.v1\"@\n\tWorkerSet\x12\x19\n\x11prefill_addresses\x18\x01 \x03(\t\x12\x18\n\x10\x64\x65\x63ode_addresses\x18\x02 \x03(\t\"\x12\n\x10WaitReadyRequest\"p\n\x0bRouterState\x12\x16\n\x0epublic_address\x18\x01 \x01(\t\x12\x19\n\x11prefill_connected\x18\x02 \x01(\r\x12\x18\n\x10\x64\x65\x63ode_connected\x18\x03 \x01(\r\x12\x14\n\x0chttp_address\x18\x04 \x01(\t2\xb5\x01\n\rRouterControl\x12N\n\nSetWorkers\x12\x1e.kvrelay.internal.v1.WorkerSet\x1a .kvrelay.internal.v1.RouterState\x12T\n\tWaitReady\x12%.kvrelay.internal.v1.WaitReadyRequest\x1a .kvrelay.internal.v1.RouterStateb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,7 +36,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WAITREADYREQUEST']._serialized_start=117
   _globals['_WAITREADYREQUEST']._serialized_end=135
   _globals['_ROUTERSTATE']._serialized_start=137
-  _globals['_ROUTERSTATE']._serialized_end=227
-  _globals['_ROUTERCONTROL']._serialized_start=230
-  _globals['_ROUTERCONTROL']._serialized_end=411
+  _globals['_ROUTERSTATE']._serialized_end=249
+  _globals['_ROUTERCONTROL']._serialized_start=252
+  _globals['_ROUTERCONTROL']._serialized_end=433
 # @@protoc_insertion_point(module_scope)

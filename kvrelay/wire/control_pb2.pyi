@@ -19,11 +19,13 @@ class WaitReadyRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RouterState(_message.Message):
-    __slots__ = ("public_address", "prefill_connected", "decode_connected")
+    __slots__ = ("public_address", "prefill_connected", "decode_connected", "http_address")
     PUBLIC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_CONNECTED_FIELD_NUMBER: _ClassVar[int]
     DECODE_CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     public_address: str
     prefill_connected: int
     decode_connected: int
-    def __init__(self, public_address: _Optional[str] = ..., prefill_connected: _Optional[int] = ..., decode_connected: _Optional[int] = ...) -> None: ...
+    http_address: str
+    def __init__(self, public_address: _Optional[str] = ..., prefill_connected: _Optional[int] = ..., decode_connected: _Optional[int] = ..., http_address: _Optional[str] = ...) -> None: ...

@@ -14,7 +14,9 @@ from tokenizers import normalizers
 
 from kvrelay.config import RouterConfig
 from kvrelay.wire import inference_pb2 as pb
+from router.callers import Callers
 from router.fleet import Fleet
+from router.frontdoor import FrontDoor
 from router.model_files import ModelFiles
 from router.service import InferenceService
 
@@ -31,6 +33,9 @@ class Context:
         self.code: grpc.StatusCode | None = None
         self.details = ""
 
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
     async def write(self, message: pb.GenerateResponse) -> None:
         self.accepted.set()
 
@@ -40,7 +45,7 @@ class Context:
 
 
 @contextlib.asynccontextmanager
-async def service_of(**config: Any) -> AsyncIterator[InferenceService]:
+async def service_of(**config: Any) -> AsyncIterator[tuple[InferenceService, FrontDoor]]:
     tokenizer = byte_level_tokenizer()
     tokenizer.normalizer = normalizers.Strip()
     files = ModelFiles(
@@ -62,15 +67,15 @@ async def service_of(**config: Any) -> AsyncIterator[InferenceService]:
             **config,
         )
     )
-    service = InferenceService(files, fleet)
-    yield service
-    service.close()
+    door = FrontDoor(files, fleet, Callers())
+    yield InferenceService(door), door
+    door.close()
     await fleet.close()
 
 
 @pytest.mark.parametrize("refused", ["same", "other"])
 async def test_a_request_that_was_not_accepted_does_not_outlive_its_refusal(refused):
-    async with service_of(queue_max=1) as service, asyncio.timeout(DEADLINE_S):
+    async with service_of(queue_max=1) as (service, door), asyncio.timeout(DEADLINE_S):
         first = Context()
         waits = asyncio.create_task(
             service.Generate(pb.GenerateRequest(text="a", request_id="same"), first)
@@ -84,7 +89,7 @@ async def test_a_request_that_was_not_accepted_does_not_outlive_its_refusal(refu
             "other": grpc.StatusCode.RESOURCE_EXHAUSTED,
         }
         assert second.code is codes[refused]
-        drained = asyncio.create_task(service.drain())
+        drained = asyncio.create_task(door.drain())
         await asyncio.sleep(0)
         assert not drained.done(), "the first one is still running"
         waits.cancel()
@@ -94,7 +99,7 @@ async def test_a_request_that_was_not_accepted_does_not_outlive_its_refusal(refu
 
 
 async def test_a_failure_while_letting_go_does_not_hold_up_the_drain(monkeypatch):
-    async with service_of() as service, asyncio.timeout(DEADLINE_S):
+    async with service_of() as (service, door), asyncio.timeout(DEADLINE_S):
         context = Context()
         waits = asyncio.create_task(service.Generate(pb.GenerateRequest(text="a"), context))
         await context.accepted.wait()
@@ -102,16 +107,16 @@ async def test_a_failure_while_letting_go_does_not_hold_up_the_drain(monkeypatch
         def broken(*_: Any) -> None:
             raise RuntimeError("broken")
 
-        monkeypatch.setattr(service._fleet, "let_go", broken)
+        monkeypatch.setattr(door._fleet, "let_go", broken)
         waits.cancel()
-        await service.drain()
+        await door.drain()
         with pytest.raises(RuntimeError, match="broken"):
             await waits
 
 
 @pytest.mark.parametrize("method", ["Tokenize", "Generate"])
 async def test_a_text_of_which_no_token_comes_is_the_clients_mistake(method):
-    async with service_of() as service:
+    async with service_of() as (service, _):
         message = pb.TokenizeRequest if method == "Tokenize" else pb.GenerateRequest
         context = Context()
         with pytest.raises(Aborted):
@@ -122,7 +127,7 @@ async def test_a_text_of_which_no_token_comes_is_the_clients_mistake(method):
 
 @pytest.mark.parametrize(("role", "on_loop"), [("user", True), ("u" * 5000, False)])
 async def test_long_texts_and_roles_are_rendered_off_the_loop(role, on_loop):
-    async with service_of() as service:
+    async with service_of() as (service, door):
         threads = []
 
         class Template:
@@ -130,7 +135,7 @@ async def test_long_texts_and_roles_are_rendered_off_the_loop(role, on_loop):
                 threads.append(threading.current_thread().name)
                 return ""
 
-        service._template = Template()
+        door._template = Template()
         message = pb.ChatRequest(messages=[pb.ChatMessage(role=role, content="a")])
         with pytest.raises(Aborted):
             await service.Chat(message, Context())

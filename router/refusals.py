@@ -1,0 +1,59 @@
+"""Why a client does not get what it asked for, in words that both protocols share.
+
+Raised or made in router/frontdoor.py; the gRPC service and the HTTP routes turn a Refusal into a
+status of theirs.
+"""
+
+from enum import Enum
+
+from router.admission import InvalidRequest
+from router.chat import ChatTemplateError
+from router.commands import (
+    DuplicateRequestError,
+    ExhaustedTrouble,
+    InvalidTrouble,
+    QueueFullError,
+    Trouble,
+)
+
+RETRY_HINT_MS = 1000
+
+
+class Reason(Enum):
+    INVALID = "invalid"  # as it is, it can never be served
+    UNAUTHENTICATED = "unauthenticated"
+    NOT_FOUND = "not_found"
+    UNSUPPORTED = "unsupported"  # not by this model
+    DUPLICATE = "duplicate"
+    EXHAUSTED = "exhausted"  # later it may be served
+    UNAVAILABLE = "unavailable"
+
+
+class Refusal(Exception):
+    """A request that is not served, or not to its end; the message is for the client.
+
+    retry_ms: when to try again, for a request that may be served later; else None.
+    """
+
+    def __init__(self, reason: Reason, message: str, retry_ms: int | None = None) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_ms = retry_ms
+
+
+def refusal(error: Exception) -> Refusal | None:
+    """What the client is told of `error`; None for one that is a fault of ours."""
+    match error:
+        case Refusal():
+            return error
+        case InvalidRequest() | ChatTemplateError() | InvalidTrouble():
+            return Refusal(Reason.INVALID, str(error))
+        case DuplicateRequestError():
+            return Refusal(Reason.DUPLICATE, str(error))
+        case QueueFullError() | ExhaustedTrouble():
+            message = f"{error}; try again in {RETRY_HINT_MS} ms"
+            return Refusal(Reason.EXHAUSTED, message, RETRY_HINT_MS)
+        case Trouble():
+            return Refusal(Reason.UNAVAILABLE, str(error))
+        case _:
+            return None
