@@ -61,17 +61,23 @@ def bench_hand_off(
 def _measure(
     client: Client, runner: ModelRunner, link: str, rounds: int, on_progress: Progress
 ) -> list[Row]:
+    """Times to the first token in turns with the engine alone; then gaps, of requests that follow
+    each other: what runs in between leaves a decode worker, idle for seconds, with cold caches."""
     alone_ms: list[float] = []
     answers: list[Completion] = []
     gaps: list[list[float]] = []
-    for number in range(-1, rounds):  # the first is for caches and new pages
-        on_progress(f"measuring the hand-off over {link}", max(0, number) / rounds)
+    for number in range(-1, 2 * rounds):  # the first is for caches and new pages
+        on_progress(f"measuring the hand-off over {link}", max(0, number) / (2 * rounds))
         prompt = [(7 * number + 3 * i) % 1000 + 100 for i in range(PROMPT_TOKENS)]
-        taken = _prefill_alone_ms(runner, prompt)
+        in_turns = number < rounds
+        taken = _prefill_alone_ms(runner, prompt) if in_turns else 0.0
         completion, times = _ask(client, prompt)
-        if number >= 0 and len(times) > 2:  # an answer may end at once
+        if number < 0 or len(times) <= 2:  # an answer may end at once
+            continue
+        if in_turns:
             alone_ms.append(taken)
             answers.append(completion)
+        else:
             gaps.append([(b - a) * 1000 for a, b in pairwise(times)])
     return _rows(link, alone_ms, answers, gaps)
 
@@ -79,7 +85,7 @@ def _measure(
 def _rows(
     link: str, alone_ms: list[float], answers: list[Completion], gaps: list[list[float]]
 ) -> list[Row]:
-    if not answers:
+    if not answers or not gaps:
         raise BenchError(f"no answer over {link} had more than two tokens: no gaps to measure")
     timings = [answer.timings for answer in answers]
     alone = median(alone_ms)
