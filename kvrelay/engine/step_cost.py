@@ -43,7 +43,7 @@ class _Kind:
     newest: int = 0  # number of the last
 
     def middle(self, cost: StepCost) -> tuple[int, int, float]:
-        """The step with the median time, against `cost`: those of a kind differ a little in size."""
+        """The step with the median time against `cost`: those of a kind differ a little in size."""
         by_ratio = [(ms / (cost.predict_ms(p, s) or p + s), p, s, ms) for p, s, ms in self.steps]
         return median_low(by_ratio)[1:]
 

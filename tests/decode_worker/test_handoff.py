@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from kv_fixtures import LAYOUT, sampling
 
-from decode_worker.handoff import (
+from decode_worker.handoff import HandOff
+from decode_worker.reservation import (
     TRANSITIONS,
-    HandOff,
     InvalidReservationError,
     Key,
     Reservation,
