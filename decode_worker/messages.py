@@ -6,6 +6,8 @@ from typing import Any
 from decode_worker.batch import Ending, Output
 from decode_worker.prompts import LocalPrompt
 from decode_worker.reservation import InvalidReservationError, Reservation
+from kvrelay.engine.history import TokenHistory
+from kvrelay.engine.sampling import SamplingParams, history_of
 from kvrelay.kv.prefix import PrefixChain, split_hashes
 from kvrelay.wire import transfer_pb2, worker_pb2
 from kvrelay.wire.worker_pb2 import DecodeEvent
@@ -28,6 +30,16 @@ def prefix_chain(reserve: worker_pb2.Reserve, block_size: int) -> PrefixChain | 
     return PrefixChain(reserve.hash_root, block_size, hashes, reserve.tail_token_ids)
 
 
+def token_history(reserve: worker_pb2.Reserve, sampling: SamplingParams) -> TokenHistory | None:
+    """What sampling has to know of the prompt; raises InvalidReservationError when that is not in
+    the message."""
+    prompt = reserve.prompt_token_ids
+    try:
+        return history_of(sampling, prompt, reserve.prompt_tokens, reserve.answered)
+    except ValueError as error:
+        raise InvalidReservationError(str(error)) from error
+
+
 def check_prompt(reserve: worker_pb2.Reserve) -> None:
     """Raises InvalidReservationError unless the prompt to be computed here is in the message."""
     sent = len(reserve.prompt_token_ids)
@@ -48,6 +60,7 @@ def local_prompt(
         blocks=reservation.blocks,
         cached_tokens=cached_tokens,
         computed=cached_tokens,
+        history=reservation.history,
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from decode_worker.reservation import Key
+from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.engine.step_cost import StepFit
 from kvrelay.engine.turns import Chunk, Turns
@@ -28,6 +29,7 @@ class LocalPrompt:
     blocks: list[int]
     cached_tokens: int
     computed: int  # those that are cached included
+    history: TokenHistory | None = None  # where sampling needs one
     started_s: float = 0.0  # when its first chunk began, by the service's clock
 
 

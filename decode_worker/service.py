@@ -160,7 +160,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             messages.check_prompt(reserve)
             self._prompts.check_room()
         sampling = SamplingParams.from_wire(reserve.sampling)
-        return self._handoff.reserve(
+        history = messages.token_history(reserve, sampling)
+        reservation = self._handoff.reserve(
             key,
             reserve.prompt_tokens,
             sampling,
@@ -168,6 +169,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             chain,
             prefill_here=reserve.prefill_here,
         )
+        reservation.history = history
+        return reservation
 
     # ---- the prefill workers' side, called by Book
 
@@ -181,6 +184,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             prompt_tokens=reservation.prompt_tokens,
             sampling=reservation.sampling,
             blocks=reservation.blocks,
+            history=reservation.history,
         )
         self._handoff.share_prompt(sequence.key)
         self._publish([self._join(sequence, first_token)])
@@ -206,7 +210,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             self._step_begins(step)
             try:
                 tokens = await self._engine.step(
-                    step.slices(), step.params(), step.positions(), self._step_cancelled
+                    step.slices(),
+                    step.params(),
+                    step.positions(),
+                    step.histories(),
+                    self._step_cancelled,
                 )
             except StepCancelledError:
                 self._engine_idle(step)
@@ -250,7 +258,13 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._handoff.computed(prompt.key)
         prefill_ms = (time.perf_counter() - prompt.started_s) * 1000
         self._send(prompt.key[0], messages.first_token(prompt, token, prefill_ms))
-        sequence = Running(prompt.key, len(prompt.prompt), prompt.sampling, prompt.blocks)
+        sequence = Running(
+            key=prompt.key,
+            prompt_tokens=len(prompt.prompt),
+            sampling=prompt.sampling,
+            blocks=prompt.blocks,
+            history=prompt.history,
+        )
         return [self._join(sequence, token)]
 
     def _join(self, sequence: Running, first_token: int) -> Output:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from decode_worker.batch import Running
 from decode_worker.prompts import LocalPrompt
 from decode_worker.reservation import Key
+from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.engine.step import Slice
 from kvrelay.engine.turns import Chunk
@@ -40,6 +41,9 @@ class DecodeStep:
     def positions(self) -> list[int]:
         of_chunks = [len(chunk.job.prompt) for chunk in self.chunks]
         return [*(s.next_position for s in self.running), *of_chunks]
+
+    def histories(self) -> list[TokenHistory | None]:
+        return [*(s.history for s in self.running), *(chunk.job.history for chunk in self.chunks)]
 
     def tokens_of_running(self, tokens: Sequence[int | None]) -> Sequence[int | None]:
         """One for each running sequence, of the engine's tokens for the step."""

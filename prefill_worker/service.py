@@ -15,7 +15,7 @@ from typing import Any
 
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
-from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
+from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams, history_of
 from kvrelay.engine.step import CancelFlag, StepCancelledError
 from kvrelay.engine.turns import Chunk
 from kvrelay.kv.layout import KVLayout
@@ -123,6 +123,8 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         try:
             if self._config.prefix_caching:
                 job.hashes = split_hashes(prefill.block_hashes)
+            tokens = len(job.prompt)
+            job.history = history_of(job.sampling, job.prompt, tokens, prefill.answered)
             self._schedule.add(job)
         except (InvalidJobError, ValueError) as error:
             self._fail(job, FailureCode.FAILURE_CODE_INVALID, str(error))
@@ -155,6 +157,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
                     [chunk.slice() for chunk in step],
                     [chunk.job.sampling if chunk.is_last else None for chunk in step],
                     [len(chunk.job.prompt) for chunk in step],
+                    [chunk.job.history for chunk in step],
                     self._step_cancelled,
                 )
             except StepCancelledError:
