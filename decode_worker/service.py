@@ -14,6 +14,7 @@ from typing import Any
 
 from decode_worker.batch import Batch, Ending, Output, Running
 from decode_worker.handoff import HandOff, InvalidReservationError, Key
+from kvrelay.announcer import Announcer
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
@@ -61,6 +62,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._listener = Listener(config, self.instance_id, engine.pool, book, find_nccl(config))
         self._server = make_server()
         self._sessions: set[RouterSession[DecodeEvent]] = set()
+        self._announcer = Announcer(config, self._handoff.cache.journal, self._announce)
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -75,6 +77,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         service._tasks = [
             asyncio.create_task(service._decode()),
             asyncio.create_task(service._reap()),
+            asyncio.create_task(service._announcer.run()),
         ]
         return service
 
@@ -98,6 +101,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         session: RouterSession[DecodeEvent] = RouterSession(self._config.session_events_max)
         self._sessions.add(session)
         self._send(session, DecodeEvent(info=self._engine.info(self.instance_id)))
+        self._announcer.open(session)
         await serve_session(session, request_iterator, context, self._command, self._closed)
 
     def _command(self, session: RouterSession[DecodeEvent], command: DecodeCommand) -> None:
@@ -106,8 +110,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             self._reserve(session, command.reserve)
         elif kind == "cancel":
             self._abort((session, command.cancel.key), "the request was cancelled")
+        elif kind == "resync":
+            self._announcer.resync(session)
 
     def _closed(self, session: RouterSession[DecodeEvent]) -> None:
+        self._announcer.close(session)
         self._sessions.discard(session)
         for key in self._handoff.of_session(session):
             self._abort(key, "the router's session ended")
@@ -269,6 +276,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             for session in self._sessions:
                 self._send(session, DecodeEvent())
         self._announced_free = self.ledger.available
+
+    def _announce(
+        self, session: RouterSession[DecodeEvent], blocks: worker_pb2.BlockChanges | None
+    ) -> None:
+        self._send(session, DecodeEvent(blocks=blocks))
 
     def _send(self, session: Any, event: DecodeEvent) -> None:
         event.load.blocks_free = self.ledger.available
