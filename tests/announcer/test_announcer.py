@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from block_listener import BlockListener
+from router_double import BlockListener
 
 from kvrelay.announcer import MESSAGE_NAMES_MAX, Announcer
 from kvrelay.config import WorkerConfig

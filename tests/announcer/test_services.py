@@ -6,11 +6,12 @@ import random
 from typing import Any
 
 import pytest
-from block_listener import session_with
 from local_cluster import local_cluster
+from router_double import session_with
 from tiny_models import EOS_ID, make_endless
 
 from kvrelay.kv.prefix_cache import PrefixCache
+from kvrelay.wire import worker_pb2
 
 BLOCK_SIZE = 16
 ROLES = ["prefill", "decode"]
@@ -75,7 +76,7 @@ async def test_a_router_that_asks_hears_everything_again_and_others_do_not(model
     ):
         await client.generate(tokens(1, 100), max_tokens=2).result()
         await one.until(lambda: one.blocks.names == names_in(cache))
-        one.resync()
+        one.send(resync=worker_pb2.Resync())
         await one.until(lambda: one.blocks.messages[-1].everything and bool(one.blocks.names))
         assert one.blocks.names == names_in(cache)
         await client.generate(tokens(2, 100), max_tokens=2).result()

@@ -1,7 +1,5 @@
-"""Somebody who keeps a worker's index of cached blocks from its BlockChanges, as a router would.
-
-Used by tests of the announcer, of both services and of whole clusters.
-"""
+"""A router that the test plays itself: sessions with workers, and an index of what these cache,
+kept from their BlockChanges. Used by tests of the announcer, both services and whole clusters."""
 
 import asyncio
 import contextlib
@@ -44,8 +42,19 @@ class Session:
         self._command_type = command_type
         self._changed = asyncio.Event()
 
-    def resync(self) -> None:
-        self._commands.put_nowait(self._command_type(resync=worker_pb2.Resync()))
+    def send(self, **command: Any) -> None:
+        self._commands.put_nowait(self._command_type(**command))
+
+    async def event(self, kind: str, key: int, *, within_s: float = 30.0) -> Any:
+        """What the worker says of this kind and request; AssertionError if it says `failed`."""
+
+        def found(kind: str) -> list[Any]:
+            said = [getattr(e, kind) for e in self.events if e.WhichOneof("event") == kind]
+            return [message for message in said if message.key == key]
+
+        await self.until(lambda: bool(found(kind) or found("failed")), within_s=within_s)
+        assert not found("failed"), found("failed")
+        return found(kind)[0]
 
     async def until(self, condition: Callable[[], bool], *, within_s: float = 30.0) -> None:
         """Looks again after every event."""
