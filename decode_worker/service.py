@@ -19,6 +19,7 @@ from decode_worker.handoff import HandOff
 from decode_worker.prompts import LocalPrompt, LocalPrompts, PromptsFullError
 from decode_worker.reservation import InvalidReservationError, Key, Reservation
 from decode_worker.step import DecodeStep
+from kvrelay.announcer import Announcer
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
@@ -69,6 +70,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._listener = Listener(config, self.instance_id, engine.pool, book, find_nccl(config))
         self._server = make_server()
         self._sessions: set[RouterSession[DecodeEvent]] = set()
+        self._announcer = Announcer(config, self._handoff.cache.journal, self._announce)
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -83,6 +85,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         service._tasks = [
             asyncio.create_task(service._decode()),
             asyncio.create_task(service._reap()),
+            asyncio.create_task(service._announcer.run()),
         ]
         return service
 
@@ -109,6 +112,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         info = self._engine.info(self.instance_id)
         info.itl_target_ms = self._config.itl_target_ms
         self._send(session, DecodeEvent(info=info))
+        self._announcer.open(session)
         await serve_session(session, request_iterator, context, self._command, self._closed)
 
     def _command(self, session: RouterSession[DecodeEvent], command: DecodeCommand) -> None:
@@ -117,8 +121,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             self._reserve(session, command.reserve)
         elif kind == "cancel":
             self._abort((session, command.cancel.key), "the request was cancelled")
+        elif kind == "resync":
+            self._announcer.resync(session)
 
     def _closed(self, session: RouterSession[DecodeEvent]) -> None:
+        self._announcer.close(session)
         self._sessions.discard(session)
         for key in self._handoff.of_session(session):
             self._abort(key, "the router's session ended")
@@ -329,6 +336,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             for session in self._sessions:
                 self._send(session, DecodeEvent())
         self._announced_free = self.ledger.available
+
+    def _announce(
+        self, session: RouterSession[DecodeEvent], blocks: worker_pb2.BlockChanges | None
+    ) -> None:
+        self._send(session, DecodeEvent(blocks=blocks))
 
     def _send(self, session: Any, event: DecodeEvent) -> None:
         event.load.blocks_free = self.ledger.available

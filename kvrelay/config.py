@@ -67,6 +67,8 @@ class WorkerConfig(_Frozen):
     nccl_operation_ms: int = 5_000  # a group of blocks in NCCL's hands
     nccl_pairs_max: int = 32  # communicators of one worker; the least used makes room
     session_events_max: int = 65_536  # events a router has not read yet
+    heartbeat_ms: int = Field(default=500, ge=1)  # longest silence towards a router
+    block_changes_ms: int = Field(default=20, ge=1)  # from one word on cached blocks to the next
 
 
 class RouterConfig(_Frozen):

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from kvrelay.announcer import Announcer
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams, history_of
@@ -58,6 +59,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         self._running: dict[Job, _Progress] = {}
         self._server = make_server()
         self._sessions: set[RouterSession[PrefillEvent]] = set()
+        self._announcer = Announcer(config, self._schedule.cache.journal, self._announce)
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -68,11 +70,14 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         port = service._server.add_insecure_port(f"{config.host}:0")
         service.address = f"{config.host}:{port}"
         await service._server.start()
-        service._tasks = [asyncio.create_task(service._compute())]
+        service._tasks = [
+            asyncio.create_task(service._compute()),
+            asyncio.create_task(service._announcer.run()),
+        ]
         return service
 
     async def wait_for_end(self) -> None:
-        """Does not return while the worker lives. Raises what ended its loop, which no request
+        """Does not return while the worker lives. Raises what ended its loops, which no request
         would survive: whoever waits here replaces the worker."""
         await asyncio.gather(*self._tasks)
 
@@ -94,6 +99,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         session: RouterSession[PrefillEvent] = RouterSession(self._config.session_events_max)
         self._sessions.add(session)
         self._send(session, PrefillEvent(info=self._engine.info(self.instance_id)))
+        self._announcer.open(session)
         await serve_session(session, request_iterator, context, self._command, self._closed)
 
     def _command(self, session: RouterSession[PrefillEvent], command: PrefillCommand) -> None:
@@ -102,8 +108,11 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             self._accept(session, command.prefill)
         elif kind == "cancel":
             self._abort((session, command.cancel.key))
+        elif kind == "resync":
+            self._announcer.resync(session)
 
     def _closed(self, session: RouterSession[PrefillEvent]) -> None:
+        self._announcer.close(session)
         self._sessions.discard(session)
         for key in self._schedule.of_session(session):
             self._abort(key)
@@ -300,6 +309,11 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     def _fail(self, job: Job, code: FailureCode, message: str) -> None:
         failed = worker_pb2.Failed(key=job.key[1], code=code, message=message)
         self._send(job.key[0], PrefillEvent(failed=failed))
+
+    def _announce(
+        self, session: RouterSession[PrefillEvent], blocks: worker_pb2.BlockChanges | None
+    ) -> None:
+        self._send(session, PrefillEvent(blocks=blocks))
 
     def _send(self, session: Any, event: PrefillEvent) -> None:
         event.load.queued_tokens = self._schedule.queued_tokens
