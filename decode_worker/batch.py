@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from decode_worker.handoff import Key
+from decode_worker.reservation import Key
 from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.engine.step import Slice
@@ -22,7 +22,7 @@ class Ending(Enum):
 
 @dataclass(eq=False)
 class Running:
-    """A sequence whose prompt KV is here; `answer` starts with the prefill worker's token."""
+    """A sequence whose prompt KV is here; `answer` starts with the token that ended its prefill."""
 
     key: Key
     prompt_tokens: int

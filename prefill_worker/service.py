@@ -13,10 +13,12 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from kvrelay.announcer import Announcer
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams, history_of
 from kvrelay.engine.step import CancelFlag, StepCancelledError
+from kvrelay.engine.turns import Chunk
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockLedger
 from kvrelay.kv.prefix import split_hashes
@@ -28,7 +30,7 @@ from kvrelay.transport.writer import Transfer
 from kvrelay.transport.writer_pool import WriterPool
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
 from kvrelay.wire.worker_pb2 import FailureCode, PrefillCommand, PrefillEvent
-from prefill_worker.schedule import Chunk, InvalidJobError, Job, JobState, QueueFullError, Schedule
+from prefill_worker.schedule import InvalidJobError, Job, JobState, QueueFullError, Schedule
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +54,12 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         self._writers = WriterPool(config, self.instance_id, engine.pool, find_nccl(config))
         self._work = asyncio.Event()
         self._steps = 0  # ended
-        self._step: Sequence[Chunk] = ()
+        self._step: Sequence[Chunk[Job]] = ()
         self._step_cancelled = CancelFlag()
         self._running: dict[Job, _Progress] = {}
         self._server = make_server()
         self._sessions: set[RouterSession[PrefillEvent]] = set()
+        self._announcer = Announcer(config, self._schedule.cache.journal, self._announce)
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -67,11 +70,14 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         port = service._server.add_insecure_port(f"{config.host}:0")
         service.address = f"{config.host}:{port}"
         await service._server.start()
-        service._tasks = [asyncio.create_task(service._compute())]
+        service._tasks = [
+            asyncio.create_task(service._compute()),
+            asyncio.create_task(service._announcer.run()),
+        ]
         return service
 
     async def wait_for_end(self) -> None:
-        """Does not return while the worker lives. Raises what ended its loop, which no request
+        """Does not return while the worker lives. Raises what ended its loops, which no request
         would survive: whoever waits here replaces the worker."""
         await asyncio.gather(*self._tasks)
 
@@ -93,6 +99,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         session: RouterSession[PrefillEvent] = RouterSession(self._config.session_events_max)
         self._sessions.add(session)
         self._send(session, PrefillEvent(info=self._engine.info(self.instance_id)))
+        self._announcer.open(session)
         await serve_session(session, request_iterator, context, self._command, self._closed)
 
     def _command(self, session: RouterSession[PrefillEvent], command: PrefillCommand) -> None:
@@ -101,8 +108,11 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             self._accept(session, command.prefill)
         elif kind == "cancel":
             self._abort((session, command.cancel.key))
+        elif kind == "resync":
+            self._announcer.resync(session)
 
     def _closed(self, session: RouterSession[PrefillEvent]) -> None:
+        self._announcer.close(session)
         self._sessions.discard(session)
         for key in self._schedule.of_session(session):
             self._abort(key)
@@ -168,7 +178,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             else:
                 self._step_done(step, tokens)
 
-    def _step_begins(self, step: Sequence[Chunk]) -> None:
+    def _step_begins(self, step: Sequence[Chunk[Job]]) -> None:
         self._step, self._step_cancelled = step, CancelFlag()
         for chunk in step:
             progress = self._running[chunk.job]
@@ -181,7 +191,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
                 )
                 self._send(chunk.job.key[0], PrefillEvent(started=started))
 
-    def _step_done(self, step: Sequence[Chunk], tokens: Sequence[int | None]) -> None:
+    def _step_done(self, step: Sequence[Chunk[Job]], tokens: Sequence[int | None]) -> None:
         remaining = iter(tokens)
         self._steps += 1
         for chunk in step:
@@ -207,7 +217,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         )
         self._send(job.key[0], PrefillEvent(first_token=event))
 
-    def _step_failed(self, step: Sequence[Chunk], error: Exception) -> None:
+    def _step_failed(self, step: Sequence[Chunk[Job]], error: Exception) -> None:
         for chunk in step:
             self._running[chunk.job].step_ended()
             self._fail(chunk.job, FailureCode.FAILURE_CODE_INTERNAL, f"prefill step: {error}")
@@ -300,8 +310,14 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         failed = worker_pb2.Failed(key=job.key[1], code=code, message=message)
         self._send(job.key[0], PrefillEvent(failed=failed))
 
+    def _announce(
+        self, session: RouterSession[PrefillEvent], blocks: worker_pb2.BlockChanges | None
+    ) -> None:
+        self._send(session, PrefillEvent(blocks=blocks))
+
     def _send(self, session: Any, event: PrefillEvent) -> None:
         event.load.queued_tokens = self._schedule.queued_tokens
+        event.load.cost.CopyFrom(self._engine.cost())
         session.send(event)
 
 

@@ -80,6 +80,7 @@ Command = ToPrefill | ToDecode | Deliver | Finished | Failed
 
 def reserve(request: Request) -> ToDecode:
     assert request.chain is not None, "its blocks have no names"
+    needs_prompt = request.prefill_here or request.sampling.penalises
     message = worker_pb2.Reserve(
         key=request.key,
         request_id=request.request_id,
@@ -89,14 +90,16 @@ def reserve(request: Request) -> ToDecode:
         block_hashes=join_hashes(request.chain.hashes),
         hash_root=request.chain.root,
         tail_token_ids=request.chain.tail,
-        prompt_token_ids=request.prompt_now if request.sampling.penalises else (),
+        prompt_token_ids=request.prompt_now if needs_prompt else (),
         answered=len(request.answer),
+        prefill_here=request.prefill_here,
     )
     return ToDecode(request.decode_id, DecodeCommand(reserve=message))
 
 
 def prefill(request: Request, ticket: transfer_pb2.Ticket) -> ToPrefill:
     assert request.chain is not None, "its blocks have no names"
+    assert request.prefill_id is not None, "its decode worker computes the prompt"
     message = worker_pb2.Prefill(
         key=request.key,
         prompt_token_ids=request.prompt_now,
@@ -114,6 +117,7 @@ def cancel_decode(request: Request) -> ToDecode:
 
 
 def cancel_prefill(request: Request) -> ToPrefill:
+    assert request.prefill_id is not None, "no prefill worker knows of it"
     cancel = worker_pb2.Cancel(key=request.key)
     return ToPrefill(request.prefill_id, PrefillCommand(cancel=cancel))
 

@@ -133,6 +133,12 @@ class Dispatcher:
         elif kind == "step":
             for output in event.step.outputs:
                 commands += self._output(output, now_ms)
+        elif kind == "started" and event.started.key in self._by_key:
+            self._by_key[event.started.key].times.note_start(event.started, now_ms)
+        elif kind == "first_token" and event.first_token.key in self._by_key:
+            request = self._by_key[event.first_token.key]
+            request.times.note_computed_here(event.first_token)
+            commands = self._tokens(request, 0, [event.first_token.token_id], now_ms)
         return commands + self._pump(now_ms)
 
     def expire(self, now_ms: float) -> list[Command]:
@@ -169,6 +175,7 @@ class Dispatcher:
                 prompt_tokens=request.prompt_tokens_now,
                 max_tokens=request.max_tokens_now,
                 backlog_tokens_max=self._config.prefill_backlog_tokens,
+                colocated=not self._workers.prefill,
                 avoid=frozenset(request.failed_pairs),
             )
             if placement is None:
@@ -194,7 +201,7 @@ class Dispatcher:
         request.base = len(request.answer)
         request.prefill_id, request.decode_id = placement.prefill, placement.decode
         request.placed_at_ms = now_ms
-        request.handed_off = False
+        request.handed_off = request.prefill_here  # then there is nothing to hand off
         decode = self._workers.decode[placement.decode]
         request.name_blocks(decode.model_fingerprint, decode.block_size)
         self._by_key[request.key] = request
@@ -209,7 +216,7 @@ class Dispatcher:
             return []
         request.on(RequestEvent.RESERVED)
         self._workers.reserved(request.key)
-        return [prefill(request, reserved.ticket)]
+        return [] if request.prefill_here else [prefill(request, reserved.ticket)]
 
     def _output(self, output: worker_pb2.SequenceOutput, now_ms: float) -> list[Command]:
         request = self._by_key.get(output.key)
@@ -242,7 +249,7 @@ class Dispatcher:
         return self._finish_if_complete(request)
 
     def _finish_if_complete(self, request: Request) -> list[Command]:
-        """An answer is complete when D has ended it and P has said what the hand-off cost."""
+        """An answer is complete when D has ended it and P, if any, has said what it cost."""
         if request.ending is None or not request.handed_off:
             return []
         self._end(request)
@@ -257,7 +264,7 @@ class Dispatcher:
         if failed.code == _NO_ROOM and not begun:
             return self._refused(request, now_ms)
         if failed.code == FailureCode.FAILURE_CODE_PEER_LOST:
-            request.suspects = {request.prefill_id, request.decode_id}
+            request.suspects = {request.decode_id, request.prefill_id or request.decode_id}
         return self._retry(request, failed.message, now_ms)
 
     def _refused(self, request: Request, now_ms: float) -> list[Command]:

@@ -30,7 +30,7 @@ class DecodeView:
 
 @dataclass(frozen=True)
 class Placement:
-    prefill: str
+    prefill: str | None  # None: the decode worker computes the prompt itself
     decode: str
 
 
@@ -41,13 +41,15 @@ def place(
     prompt_tokens: int,
     max_tokens: int,
     backlog_tokens_max: int,
-    avoid: frozenset[tuple[str, str]] = frozenset(),
+    colocated: bool = False,
+    avoid: frozenset[tuple[str | None, str]] = frozenset(),
 ) -> Placement | None:
     """The least busy pair that can take the request now, or None: it waits in the queue.
 
     A prefill worker that is idle takes any prompt; a busy one only up to backlog_tokens_max, so
     that what cannot start soon stays where it can still go elsewhere. A pair (prefill, decode) in
-    `avoid` is chosen only when no other is able.
+    `avoid` is chosen only when no other is able. colocated: there are no prefill workers, decode
+    workers compute prompts themselves.
     """
     able_p = [
         p
@@ -60,9 +62,13 @@ def place(
         for d in decode
         if reserved_blocks(prompt_tokens, max_tokens, d.block_size) <= d.blocks_free
     ]
-    if not able_p or not able_d:
+    if not able_d or not (able_p or colocated):
         return None
-    ranked_p = sorted(able_p, key=lambda p: (p.queued_tokens, p.worker_id))
+    ranked_p: list[str | None] = [None]
+    if not colocated:
+        ranked_p = [
+            p.worker_id for p in sorted(able_p, key=lambda p: (p.queued_tokens, p.worker_id))
+        ]
     ranked_d = sorted(able_d, key=lambda d: (d.sequences, -d.blocks_free, d.worker_id))
-    pairs = [(p.worker_id, d.worker_id) for p, d in product(ranked_p, ranked_d)]
+    pairs = [(p, d.worker_id) for p, d in product(ranked_p, ranked_d)]
     return Placement(*next((pair for pair in pairs if pair not in avoid), pairs[0]))

@@ -17,7 +17,7 @@ from router.admission import Sampling
 class RequestState(Enum):
     QUEUED = "queued"
     RESERVING = "reserving"  # a decode worker was asked for blocks
-    PREFILLING = "prefilling"  # a prefill worker has the prompt and the ticket
+    PREFILLING = "prefilling"  # a prefill worker has the prompt and the ticket, or D the prompt
     DECODING = "decoding"  # the decode worker has the KV
     ENDED = "ended"
 
@@ -44,6 +44,9 @@ TRANSITIONS: dict[tuple[RequestState, RequestEvent], RequestState] = {
     (_S.DECODING, _E.RETRY): _S.QUEUED,
     (_S.DECODING, _E.END): _S.ENDED,
 }
+
+
+LOCAL = "local"  # the transport of KV that is computed where it is needed
 
 
 class TokenMismatchError(Exception):
@@ -83,6 +86,11 @@ class Times:
         self.kv_exposed_ms += handed_off.kv_exposed_ms
         self.transport = handed_off.transport
 
+    def note_computed_here(self, first_token: worker_pb2.FirstToken) -> None:
+        """The decode worker has computed the prompt itself; no KV has moved."""
+        self.prefill_ms += first_token.prefill_ms
+        self.transport = LOCAL
+
 
 @dataclass(eq=False)
 class Request:
@@ -97,18 +105,23 @@ class Request:
     chain: PrefixChain | None = None  # over the prompt of the newest attempt
 
     # What earlier attempts have taught
-    failed_pairs: set[tuple[str, str]] = field(default_factory=set)  # (prefill, decode)
+    failed_pairs: set[tuple[str | None, str]] = field(default_factory=set)  # (prefill, decode)
     suspects: set[str] = field(default_factory=set)  # one of them is gone, by word of its peer
 
     # The present attempt
     attempt: int = 0
     key: int = 0
     base: int = 0  # length of the log when the attempt began
-    prefill_id: str = ""
+    prefill_id: str | None = None  # None: the decode worker computes the prompt itself
     decode_id: str = ""
     queued_at_ms: float = 0.0
     placed_at_ms: float = 0.0
     handed_off: bool = False
+
+    @property
+    def prefill_here(self) -> bool:
+        """Whether the decode worker of the present attempt computes the prompt."""
+        return self.prefill_id is None
 
     def on(self, event: RequestEvent) -> None:
         self.state = advance(TRANSITIONS, self.state, event)

@@ -31,6 +31,8 @@ class DecodeWorker:
     max_model_tokens: int
     blocks_free: int  # its own figure; what it could evict included
     running: int = 0  # its own figure, which knows of other routers
+    queued_tokens: int = 0  # of prompts to be computed there; its own figure as well
+    asked_tokens: int = 0  # of our prompts that it is to compute itself and has not yet
     asked_blocks: int = 0  # of our Reserves that it has not answered yet
     sequences: int = 0  # ours, running and on their way
     full: bool = False
@@ -40,7 +42,7 @@ class DecodeWorker:
 class _Claim:
     """What one attempt asks of its pair. Its workers may be gone: then nobody reads their sums."""
 
-    prefill: PrefillWorker
+    computes: PrefillWorker | DecodeWorker  # the prompt
     decode: DecodeWorker
     prompt_tokens: int
     blocks: int
@@ -87,6 +89,7 @@ class Workers:
         if worker is not None:
             worker.blocks_free = load.blocks_free
             worker.running = load.running
+            worker.queued_tokens = load.queued_tokens
             worker.full = refused
 
     def forget_refusals(self) -> None:
@@ -98,18 +101,20 @@ class Workers:
 
     @property
     def context_tokens(self) -> int | None:
-        """Longest prompt and answer that the connected workers can hold; None without workers."""
-        prefill = [p.max_model_tokens for p in self.prefill.values()]
-        decode = [d.max_model_tokens for d in self.decode.values()]
-        return min(max(prefill), max(decode)) if prefill and decode else None
+        """Longest prompt and answer that a connected decode worker can hold; None without any.
+
+        Prefill workers set no limit: a decode worker can compute what none of them holds.
+        """
+        return max((d.max_model_tokens for d in self.decode.values()), default=None)
 
     # ---- what is asked of them
 
     def claim(self, key: int, placement: Placement, prompt_tokens: int, max_tokens: int) -> None:
-        prefill, decode = self.prefill[placement.prefill], self.decode[placement.decode]
+        decode = self.decode[placement.decode]
+        computes = decode if placement.prefill is None else self.prefill[placement.prefill]
         blocks = reserved_blocks(prompt_tokens, max_tokens, decode.block_size)
-        self._claims[key] = _Claim(prefill, decode, prompt_tokens, blocks)
-        prefill.asked_tokens += prompt_tokens
+        self._claims[key] = _Claim(computes, decode, prompt_tokens, blocks)
+        computes.asked_tokens += prompt_tokens
         decode.asked_blocks += blocks
         decode.sequences += 1
 
@@ -122,7 +127,7 @@ class Workers:
     def computed(self, key: int) -> None:
         """The prompt is no backlog any more."""
         claim = self._claims[key]
-        claim.prefill.asked_tokens -= claim.prompt_tokens
+        claim.computes.asked_tokens -= claim.prompt_tokens
         claim.prompt_tokens = 0
 
     def release(self, key: int) -> None:
@@ -149,6 +154,10 @@ class Workers:
             ]
             assert d.asked_blocks == sum(blocks), (worker_id, d, blocks)
             assert d.sequences == len(mine), (worker_id, d, len(mine))
+            prompts = [
+                len(r.prompt) + r.base for r in mine if r.prefill_here and len(r.answer) == r.base
+            ]
+            assert d.asked_tokens == sum(prompts), (worker_id, d, prompts)
 
     # ---- snapshots for the policy, of those that may have room
 

@@ -9,6 +9,7 @@ used first.
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from kvrelay.kv.block_journal import BlockJournal
 from kvrelay.kv.ledger import BlockEvent, BlockLedger, BlockState, OutOfBlocksError
 
 
@@ -18,6 +19,7 @@ class PrefixCache:
     def __init__(self, ledger: BlockLedger) -> None:
         self.ledger = ledger
         self._block_of: dict[bytes, int] = {}
+        self.journal = BlockJournal(self._block_of)  # told of every name that comes or goes
         self._hash_of: dict[int, bytes] = {}
         # In the order of eviction: children before their parents.
         self._unused: OrderedDict[int, None] = OrderedDict()
@@ -70,6 +72,7 @@ class PrefixCache:
                 self.ledger.move(owner, [block], BlockEvent.CACHE)
                 self._block_of[name] = block
                 self._hash_of[block] = name
+                self.journal.add(name)
 
     def private(self, blocks: Iterable[int]) -> list[int]:
         """Those of somebody's blocks that nobody else may read."""
@@ -103,6 +106,7 @@ class PrefixCache:
             if block is None:
                 continue
             del self._hash_of[block]
+            self.journal.remove(name)
             if block in self._unused:
                 del self._unused[block]
                 self.ledger.move(None, [block], BlockEvent.EVICT)
@@ -125,5 +129,7 @@ class PrefixCache:
     def _evict(self, count: int) -> None:
         for _ in range(count):
             block, _ = self._unused.popitem(last=False)
-            del self._block_of[self._hash_of.pop(block)]
+            name = self._hash_of.pop(block)
+            del self._block_of[name]
+            self.journal.remove(name)
             self.ledger.move(None, [block], BlockEvent.EVICT)

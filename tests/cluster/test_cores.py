@@ -65,6 +65,14 @@ def test_by_default_all_cores_are_shared_out(four_cores, caplog):
     assert caplog.messages == ["cores of the workers: prefill 2,3, decode 6,7"]
 
 
+def test_decode_workers_that_are_alone_get_all_cores(four_cores):
+    assert slots(ServeOptions(prefill=0)) == [Slot("decode", (2, 3, 6, 7))]
+    assert slots(ServeOptions(prefill=0, decode=2)) == [
+        Slot("decode", (2, 3)),
+        Slot("decode", (6, 7)),
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "level"),
     [({"prefill": 3, "decode": 2}, "INFO"), ({"threads": 3}, "WARNING")],

@@ -90,7 +90,9 @@ def test_odd_options_are_refused_in_one_line_and_leave_nothing(temp_dir, option,
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--kv-gib", value) for value in ("1e-10", "0", "-1", "inf", "nan", "1e300")]
-    + [("--drain-s", value) for value in ("-1", "inf", "nan", "1e300")],
+    + [("--drain-s", value) for value in ("-1", "inf", "nan", "1e300")]
+    + [("--itl-target-ms", value) for value in ("-1", "60001", "nan")]
+    + [("--prefill", "-1"), ("--decode", "0")],
 )
 def test_the_command_refuses_odd_numbers(option, value):
     done = CliRunner().invoke(main, ["serve", "no-model", option, value])
@@ -113,6 +115,17 @@ def test_prefix_caching_is_on_unless_told_otherwise(temp_dir, monkeypatch, flags
     monkeypatch.setattr(serve_commands, "_serving", refuse)
     done = CliRunner().invoke(main, ["serve", "tiny", *flags])
     assert f"prefix caching: {caching}" in done.output
+
+
+@pytest.mark.parametrize(("flags", "target_ms"), [([], 150), (["--itl-target-ms", "0"], 0)])
+def test_workers_are_told_the_gap_to_keep_to(temp_dir, monkeypatch, flags, target_ms):
+    def refuse(model: str, options: ServeOptions, stop: object) -> None:
+        _, worker = serving._configs(PreparedModel("tiny", temp_dir), options, temp_dir / "kvr-1")
+        raise ServeError(f"target: {worker.itl_target_ms}, prefill: {options.prefill}")
+
+    monkeypatch.setattr(serve_commands, "_serving", refuse)
+    done = CliRunner().invoke(main, ["serve", "tiny", "--prefill", "0", *flags])
+    assert f"target: {target_ms}, prefill: 0" in done.output
 
 
 # ---- choices that do not go together

@@ -349,6 +349,23 @@ def test_many_workers_over_tcp_until_sigterm(server, model):
         end_politely(many, lambda: many.process.send_signal(signal.SIGTERM))
 
 
+def test_decode_workers_alone_until_sigterm(server, model):
+    prompts = [[5 + at] * (1 + 37 * at) for at in range(6)]
+
+    def ask(client: Client, prompt: list[int]) -> Completion:
+        return client.generate(prompt, max_tokens=60, **SAMPLED).result()
+
+    with server.client() as client:
+        expected = [ask(client, prompt).token_ids for prompt in prompts]
+    with serving(model, "--prefill", "0", "--decode", "2", "--itl-target-ms", "20") as alone:
+        assert len(alone.workers()) == 2
+        with alone.client() as client, ThreadPoolExecutor(len(prompts)) as threads:
+            answers = list(threads.map(lambda prompt: ask(client, prompt), prompts))
+        assert [answer.token_ids for answer in answers] == expected
+        assert {answer.timings.transport for answer in answers} == {"local"}
+        end_politely(alone, lambda: alone.process.send_signal(signal.SIGTERM))
+
+
 def test_sigint_to_the_process_group(model):
     """Ctrl-C in a terminal reaches every process of the group."""
     with serving(model, "--transport", "shm") as server:

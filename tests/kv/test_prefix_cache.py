@@ -166,6 +166,28 @@ def test_what_is_forgotten_is_found_no_more_and_freed_when_nobody_uses_it(cache)
     assert cache.ledger.free == TOTAL
 
 
+def test_the_journal_is_told_of_what_comes_goes_and_is_forgotten(cache):
+    take = cache.journal.take
+    served(cache, "abc")
+    assert list(take().added) == names("abc")
+    served(cache, "ab")  # shared: nothing new
+    assert take() is None
+    cache._evict(1)
+    assert list(take().removed) == names("abc")[2:]
+    cache.forget(names("abc"))
+    assert list(take().removed) == names("abc")[:2]
+
+
+def test_names_of_different_tenants_never_meet(cache):
+    tokens = [ord(letter) for letter in "abc"]
+    chains = [PrefixChain(chain_root("model", 1, salt), 1) for salt in ("", "a", "b", "a ", "ab")]
+    for chain in chains:
+        chain.extend(tokens)
+    assert len({name for chain in chains for name in chain.hashes}) == 3 * len(chains)
+    served(cache, "abc")  # of the tenant without a name
+    assert [len(cache.match(chain.hashes)) for chain in chains] == [3, 0, 0, 0, 0]
+
+
 # ---- all of it at random
 
 
@@ -179,6 +201,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.running: dict[int, tuple[str, list[int], int]] = {}  # text, blocks, shared
         self.aborted: dict[int, list[int]] = {}
         self.number = 0
+        self.heard: set[bytes] = set()  # what somebody knows who reads the journal
 
     @rule(text=st.text("ab", min_size=1, max_size=6), more=st.integers(0, 2))
     def take(self, text: str, more: int) -> None:
@@ -241,6 +264,15 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.cache.forget(names(text))
         assert cached(self.cache, text) == 0
 
+    @rule()
+    def hear(self) -> None:
+        changes = self.cache.journal.take()
+        if changes is not None:
+            assert not set(changes.added) & self.heard
+            assert set(changes.removed) <= self.heard
+            self.heard = self.heard - set(changes.removed) | set(changes.added)
+        assert self.heard == set(self.cache._block_of)
+
     @invariant()
     def the_books_balance(self) -> None:
         self.cache.check()
@@ -250,6 +282,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             self.cache.let_go(owner, blocks, E.RELEASE, names(text))
         for owner, blocks in self.aborted.items():
             self.cache.let_go(owner, blocks, E.WRITER_GONE)
+        self.hear()
         self.cache.check()
         assert self.cache.ledger.available == TOTAL
 

@@ -127,11 +127,17 @@ class Bench:
         self.take(self.dispatcher.on_prefill_event(worker, message, self.now))
 
     def reserved(self, request: Request, free: int | None = None) -> None:
-        ticket = transfer_pb2.Ticket(request_id=request.request_id)
-        self.d(request.decode_id, free, reserved=pb.Reserved(key=request.key, ticket=ticket))
+        reserved = pb.Reserved(key=request.key)
+        if not request.prefill_here:
+            reserved.ticket.request_id = request.request_id
+        self.d(request.decode_id, free, reserved=reserved)
 
-    def first_token(self, request: Request, token: int) -> None:
-        self.p(request.prefill_id, first_token=pb.FirstToken(key=request.key, token_id=token))
+    def first_token(self, request: Request, token: int, **times: float) -> None:
+        first_token = pb.FirstToken(key=request.key, token_id=token, **times)
+        if request.prefill_here:
+            self.d(request.decode_id, first_token=first_token)
+        else:
+            self.p(request.prefill_id, first_token=first_token)
 
     def handed_off(self, request: Request, **numbers: Any) -> None:
         self.p(request.prefill_id, handed_off=pb.HandedOff(key=request.key, **numbers))
@@ -347,6 +353,105 @@ def test_times_are_those_of_the_first_and_the_last_token():
     )
 
 
+# ---- the decode worker computes the prompt itself
+
+
+def test_without_prefill_workers_the_decode_worker_computes_the_prompt():
+    bench = Bench("d1")
+    request = bench.submit(prompt=10, max_tokens=3)
+    ((worker, reserve),) = bench.reserves()
+    assert (worker, reserve.prefill_here, reserve.prompt_tokens) == ("d1", True, 10)
+    assert list(reserve.prompt_token_ids) == list(range(10))
+    bench.reserved(request)
+    assert (request.state, bench.prefills()) == (S.PREFILLING, [])
+    bench.now = 3
+    bench.d(started=pb.PrefillStarted(key=request.key, cached_tokens=4))
+    bench.now = 5
+    bench.first_token(request, 10, prefill_ms=2.5)
+    assert bench.seen(request) == [10]
+    bench.step(request, 0, 10)
+    bench.step(request, 1, 11)
+    bench.step(request, 2, 12, ending=2)
+    assert (bench.seen(request), bench.end(request)) == ([10, 11, 12], Ending.LENGTH)
+    times = request.times
+    assert (times.prefill_began_at_ms, times.first_token_at_ms) == (3, 5)
+    assert (times.prefill_ms, times.transport, times.kv_bytes) == (2.5, "local", 0)
+    assert times.cached_tokens == 4
+    assert (bench.cancels(), len(bench.dispatcher)) == ([], 0)
+
+
+def test_a_prompt_for_a_prefill_worker_does_not_go_with_the_reservation():
+    bench = Bench()
+    bench.submit()
+    ((_, reserve),) = bench.reserves()
+    assert (reserve.prefill_here, list(reserve.prompt_token_ids)) == (False, [])
+
+
+def test_a_first_token_of_its_own_may_be_the_whole_answer():
+    bench = Bench("d1")
+    request = bench.submit(max_tokens=1)
+    bench.reserved(request)
+    bench.first_token(request, 10)
+    bench.step(request, 0, 10, ending=2)
+    assert (bench.seen(request), bench.end(request)) == ([10], Ending.LENGTH)
+
+
+def test_a_prompt_computed_at_the_decode_worker_survives_prefill_workers_that_come_and_go():
+    bench = Bench("d1")
+    request = bench.bring(bench.submit(), S.PREFILLING)
+    bench.up("p1")
+    bench.down("p1")
+    assert (request.state, request.attempt) == (S.PREFILLING, 1)
+
+
+@pytest.mark.parametrize("state", [S.RESERVING, S.PREFILLING, S.DECODING], ids=names)
+def test_a_decode_worker_lost_with_the_prompt_is_replaced_without_gap(state):
+    bench = Bench("d1")
+    request = bench.bring(bench.submit(max_tokens=5), state)
+    seen = list(bench.seen(request))
+    bench.down("d1")
+    assert (request.state, bench.cancels()) == (S.QUEUED, [])
+    bench.up("d2")
+    worker, reserve = bench.reserves()[-1]
+    assert (worker, reserve.attempt, reserve.prefill_here) == ("d2", 2, True)
+    assert list(reserve.prompt_token_ids) == [*request.prompt, *seen]
+
+
+@pytest.mark.parametrize("state", [S.RESERVING, S.PREFILLING, S.DECODING], ids=names)
+def test_letting_go_of_a_prompt_at_the_decode_worker_tells_it_alone(state):
+    bench = Bench("d1")
+    request = bench.bring(bench.submit(), state)
+    bench.let_go(request)
+    assert bench.cancels() == [("d1", request.key)]
+
+
+@pytest.mark.parametrize("state", [S.RESERVING, S.PREFILLING, S.DECODING], ids=names)
+def test_a_failure_at_the_decode_worker_that_had_the_prompt_is_tried_again(state):
+    bench = Bench("d1", attempts_max=2)
+    request = bench.bring(bench.submit(), state)
+    bench.d_fails(request)
+    assert (request.state, request.attempt) == (S.RESERVING, 2)
+    bench.d_fails(request)
+    assert isinstance(bench.end(request), UnavailableTrouble)
+
+
+def test_no_room_for_a_prompt_at_the_decode_worker_is_no_attempt():
+    bench = Bench("d1", attempts_max=1)
+    request = bench.submit()
+    bench.d_fails(request, EXHAUSTED, free=0)
+    assert (request.state, request.attempt) == (S.QUEUED, 0)
+    bench.d()
+    assert (request.state, request.attempt) == (S.RESERVING, 1)
+
+
+def test_what_the_decode_worker_cannot_compute_fails_at_once():
+    bench = Bench("d1")
+    request = bench.submit()
+    bench.d_fails(request, pb.FAILURE_CODE_INVALID)
+    assert isinstance(bench.end(request), InvalidTrouble)
+    assert len(bench.dispatcher) == 0
+
+
 # ---- the queue
 
 
@@ -403,13 +508,12 @@ def test_the_head_of_the_line_waits_and_nobody_overtakes_it():
     assert small.state is S.RESERVING
 
 
-@pytest.mark.parametrize("late", ["p1", "d1"])
-def test_what_can_never_fit_fails_at_the_head_and_holds_up_nobody(late):
-    bench = Bench("d1" if late == "p1" else "p1", blocks=10)  # 40 tokens
+def test_what_can_never_fit_fails_at_the_head_and_holds_up_nobody():
+    bench = Bench("p1", blocks=10)  # 40 tokens
     long = bench.submit("long", prompt=38, max_tokens=3)
     fits = bench.submit("fits", prompt=37, max_tokens=3)
     assert (long.state, fits.state) == (S.QUEUED, S.QUEUED)  # who knows what will come
-    bench.up(late)
+    bench.up("d1")
     assert isinstance(bench.end(long), InvalidTrouble)
     assert "may need 41 tokens, the workers hold 40" in str(bench.end(long))
     assert fits.state is S.RESERVING
@@ -422,14 +526,13 @@ def test_what_can_never_fit_fails_at_the_head_and_holds_up_nobody(late):
     assert isinstance(bench.end(later), InvalidTrouble)
 
 
-def test_nothing_fails_for_being_long_while_a_role_has_no_worker():
+def test_nothing_fails_for_being_long_while_there_is_no_decode_worker():
     bench = Bench(blocks=10)
     bench.down("d1")
     long = bench.submit(prompt=99)
     assert long.state is S.QUEUED
-    bench.blocks = 100
     bench.up("d2")
-    assert isinstance(bench.end(long), InvalidTrouble), "p1 holds 40"
+    assert isinstance(bench.end(long), InvalidTrouble), "d2 holds 40"
 
 
 def test_a_request_waits_for_the_return_of_the_only_worker_that_could_hold_it():
@@ -475,7 +578,7 @@ def test_requests_spread_over_the_workers():
     assert sorted(r.decode_id for r in requests) == ["d1", "d1", "d2", "d2"]
 
 
-def test_context_tokens_are_what_the_largest_worker_of_the_smaller_role_holds():
+def test_context_tokens_are_what_the_largest_decode_worker_holds():
     bench = Bench("p1")
     assert bench.dispatcher.context_tokens is None
     bench.blocks = 50
@@ -548,23 +651,21 @@ def test_a_decode_worker_gets_no_prompt_that_it_has_no_use_for():
 
 @pytest.mark.parametrize("state", [S.RESERVING, S.PREFILLING], ids=names)
 def test_a_lost_prefill_worker_is_replaced_and_the_reservation_cancelled(state):
-    bench = Bench("p1", "d1")
+    bench = Bench("p1", "p2", "d1")
     request = bench.bring(bench.submit(), state)
     key = request.key
     bench.down("p1")
-    assert request.state is S.QUEUED
+    assert (request.state, request.prefill_id) == (S.RESERVING, "p2")
     assert bench.cancels() == [("d1", key)]
-    bench.up("p2")
     bench.reserved(request)
     assert bench.prefills()[-1][0] == "p2"
 
 
 def test_a_prefill_worker_lost_after_its_first_token_loses_no_token():
-    bench = Bench("p1", "d1")
+    bench = Bench("p1", "p2", "d1")
     request = bench.bring(bench.submit(prompt=8), S.PREFILLING)
     bench.first_token(request, 10)
     bench.down("p1")
-    bench.up("p2")
     assert bench.reserves()[-1][1].prompt_tokens == 9
     bench.reserved(request)
     bench.first_token(request, 11)
@@ -735,8 +836,8 @@ def test_one_death_costs_one_attempt(dies):
     request = bench.bring(bench.submit(), S.PREFILLING)
     (bench.p_fails if dies == "d1" else bench.d_fails)(request)
     assert (request.state, request.attempt) == (S.RESERVING, 2)
-    bench.down(dies)
     bench.up(dies[0] + "2")
+    bench.down(dies)
     assert (request.state, request.attempt) == (S.RESERVING, 2)
     bench.down(dies[0] + "2")  # another death
     assert isinstance(bench.end(request), UnavailableTrouble)
@@ -895,6 +996,7 @@ class Attempt:
     key: int
     decode: str
     base: int
+    here: bool  # the decode worker computes the prompt
     prefill: str = ""
     first_token_sent: bool = False
     handed_off: bool = False
@@ -932,13 +1034,19 @@ class World(Bench):
             if kind == "reserve":
                 request = next(r for r in self.clients if r.request_id == body.request_id)
                 base = body.prompt_tokens - len(request.prompt)
-                self.attempts[body.key] = Attempt(request, body.key, command.worker_id, base)
+                self.attempts[body.key] = Attempt(
+                    request, body.key, command.worker_id, base, here=body.prefill_here
+                )
+                if body.prefill_here:
+                    self.check_prompt(request, body)
             elif kind == "prefill":
                 self.attempts[body.key].prefill = command.worker_id
-                answer = body.prompt_token_ids[len(self.attempts[body.key].request.prompt) :]
-                assert list(answer) == self.seen(self.attempts[body.key].request)
+                self.check_prompt(self.attempts[body.key].request, body)
             elif command.worker_id[0] == "d":
                 self.release(body.key)
+
+    def check_prompt(self, request: Request, asked: pb.Prefill | pb.Reserve) -> None:
+        assert list(asked.prompt_token_ids) == [*request.prompt, *self.seen(request)]
 
     def release(self, key: int) -> None:
         worker, blocks = self.held.pop(key, ("", 0))
@@ -1008,10 +1116,15 @@ class World(Bench):
                 self.release(attempt.key)  # the writer is lost before it has committed
                 failed = pb.Failed(key=attempt.key, code=PEER_LOST)
                 self.d(attempt.decode, free=self.free[attempt.decode], failed=failed)
-            elif attempt.prefill in self.alive and not attempt.first_token_sent:
+            elif (attempt.here or attempt.prefill in self.alive) and not attempt.first_token_sent:
                 attempt.first_token_sent = True
                 token = right_answer(attempt.request)[attempt.base]
-                self.p(attempt.prefill, first_token=pb.FirstToken(key=attempt.key, token_id=token))
+                first_token = pb.FirstToken(key=attempt.key, token_id=token)
+                if attempt.here:
+                    free = self.free[attempt.decode]
+                    self.d(attempt.decode, free=free, first_token=first_token)
+                else:
+                    self.p(attempt.prefill, first_token=first_token)
             elif attempt.prefill in self.alive and not attempt.handed_off:
                 if self.dice.random() < 0.5:
                     attempt.handed_off = True
