@@ -986,7 +986,7 @@ def test_the_urgent_go_first():
 def test_a_deadline_that_would_be_missed_is_refused_at_once_with_a_hint():
     bench = Bench(prefill_backlog_tokens=1000)
     measured(bench, queued=500)
-    with pytest.raises(DeadlineError, match=r"after 51\d ms, not 300 ms") as refused:
+    with pytest.raises(DeadlineError, match=r"after 51\d ms, due after 300 ms") as refused:
         bench.submit(ttft_deadline_ms=300)
     assert 200 < refused.value.retry_ms < 220
     assert len(bench.dispatcher) == 0
@@ -1005,8 +1005,26 @@ def test_the_queue_ahead_counts_against_a_deadline_unless_it_is_passed():
 
 
 def test_nobody_is_refused_on_a_guess():
-    assert Bench().submit(prompt=100, ttft_deadline_ms=1).state is S.RESERVING
+    bench = Bench()
+    assert bench.submit(prompt=100, ttft_deadline_ms=1).state is S.RESERVING
+    cost = pb.StepCost(base_ms=1, ms_per_sequence=1)
+    load = pb.DecodeLoad(blocks_free=bench.blocks, cost=cost)
+    bench.take(bench.dispatcher.on_decode_event("d1", pb.DecodeEvent(load=load), 0))
+    bench.submit("r2", ttft_deadline_ms=1)  # its prefill worker has measured nothing
     assert Bench("p1").submit(prompt=100, ttft_deadline_ms=1).state is S.QUEUED
+
+
+def test_a_queue_that_was_seen_to_be_slow_counts_where_no_worker_has_room():
+    bench = Bench(blocks=3)
+    running = bench.submit("r0")
+    for n in range(1, 4):
+        bench.submit(f"r{n}")
+    bench.now = 500
+    bench.let_go(running)
+    bench.d(free=0)
+    with pytest.raises(DeadlineError):
+        bench.submit("due", ttft_deadline_ms=900, priority=1)
+    assert bench.submit("later", ttft_deadline_ms=1100, priority=1).state is S.QUEUED
 
 
 def test_a_deadline_that_can_no_longer_be_met_ends_the_wait():

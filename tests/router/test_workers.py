@@ -14,8 +14,6 @@ from router.policy import NEUTRAL_BLOCK_MS, Placement
 from router.request import Request, Times
 from router.workers import Workers
 
-COST = pb.StepCost(base_ms=10, ms_per_prompt_token=1, ms_per_sequence=2)
-
 
 def workers_of(*names: str, **config: Any) -> Workers:
     workers = Workers(
@@ -101,18 +99,6 @@ def test_a_hand_off_of_no_blocks_says_nothing_of_their_cost():
     workers.reserved(1, cached_blocks=100)
     workers.handed_off(1, exposed_ms=200)
     assert workers.prefill["p1"].block_ms == NEUTRAL_BLOCK_MS
-
-
-def test_what_was_measured_is_predicted_and_nothing_else():
-    workers = workers_of("p1", "d1")
-    assert workers.predict(request()) is None
-    workers.decode_load("d1", pb.DecodeLoad(blocks_free=1000, cost=COST), refused=False)
-    assert workers.predict(request()) is None, "the prefill worker has measured nothing"
-    workers.prefill_load("p1", pb.PrefillLoad(queued_tokens=100, cost=COST), refused=False)
-    prediction = workers.predict(request())
-    assert prediction is not None
-    assert prediction.ttft_ms > 500
-    assert prediction.compute_ms == prediction.each_ms == 410
 
 
 def test_nothing_is_chosen_where_no_decode_worker_has_room():
