@@ -6,7 +6,7 @@ one as `kvrelay serve` has it, the other without prefix caching and with placeme
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, median
 
@@ -111,11 +111,15 @@ def _serve(
         raise BenchError(f"{how}: {error}") from error
     finally:
         serving.stop()
-    # The first to come has nobody to share with.
+    ttft_ms = [answer.timings.ttft_ms for answer in answers]
+    return _Served(ttft_ms, _recomputed(answers, asked, block_size))
+
+
+def _recomputed(answers: Sequence[Completion], asked: PrefixBench, block_size: int) -> float:
+    """Of the tokens that all but the first request could have found computed already."""
     shareable = asked.system_tokens // block_size * block_size
     reused = sum(min(answer.cached_tokens, shareable) for answer in answers)
-    recomputed = 1 - reused / (shareable * (len(answers) - 1))
-    return _Served([answer.timings.ttft_ms for answer in answers], recomputed)
+    return 1 - reused / (shareable * (len(answers) - 1))
 
 
 async def _load(
