@@ -85,9 +85,19 @@ class Fleet:
             self._workers.pop(key).stop()
         for role, address in wanted - set(self._workers):
             self._workers[role, address] = _Worker(self, self._config, role, address)
+        self._announce()
 
     def connected(self, role: str) -> int:
         return sum(worker.role == role for worker in self._connected.values())
+
+    @property
+    def able(self) -> bool:
+        """Whether requests can be served: every role that has an address has a worker.
+
+        Decode workers alone compute prompts themselves; without one nothing can be served.
+        """
+        prefill_named = any(role == "prefill" for role, _ in self._workers)
+        return self.connected("decode") > 0 and (self.connected("prefill") > 0 or not prefill_named)
 
     async def wait_ready(self) -> None:
         """Returns when every worker of the last set is connected."""

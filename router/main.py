@@ -83,11 +83,10 @@ class Router:
         self._config.control_socket.unlink(missing_ok=True)
 
     async def _keep_health(self) -> None:
-        """SERVING for as long as both phases have a worker."""
+        """SERVING for as long as the workers are able to serve."""
         while True:
             change = self.fleet.next_change()
-            able = self.fleet.connected("prefill") and self.fleet.connected("decode")
-            await self._set_health(_SERVING if able else _NOT_SERVING)
+            await self._set_health(_SERVING if self.fleet.able else _NOT_SERVING)
             await change.wait()
 
     async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:

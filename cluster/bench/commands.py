@@ -210,6 +210,18 @@ def prefix(model: str, *, requests: int | None, quick: bool, as_json: bool, **ch
     _show(report, as_json, lambda: report.table(NO_CACHE))
 
 
+@bench.command()
+@click.option("--quick", is_flag=True, help="Less time for each row.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def placement(*, quick: bool, as_json: bool) -> None:
+    """Measure what choosing the workers of one request costs the router, as its fleet grows."""
+    with contextlib.redirect_stdout(sys.stderr), reporting() as on_progress:
+        from cluster.bench.placement import PlacementBench, bench_placement
+
+        report = bench_placement(PlacementBench(quick=quick), on_progress)
+    _show(report, as_json, lambda: report.table("smallest"))
+
+
 @contextlib.contextmanager
 def _measuring(model: str, choice: dict[str, Any]) -> Iterator[tuple[PreparedModel, Progress]]:
     """The model, ready to load. Within, torch has the threads chosen, and whatever a library prints

@@ -1,36 +1,39 @@
 """A router that places at random: what `kvrelay bench prefix` compares placement with.
 
 Started by cluster/serving.py in the place of router/main.py, when the bench says so. All but the
-choice of workers is the real router's.
+choice of workers is the real router's; prompts are always handed over, as a cluster does that
+knows no better. Of more than two workers of a role the less busy ones are among the candidates: with
+many, this baseline is better than chance.
 """
 
 import random
 import sys
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
 
-from router import dispatcher, main, policy
+from router import main, policy, workers
+from router.policy import Choice, DecodeView, PrefillView, Wish
 
 _dice = random.Random(0)
 
 
 def place_at_random(
-    prefill: Sequence[policy.PrefillView], decode: Sequence[policy.DecodeView], **wish: Any
-) -> policy.Placement | None:
-    """Any pair that the real policy would take if it were the only one."""
+    prefill: Sequence[PrefillView], decode: Sequence[DecodeView], wish: Wish
+) -> Choice | None:
+    """Any pair that the real policy would take now if there were no other; else one to wait for."""
     pairs = list(product(prefill, decode))
-    for p, d in _dice.sample(pairs, len(pairs)):
-        placement = policy.place([p], [d], **wish)
-        if placement is not None:
-            return placement
-    return None
+    choices = [
+        policy.place([p], [d], wish._replace(local=False))
+        for p, d in _dice.sample(pairs, len(pairs))
+    ]
+    able = [choice for choice in choices if choice is not None]
+    return next((choice for choice in able if choice.now), able[0] if able else None)
 
 
 def inject() -> None:
     """Whoever calls policy.place gets ours from now on."""
-    assert vars(dispatcher)["place"] is policy.place, "placement is called from elsewhere"
-    vars(dispatcher)["place"] = place_at_random
+    assert vars(workers)["place"] is policy.place, "placement is called from elsewhere"
+    vars(workers)["place"] = place_at_random
 
 
 if __name__ == "__main__":

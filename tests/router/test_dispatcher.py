@@ -47,9 +47,11 @@ EXHAUSTED = pb.FAILURE_CODE_EXHAUSTED
 PEER_LOST = pb.FAILURE_CODE_PEER_LOST
 
 
-def make(name: str = "r1", prompt: int = 8, max_tokens: int = 4, now: float = 0) -> Request:
+def make(
+    name: str = "r1", prompt: int = 8, max_tokens: int = 4, now: float = 0, **urgency: int
+) -> Request:
     sampling = Sampling(0.0, 0, 1.0, 0, max_tokens, (), (EOS,))
-    return Request(name, list(range(prompt)), sampling, Times(now))
+    return Request(name, list(range(prompt)), sampling, Times(now), **urgency)
 
 
 def ending_of(ending: Ending | None) -> int:
@@ -68,7 +70,8 @@ class Bench:
     """A dispatcher whose commands pile up in `sent`, and whose clients note what they get."""
 
     def __init__(self, *workers: str, blocks: int = 100, **config: Any) -> None:
-        settings_ = {"attempts_max": 3, "queue_max": 4, "prefill_backlog_tokens": 50, **config}
+        settings_ = {"attempts_max": 3, "queue_max": 4, "prefill_backlog_tokens": 50}
+        settings_ |= {"local_prefill": "never", **config}
         self.dispatcher = Dispatcher(
             RouterConfig(
                 model_path=Path("none"),
@@ -125,11 +128,17 @@ class Bench:
         self.take(self.dispatcher.on_prefill_event(worker, message, self.now))
 
     def reserved(self, request: Request, free: int | None = None) -> None:
-        ticket = transfer_pb2.Ticket(request_id=request.request_id)
-        self.d(request.decode_id, free, reserved=pb.Reserved(key=request.key, ticket=ticket))
+        reserved = pb.Reserved(key=request.key)
+        if not request.prefill_here:
+            reserved.ticket.request_id = request.request_id
+        self.d(request.decode_id, free, reserved=reserved)
 
-    def first_token(self, request: Request, token: int) -> None:
-        self.p(request.prefill_id, first_token=pb.FirstToken(key=request.key, token_id=token))
+    def first_token(self, request: Request, token: int, **times: float) -> None:
+        first_token = pb.FirstToken(key=request.key, token_id=token, **times)
+        if request.prefill_here:
+            self.d(request.decode_id, first_token=first_token)
+        else:
+            self.p(request.prefill_id, first_token=first_token)
 
     def handed_off(self, request: Request, **numbers: Any) -> None:
         self.p(request.prefill_id, handed_off=pb.HandedOff(key=request.key, **numbers))
@@ -345,6 +354,105 @@ def test_times_are_those_of_the_first_and_the_last_token():
     )
 
 
+# ---- the decode worker computes the prompt itself
+
+
+def test_without_prefill_workers_the_decode_worker_computes_the_prompt():
+    bench = Bench("d1")
+    request = bench.submit(prompt=10, max_tokens=3)
+    ((worker, reserve),) = bench.reserves()
+    assert (worker, reserve.prefill_here, reserve.prompt_tokens) == ("d1", True, 10)
+    assert list(reserve.prompt_token_ids) == list(range(10))
+    bench.reserved(request)
+    assert (request.state, bench.prefills()) == (S.PREFILLING, [])
+    bench.now = 3
+    bench.d(started=pb.PrefillStarted(key=request.key, cached_tokens=4))
+    bench.now = 5
+    bench.first_token(request, 10, prefill_ms=2.5)
+    assert bench.seen(request) == [10]
+    bench.step(request, 0, 10)
+    bench.step(request, 1, 11)
+    bench.step(request, 2, 12, ending=2)
+    assert (bench.seen(request), bench.end(request)) == ([10, 11, 12], Ending.LENGTH)
+    times = request.times
+    assert (times.prefill_began_at_ms, times.first_token_at_ms) == (3, 5)
+    assert (times.prefill_ms, times.transport, times.kv_bytes) == (2.5, "local", 0)
+    assert times.cached_tokens == 4
+    assert (bench.cancels(), len(bench.dispatcher)) == ([], 0)
+
+
+def test_a_prompt_for_a_prefill_worker_does_not_go_with_the_reservation():
+    bench = Bench()
+    bench.submit()
+    ((_, reserve),) = bench.reserves()
+    assert (reserve.prefill_here, list(reserve.prompt_token_ids)) == (False, [])
+
+
+def test_a_first_token_of_its_own_may_be_the_whole_answer():
+    bench = Bench("d1")
+    request = bench.submit(max_tokens=1)
+    bench.reserved(request)
+    bench.first_token(request, 10)
+    bench.step(request, 0, 10, ending=2)
+    assert (bench.seen(request), bench.end(request)) == ([10], Ending.LENGTH)
+
+
+def test_a_prompt_computed_at_the_decode_worker_survives_prefill_workers_that_come_and_go():
+    bench = Bench("d1")
+    request = bench.bring(bench.submit(), S.PREFILLING)
+    bench.up("p1")
+    bench.down("p1")
+    assert (request.state, request.attempt) == (S.PREFILLING, 1)
+
+
+@pytest.mark.parametrize("state", [S.RESERVING, S.PREFILLING, S.DECODING], ids=names)
+def test_a_decode_worker_lost_with_the_prompt_is_replaced_without_gap(state):
+    bench = Bench("d1")
+    request = bench.bring(bench.submit(max_tokens=5), state)
+    seen = list(bench.seen(request))
+    bench.down("d1")
+    assert (request.state, bench.cancels()) == (S.QUEUED, [])
+    bench.up("d2")
+    worker, reserve = bench.reserves()[-1]
+    assert (worker, reserve.attempt, reserve.prefill_here) == ("d2", 2, True)
+    assert list(reserve.prompt_token_ids) == [*request.prompt, *seen]
+
+
+@pytest.mark.parametrize("state", [S.RESERVING, S.PREFILLING, S.DECODING], ids=names)
+def test_letting_go_of_a_prompt_at_the_decode_worker_tells_it_alone(state):
+    bench = Bench("d1")
+    request = bench.bring(bench.submit(), state)
+    bench.let_go(request)
+    assert bench.cancels() == [("d1", request.key)]
+
+
+@pytest.mark.parametrize("state", [S.RESERVING, S.PREFILLING, S.DECODING], ids=names)
+def test_a_failure_at_the_decode_worker_that_had_the_prompt_is_tried_again(state):
+    bench = Bench("d1", attempts_max=2)
+    request = bench.bring(bench.submit(), state)
+    bench.d_fails(request)
+    assert (request.state, request.attempt) == (S.RESERVING, 2)
+    bench.d_fails(request)
+    assert isinstance(bench.end(request), UnavailableTrouble)
+
+
+def test_no_room_for_a_prompt_at_the_decode_worker_is_no_attempt():
+    bench = Bench("d1", attempts_max=1)
+    request = bench.submit()
+    bench.d_fails(request, EXHAUSTED, free=0)
+    assert (request.state, request.attempt) == (S.QUEUED, 0)
+    bench.d()
+    assert (request.state, request.attempt) == (S.RESERVING, 1)
+
+
+def test_what_the_decode_worker_cannot_compute_fails_at_once():
+    bench = Bench("d1")
+    request = bench.submit()
+    bench.d_fails(request, pb.FAILURE_CODE_INVALID)
+    assert isinstance(bench.end(request), InvalidTrouble)
+    assert len(bench.dispatcher) == 0
+
+
 # ---- the queue
 
 
@@ -387,27 +495,50 @@ def test_letting_go_of_a_request_that_was_never_accepted_changes_nothing():
     assert waiting.state is S.RESERVING
 
 
-def test_the_head_of_the_line_waits_and_nobody_overtakes_it():
-    bench = Bench(blocks=10)
+def test_a_request_without_room_is_overtaken_until_it_has_waited_long_enough():
+    bench = Bench(blocks=10, queue_patience_ms=100)
     bench.d(free=3)
     large = bench.submit("large", prompt=30, max_tokens=8)
+    bench.now = 100
     small = bench.submit("small", prompt=4, max_tokens=1)
-    assert (large.state, small.state) == (S.QUEUED, S.QUEUED)
-    bench.d(free=10)
-    assert (large.state, small.state) == (S.RESERVING, S.QUEUED)
-    bench.reserved(large, free=0)
-    assert small.state is S.QUEUED
-    bench.d(free=1)
+    assert (large.state, small.state) == (S.QUEUED, S.RESERVING)
+    bench.now = 101
+    late = bench.submit("late", prompt=4, max_tokens=1)
+    assert (large.state, late.state) == (S.QUEUED, S.QUEUED)
+    bench.d(free=11)  # one of them is on its way to `small`
+    assert (large.state, late.state) == (S.RESERVING, S.QUEUED)
+    bench.reserved(large, free=1)
+    bench.reserved(small, free=1)
+    assert late.state is S.RESERVING
+
+
+def test_only_so_many_are_tried_past_a_request_without_room():
+    bench = Bench(blocks=10, queue_lookahead=2)
+    bench.d(free=2)
+    large = [bench.submit(f"large{n}", prompt=30) for n in range(2)]
+    small = bench.submit("small", prompt=4, max_tokens=1)
+    assert {r.state for r in (*large, small)} == {S.QUEUED}
+    bench.let_go(large[0])
     assert small.state is S.RESERVING
 
 
-@pytest.mark.parametrize("late", ["p1", "d1"])
-def test_what_can_never_fit_fails_at_the_head_and_holds_up_nobody(late):
-    bench = Bench("d1" if late == "p1" else "p1", blocks=10)  # 40 tokens
+def test_what_no_worker_holds_any_more_holds_up_nobody_however_long_it_waits():
+    bench = Bench(queue_patience_ms=100)
+    bench.down("d1")
+    large = bench.submit("large", prompt=30)
+    bench.blocks = 4
+    bench.up("d2")
+    bench.now = 1000
+    small = bench.submit("small", prompt=4, max_tokens=1)
+    assert (large.state, small.state) == (S.QUEUED, S.RESERVING)
+
+
+def test_what_can_never_fit_fails_at_the_head_and_holds_up_nobody():
+    bench = Bench("p1", blocks=10)  # 40 tokens
     long = bench.submit("long", prompt=38, max_tokens=3)
     fits = bench.submit("fits", prompt=37, max_tokens=3)
     assert (long.state, fits.state) == (S.QUEUED, S.QUEUED)  # who knows what will come
-    bench.up(late)
+    bench.up("d1")
     assert isinstance(bench.end(long), InvalidTrouble)
     assert "may need 41 tokens, the workers hold 40" in str(bench.end(long))
     assert fits.state is S.RESERVING
@@ -420,14 +551,13 @@ def test_what_can_never_fit_fails_at_the_head_and_holds_up_nobody(late):
     assert isinstance(bench.end(later), InvalidTrouble)
 
 
-def test_nothing_fails_for_being_long_while_a_role_has_no_worker():
+def test_nothing_fails_for_being_long_while_there_is_no_decode_worker():
     bench = Bench(blocks=10)
     bench.down("d1")
     long = bench.submit(prompt=99)
     assert long.state is S.QUEUED
-    bench.blocks = 100
     bench.up("d2")
-    assert isinstance(bench.end(long), InvalidTrouble), "p1 holds 40"
+    assert isinstance(bench.end(long), InvalidTrouble), "d2 holds 40"
 
 
 def test_a_request_waits_for_the_return_of_the_only_worker_that_could_hold_it():
@@ -473,7 +603,7 @@ def test_requests_spread_over_the_workers():
     assert sorted(r.decode_id for r in requests) == ["d1", "d1", "d2", "d2"]
 
 
-def test_context_tokens_are_what_the_largest_worker_of_the_smaller_role_holds():
+def test_context_tokens_are_what_the_largest_decode_worker_holds():
     bench = Bench("p1")
     assert bench.dispatcher.context_tokens is None
     bench.blocks = 50
@@ -508,23 +638,21 @@ def test_a_lost_decode_worker_is_replaced_and_the_client_sees_no_gap(state):
 
 @pytest.mark.parametrize("state", [S.RESERVING, S.PREFILLING], ids=names)
 def test_a_lost_prefill_worker_is_replaced_and_the_reservation_cancelled(state):
-    bench = Bench("p1", "d1")
+    bench = Bench("p1", "p2", "d1")
     request = bench.bring(bench.submit(), state)
     key = request.key
     bench.down("p1")
-    assert request.state is S.QUEUED
+    assert (request.state, request.prefill_id) == (S.RESERVING, "p2")
     assert bench.cancels() == [("d1", key)]
-    bench.up("p2")
     bench.reserved(request)
     assert bench.prefills()[-1][0] == "p2"
 
 
 def test_a_prefill_worker_lost_after_its_first_token_loses_no_token():
-    bench = Bench("p1", "d1")
+    bench = Bench("p1", "p2", "d1")
     request = bench.bring(bench.submit(prompt=8), S.PREFILLING)
     bench.first_token(request, 10)
     bench.down("p1")
-    bench.up("p2")
     assert bench.reserves()[-1][1].prompt_tokens == 9
     bench.reserved(request)
     bench.first_token(request, 11)
@@ -695,8 +823,8 @@ def test_one_death_costs_one_attempt(dies):
     request = bench.bring(bench.submit(), S.PREFILLING)
     (bench.p_fails if dies == "d1" else bench.d_fails)(request)
     assert (request.state, request.attempt) == (S.RESERVING, 2)
-    bench.down(dies)
     bench.up(dies[0] + "2")
+    bench.down(dies)
     assert (request.state, request.attempt) == (S.RESERVING, 2)
     bench.down(dies[0] + "2")  # another death
     assert isinstance(bench.end(request), UnavailableTrouble)
@@ -813,7 +941,7 @@ def test_letting_go_cancels_at_every_worker_that_has_it(state, told):
 
 
 def test_letting_go_in_the_queue_tells_nobody_and_lets_the_next_one_pass():
-    bench = Bench(blocks=10)
+    bench = Bench(blocks=10, queue_patience_ms=-1)
     bench.d(free=5)
     first = bench.submit("large", prompt=30)
     second = bench.submit("small")
@@ -855,6 +983,7 @@ class Attempt:
     key: int
     decode: str
     base: int
+    here: bool  # the decode worker computes the prompt
     prefill: str = ""
     first_token_sent: bool = False
     handed_off: bool = False
@@ -865,7 +994,13 @@ class World(Bench):
     """Workers that do their work, fail and die when the dice say so."""
 
     def __init__(self, dice: random.Random) -> None:
-        super().__init__("p1", "p2", "d1", "d2", blocks=8, attempts_max=1000, queue_max=50)
+        super().__init__(
+            *("p1", "p2", "d1", "d2"),
+            blocks=8,
+            attempts_max=1000,
+            queue_max=50,
+            local_prefill=dice.choice(("auto", "never")),
+        )
         self.dice = dice
         self.alive = {"p1", "p2", "d1", "d2"}
         self.attempts: dict[int, Attempt] = {}
@@ -892,13 +1027,19 @@ class World(Bench):
             if kind == "reserve":
                 request = next(r for r in self.clients if r.request_id == body.request_id)
                 base = body.prompt_tokens - len(request.prompt)
-                self.attempts[body.key] = Attempt(request, body.key, command.worker_id, base)
+                self.attempts[body.key] = Attempt(
+                    request, body.key, command.worker_id, base, here=body.prefill_here
+                )
+                if body.prefill_here:
+                    self.check_prompt(request, body)
             elif kind == "prefill":
                 self.attempts[body.key].prefill = command.worker_id
-                answer = body.prompt_token_ids[len(self.attempts[body.key].request.prompt) :]
-                assert list(answer) == self.seen(self.attempts[body.key].request)
+                self.check_prompt(self.attempts[body.key].request, body)
             elif command.worker_id[0] == "d":
                 self.release(body.key)
+
+    def check_prompt(self, request: Request, asked: pb.Prefill | pb.Reserve) -> None:
+        assert list(asked.prompt_token_ids) == [*request.prompt, *self.seen(request)]
 
     def release(self, key: int) -> None:
         worker, blocks = self.held.pop(key, ("", 0))
@@ -920,6 +1061,7 @@ class World(Bench):
                 f"r{self.count}",
                 prompt=self.dice.randint(1, 12),
                 max_tokens=self.dice.randint(1, 9),
+                priority=self.dice.choice((-100, 0, 0, 0, 100)),
             )
 
     def kill(self) -> None:
@@ -968,10 +1110,15 @@ class World(Bench):
                 self.release(attempt.key)  # the writer is lost before it has committed
                 failed = pb.Failed(key=attempt.key, code=PEER_LOST)
                 self.d(attempt.decode, free=self.free[attempt.decode], failed=failed)
-            elif attempt.prefill in self.alive and not attempt.first_token_sent:
+            elif (attempt.here or attempt.prefill in self.alive) and not attempt.first_token_sent:
                 attempt.first_token_sent = True
                 token = right_answer(attempt.request)[attempt.base]
-                self.p(attempt.prefill, first_token=pb.FirstToken(key=attempt.key, token_id=token))
+                first_token = pb.FirstToken(key=attempt.key, token_id=token)
+                if attempt.here:
+                    free = self.free[attempt.decode]
+                    self.d(attempt.decode, free=free, first_token=first_token)
+                else:
+                    self.p(attempt.prefill, first_token=first_token)
             elif attempt.prefill in self.alive and not attempt.handed_off:
                 if self.dice.random() < 0.5:
                     attempt.handed_off = True

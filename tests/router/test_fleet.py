@@ -123,3 +123,23 @@ async def test_only_a_worker_that_was_up_is_called_again_at_once(monkeypatch, ve
         fleet.set_workers([], ["127.0.0.1:1"])
         for _ in range(3):
             await sessions.acquire()
+
+
+@pytest.mark.parametrize(
+    ("named", "connected", "able"),
+    [
+        (("p", "d"), ("prefill", "decode"), True),
+        (("p", "d"), ("decode",), False),
+        (("p", "d"), ("prefill",), False),
+        (("d",), ("decode",), True),
+        (("d",), (), False),
+        ((), (), False),
+    ],
+)
+async def test_a_prefill_worker_is_missed_only_where_one_was_named(
+    monkeypatch, named, connected, able
+):
+    async with a_fleet(monkeypatch) as fleet:
+        fleet.set_workers([n for n in named if n == "p"], [n for n in named if n == "d"])
+        monkeypatch.setattr(fleet, "connected", lambda role: connected.count(role))
+        assert fleet.able == able
