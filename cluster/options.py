@@ -19,7 +19,8 @@ class ServeError(Exception):
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What a person can choose. `threads` 0 shares the cores out evenly among the workers.
+    """What a person can choose. `threads` 0 shares the cores out evenly among the workers;
+    `prefill` 0 leaves prompts to the decode workers.
 
     Raises ServeError for choices that do not go together.
     """
@@ -40,6 +41,7 @@ class ServeOptions:
     threads: int = 0
     kv_gib: float = 1.0
     chunk_tokens: int = 256
+    itl_target_ms: int = 150
     block_size: int = 16
     prefix_caching: bool = True
     drain_s: float = 30.0

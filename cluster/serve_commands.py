@@ -45,7 +45,12 @@ class _Finite(click.FloatRange):
 
 @click.command()
 @click.argument("model")
-@click.option("--prefill", type=click.IntRange(1, 64), default=1, help="Prefill workers.")
+@click.option(
+    "--prefill",
+    type=click.IntRange(0, 64),
+    default=1,
+    help="Prefill workers; 0: decode workers compute prompts, too.",
+)
 @click.option("--decode", type=click.IntRange(1, 64), default=1, help="Decode workers.")
 @click.option("--port", type=click.IntRange(0, 65535), default=50051, help="0 picks a free one.")
 @click.option(
@@ -103,7 +108,13 @@ class _Finite(click.FloatRange):
     "--chunk-tokens",
     type=click.IntRange(16, 1 << 20),
     default=256,
-    help="Prompt tokens a prefill step.",
+    help="Prompt tokens a step, at most.",
+)
+@click.option(
+    "--itl-target-ms",
+    type=click.IntRange(0, 60_000),
+    default=150,
+    help="The gap between tokens that decode workers keep to while they compute prompts; 0: any.",
 )
 @click.option(
     "--prefix-caching/--no-prefix-caching",

@@ -153,7 +153,7 @@ class Serving:
         return True
 
     def _tell_router(self, timeout_s: float, *, ready_s: float = 0.0) -> None:
-        """With ready_s, returns when the router is connected to workers of both roles."""
+        """With ready_s, returns when the router is connected to all of them."""
         workers = control_pb2.WorkerSet(
             prefill_addresses=self._pools.addresses("prefill"),
             decode_addresses=self._pools.addresses("decode"),
@@ -216,6 +216,7 @@ def _configs(
         certificates=options.certificates,
         prefix_caching=options.prefix_caching,
         chunk_tokens=options.chunk_tokens,
+        itl_target_ms=options.itl_target_ms,
     )
     return router, worker
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from decode_worker.handoff import Key
+from decode_worker.reservation import Key
+from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.engine.step import Slice
 
@@ -21,13 +22,14 @@ class Ending(Enum):
 
 @dataclass(eq=False)
 class Running:
-    """A sequence whose prompt KV is here; `answer` starts with the prefill worker's token."""
+    """A sequence whose prompt KV is here; `answer` starts with the token that ended its prefill."""
 
     key: Key
     prompt_tokens: int
     sampling: SamplingParams
     blocks: list[int]
     answer: list[int] = field(default_factory=list)
+    history: TokenHistory | None = None  # where sampling needs one
 
     @property
     def next_position(self) -> int:
@@ -88,6 +90,8 @@ class Batch:
     def _append(self, sequence: Running, token: int) -> Output:
         offset = len(sequence.answer)
         sequence.answer.append(token)
+        if sequence.history is not None:
+            sequence.history.add(token)
         if token in sequence.sampling.eos_token_ids:
             ending = Ending.EOS
         elif len(sequence.answer) >= sequence.sampling.max_tokens:

@@ -5,90 +5,24 @@ from its event loop and carries out what it answers. It is the only caller of th
 of the block ledger under it.
 """
 
+import math
 import secrets
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 
+from decode_worker.reservation import (
+    InvalidReservationError,
+    Key,
+    Reservation,
+    ReservationEvent,
+    ReservationState,
+)
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.layout import KVLayout, reserved_blocks
 from kvrelay.kv.ledger import BlockEvent, BlockLedger, OutOfBlocksError
 from kvrelay.kv.prefix import PrefixChain
 from kvrelay.kv.prefix_cache import PrefixCache
-from kvrelay.lifecycle import IllegalTransitionError, advance
+from kvrelay.lifecycle import IllegalTransitionError
 from kvrelay.transport.errors import RefusedError, Rejection
-
-
-class ReservationState(Enum):
-    RESERVED = "reserved"  # blocks promised, no writer yet
-    RECEIVING = "receiving"  # a writer has leave to write
-    DECODING = "decoding"  # every block is in and checked
-    ABORTING = "aborting"  # not wanted, but the writer or the engine has not let go
-    CLOSED = "closed"
-
-
-class ReservationEvent(Enum):
-    BEGIN = "begin"
-    COMMIT = "commit"
-    FINISH = "finish"
-    ABORT = "abort"  # cancel, timeout, a lost router
-    WRITER_LOST = "writer_lost"  # the writer let go, or its link ended
-    ENGINE_IDLE = "engine_idle"  # the step that was running has ended
-
-
-_S, _E = ReservationState, ReservationEvent
-
-TRANSITIONS: dict[tuple[ReservationState, ReservationEvent], ReservationState] = {
-    (_S.RESERVED, _E.BEGIN): _S.RECEIVING,
-    (_S.RESERVED, _E.ABORT): _S.CLOSED,
-    (_S.RECEIVING, _E.COMMIT): _S.DECODING,
-    (_S.RECEIVING, _E.ABORT): _S.ABORTING,
-    (_S.RECEIVING, _E.WRITER_LOST): _S.CLOSED,
-    (_S.DECODING, _E.FINISH): _S.CLOSED,
-    (_S.DECODING, _E.ABORT): _S.ABORTING,
-    (_S.ABORTING, _E.ABORT): _S.ABORTING,
-    (_S.ABORTING, _E.WRITER_LOST): _S.CLOSED,
-    (_S.ABORTING, _E.ENGINE_IDLE): _S.CLOSED,
-}
-
-
-class InvalidReservationError(Exception):
-    """Can never be served by this worker; the message says why."""
-
-
-Key = tuple[object, int]  # the router's session, its key for the request attempt
-
-
-@dataclass(eq=False)
-class Reservation:
-    """One request attempt on this worker."""
-
-    key: Key
-    transfer_id: int
-    secret: bytes
-    prompt_tokens: int
-    sampling: SamplingParams
-    prompt_blocks: list[int]  # written by the prefill worker: the ticket's
-    growth_blocks: list[int]  # for the KV of the answer
-    lease_end_ms: float
-    state: ReservationState = ReservationState.RESERVED
-    blocks_received: int = 0
-    bad_blocks: set[int] = field(default_factory=set)  # indexes that must come again
-    resends: Counter[int] = field(default_factory=Counter)  # asked for, by index
-    cached_blocks: list[int] = field(default_factory=list)  # shared, the first of the prompt
-    chain: PrefixChain | None = None  # over the prompt; None: nothing of it is cached
-
-    @property
-    def blocks(self) -> list[int]:
-        return self.cached_blocks + self.prompt_blocks + self.growth_blocks
-
-    @property
-    def hashes(self) -> list[bytes]:
-        return [] if self.chain is None else self.chain.hashes
-
-    def on(self, event: ReservationEvent) -> None:
-        self.state = advance(TRANSITIONS, self.state, event)
 
 
 class HandOff:
@@ -112,6 +46,7 @@ class HandOff:
         self._by_key: dict[Key, Reservation] = {}
         self._by_transfer: dict[int, Reservation] = {}
         self._next_transfer_id = 1
+        self._engine_lease_end_ms = 0.0
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -123,10 +58,14 @@ class HandOff:
         sampling: SamplingParams,
         now_ms: float,
         chain: PrefixChain | None = None,
+        *,
+        prefill_here: bool = False,
     ) -> Reservation:
         """Blocks for prompt and answer, all or nothing: a request that runs never waits for more.
 
         chain: over the whole prompt; what is cached of it is shared, not reserved.
+        prefill_here: the engine needs the logits of the prompt's last token, so it writes that
+            token's block, which must be private.
 
         Raises:
             OutOfBlocksError: no room now, or too many reservations.
@@ -146,7 +85,10 @@ class HandOff:
             raise InvalidReservationError("this request attempt has a reservation already")
         if len(self._by_key) >= self._reservations_max:
             raise OutOfBlocksError(f"{self._reservations_max} reservations are open")
-        cached, blocks = self.cache.take(key, chain.hashes if chain is not None else (), total)
+        reusable = chain.hashes if chain is not None else []
+        if prefill_here:
+            reusable = reusable[: (prompt_tokens - 1) // self._layout.block_size]
+        cached, blocks = self.cache.take(key, reusable, total)
         prompt_blocks = self._layout.blocks_for(prompt_tokens) - len(cached)
         reservation = Reservation(
             key=key,
@@ -265,11 +207,27 @@ class HandOff:
         self._forget(reservation)
         return reservation if failed else None
 
-    def share_prompt(self, key: Key) -> None:
-        """The engine can read the prompt's KV: from now on others may share its full blocks."""
+    def prefill(self, key: Key) -> Reservation:
+        """There will be no writer: the prompt is for the engine here."""
+        reservation = self._by_key[key]
+        reservation.on(ReservationEvent.PREFILL)
+        del self._by_transfer[reservation.transfer_id]
+        blocks = reservation.prompt_blocks + reservation.growth_blocks
+        self.ledger.move(key, blocks, BlockEvent.CLAIM)
+        return reservation
+
+    def computed(self, key: Key) -> None:
+        """The whole prompt is: the reservation is decoding."""
+        self._by_key[key].on(ReservationEvent.COMPUTED)
+
+    def share_prompt(self, key: Key, tokens: int | None = None) -> None:
+        """The engine can read the KV of the prompt, or of its first `tokens`: from now on others
+        may share its full blocks."""
         reservation = self._by_key[key]
         full = len(reservation.hashes)
-        self.cache.insert(key, reservation.blocks[:full], reservation.hashes)
+        if tokens is not None:
+            full = min(full, tokens // self._layout.block_size)
+        self.cache.insert(key, reservation.blocks[:full], reservation.hashes[:full])
 
     def distrust(self, key: Key) -> None:
         """What the engine made of this sequence is wrong: nobody else shall read its KV."""
@@ -330,14 +288,25 @@ class HandOff:
     def of_session(self, session: object) -> list[Key]:
         return [key for key in self._by_key if key[0] is session]
 
+    def engine_moved(self, now_ms: float) -> None:
+        """A step has ended: prompts that wait for their turn here need not give up."""
+        self._engine_lease_end_ms = now_ms + self._lease_ms
+
     def expired(self, now_ms: float) -> list[Key]:
-        """Reservations that wait for a writer and have made no progress within their lease."""
-        waiting = (ReservationState.RESERVED, ReservationState.RECEIVING)
+        """Reservations that wait for a writer, or for the engine to compute their prompt, and have
+        made no progress within their lease."""
         return [
             key
             for key, reservation in self._by_key.items()
-            if reservation.state in waiting and reservation.lease_end_ms <= now_ms
+            if self._lease_end_ms(reservation) <= now_ms
         ]
+
+    def _lease_end_ms(self, reservation: Reservation) -> float:
+        if reservation.state in (ReservationState.RESERVED, ReservationState.RECEIVING):
+            return reservation.lease_end_ms
+        if reservation.state is ReservationState.PREFILLING:
+            return max(reservation.lease_end_ms, self._engine_lease_end_ms)
+        return math.inf
 
     def _release_unwritten(self, reservation: Reservation) -> None:
         """What the prefill worker has no leave to write, nor the engine yet."""

@@ -1,8 +1,8 @@
 """The decode worker: serves routers over gRPC and prefill workers over the KV links.
 
 Run by cluster/ inside a Ray actor, or by tests in process. It carries out what the pure objects
-decide: HandOff (who may write which block), Batch (what each step computes). All state is touched
-from one event loop; only the engine's steps and copies run on other threads.
+decide: HandOff (who may write which block), Batch and LocalPrompts (what each step computes). All
+state is touched from one event loop; only the engine's steps and copies run on other threads.
 """
 
 import asyncio
@@ -12,28 +12,29 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+from decode_worker import messages
 from decode_worker.batch import Batch, Ending, Output, Running
-from decode_worker.handoff import HandOff, InvalidReservationError, Key
+from decode_worker.book import Book
+from decode_worker.handoff import HandOff
+from decode_worker.prompts import LocalPrompt, LocalPrompts, PromptsFullError
+from decode_worker.reservation import InvalidReservationError, Key, Reservation
+from decode_worker.step import DecodeStep
 from kvrelay.announcer import Announcer
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
+from kvrelay.engine.step import CancelFlag, StepCancelledError
+from kvrelay.engine.turns import Chunk
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
-from kvrelay.kv.prefix import PrefixChain, split_hashes
 from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session
 from kvrelay.transport.listener import Listener
 from kvrelay.transport.nccl_link import find_nccl
-from kvrelay.wire import transfer_pb2, worker_pb2, worker_pb2_grpc
+from kvrelay.wire import worker_pb2, worker_pb2_grpc
 from kvrelay.wire.worker_pb2 import DecodeCommand, DecodeEvent, FailureCode
 
 log = logging.getLogger(__name__)
 
 _REAP_EVERY_S = 1.0
-_ENDINGS = {
-    Ending.NONE: worker_pb2.ENDING_NONE,
-    Ending.EOS: worker_pb2.ENDING_EOS,
-    Ending.LENGTH: worker_pb2.ENDING_LENGTH,
-}
 
 
 class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
@@ -54,11 +55,18 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             resends_max=config.resends_max,
         )
         self._batch = Batch(config.batch_max)
+        self._prompts = LocalPrompts(
+            self._layout.block_size,
+            chunk_tokens=config.chunk_tokens,
+            itl_target_ms=config.itl_target_ms,
+            prompts_max=config.local_prompts_max,
+        )
         self._decoding: dict[Key, Running] = {}
         self._in_step: set[Key] = set()
+        self._step_cancelled = CancelFlag()
         self._work = asyncio.Event()
         self._announced_free = self.ledger.available
-        book = _Book(self, self._handoff)
+        book = Book(self._handoff, _now_ms, self._committed, self._writer_lost)
         self._listener = Listener(config, self.instance_id, engine.pool, book, find_nccl(config))
         self._server = make_server()
         self._sessions: set[RouterSession[DecodeEvent]] = set()
@@ -88,6 +96,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     async def stop(self) -> None:
         await self._server.stop(grace=None)
+        self._step_cancelled.set()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -100,7 +109,9 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         await require_cluster_key(context, self._config.cluster_key)
         session: RouterSession[DecodeEvent] = RouterSession(self._config.session_events_max)
         self._sessions.add(session)
-        self._send(session, DecodeEvent(info=self._engine.info(self.instance_id)))
+        info = self._engine.info(self.instance_id)
+        info.itl_target_ms = self._config.itl_target_ms
+        self._send(session, DecodeEvent(info=info))
         self._announcer.open(session)
         await serve_session(session, request_iterator, context, self._command, self._closed)
 
@@ -121,47 +132,56 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     def _reserve(self, session: RouterSession[DecodeEvent], reserve: worker_pb2.Reserve) -> None:
         key = (session, reserve.key)
-        sampling = SamplingParams.from_wire(reserve.sampling)
         try:
-            chain = self._chain(reserve)
-            reservation = self._handoff.reserve(
-                key, reserve.prompt_tokens, sampling, _now_ms(), chain
-            )
-        except OutOfBlocksError as error:
+            reservation = self._reservation(key, reserve)
+        except (OutOfBlocksError, PromptsFullError) as error:
             self._fail(key, FailureCode.FAILURE_CODE_EXHAUSTED, str(error))
             return
         except InvalidReservationError as error:
             self._fail(key, FailureCode.FAILURE_CODE_INVALID, str(error))
             return
         self._announced_free = self.ledger.available
-        ticket = transfer_pb2.Ticket(
-            request_id=reserve.request_id,
-            attempt=reserve.attempt,
-            decode_instance_id=self.instance_id,
-            transfer_id=reservation.transfer_id,
-            secret=reservation.secret,
-            first_block=len(reservation.cached_blocks),
-            block_ids=reservation.prompt_blocks,
-            layout=self._layout.to_wire(),
-            endpoints=self._listener.endpoints,
-            lease_ms=self._config.lease_ms,
-        )
-        reserved = worker_pb2.Reserved(key=reserve.key, ticket=ticket)
+        reserved = worker_pb2.Reserved(key=reserve.key)
+        if reserve.prefill_here:
+            self._handoff.prefill(key)
+            block_size = self._layout.block_size
+            self._prompts.add(messages.local_prompt(reserve, reservation, block_size))
+            self._work.set()
+        else:
+            ticket = messages.ticket(
+                reserve,
+                reservation,
+                instance_id=self.instance_id,
+                layout=self._layout.to_wire(),
+                endpoints=self._listener.endpoints,
+                lease_ms=self._config.lease_ms,
+            )
+            reserved.ticket.CopyFrom(ticket)
         self._send(session, DecodeEvent(reserved=reserved))
 
-    def _chain(self, reserve: worker_pb2.Reserve) -> PrefixChain | None:
-        if not self._config.prefix_caching or not reserve.hash_root:
-            return None
-        try:
-            hashes = split_hashes(reserve.block_hashes)
-        except ValueError as error:
-            raise InvalidReservationError(str(error)) from error
-        size = self._layout.block_size
-        return PrefixChain(reserve.hash_root, size, hashes, reserve.tail_token_ids)
+    def _reservation(self, key: Key, reserve: worker_pb2.Reserve) -> Reservation:
+        chain = None
+        if self._config.prefix_caching:
+            chain = messages.prefix_chain(reserve, self._layout.block_size)
+        if reserve.prefill_here:
+            messages.check_prompt(reserve)
+            self._prompts.check_room()
+        sampling = SamplingParams.from_wire(reserve.sampling)
+        history = messages.token_history(reserve, sampling)
+        reservation = self._handoff.reserve(
+            key,
+            reserve.prompt_tokens,
+            sampling,
+            _now_ms(),
+            chain,
+            prefill_here=reserve.prefill_here,
+        )
+        reservation.history = history
+        return reservation
 
-    # ---- the prefill workers' side, called by _Book
+    # ---- the prefill workers' side, called by Book
 
-    def committed(self, transfer_id: int, blocks: int, first_token: int) -> None:
+    def _committed(self, transfer_id: int, blocks: int, first_token: int) -> None:
         reservation = self._handoff.commit(transfer_id, blocks)
         if reservation is None:
             return
@@ -171,81 +191,118 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             prompt_tokens=reservation.prompt_tokens,
             sampling=reservation.sampling,
             blocks=reservation.blocks,
+            history=reservation.history,
         )
         self._handoff.share_prompt(sequence.key)
-        self._decoding[sequence.key] = sequence
-        self._publish([self._batch.join(sequence, first_token)])
+        self._publish([self._join(sequence, first_token)])
         self._announce_load()
         self._work.set()
 
-    def writer_lost(self, transfer_id: int, reason: str) -> None:
+    def _writer_lost(self, transfer_id: int, reason: str) -> None:
         failed = self._handoff.writer_lost(transfer_id)
         if failed is not None:
             self._fail(failed.key, FailureCode.FAILURE_CODE_PEER_LOST, reason)
         self._announce_load()
 
-    # ---- decoding
+    # ---- steps
 
     async def _decode(self) -> None:
         while True:
-            step = self._batch.next_step()
+            running = self._batch.next_step()
+            step = DecodeStep(running, self._prompts.next_chunks(len(running), self._engine.fit))
             if not step:
                 self._work.clear()
                 await self._work.wait()
                 continue
-            self._in_step |= {sequence.key for sequence in step}
+            self._step_begins(step)
             try:
                 tokens = await self._engine.step(
-                    [sequence.slice() for sequence in step],
-                    [sequence.sampling for sequence in step],
-                    [sequence.next_position for sequence in step],
+                    step.slices(),
+                    step.params(),
+                    step.positions(),
+                    step.histories(),
+                    self._step_cancelled,
                 )
+            except StepCancelledError:
+                self._engine_idle(step)
             except Exception as error:
                 log.exception("a decode step failed")
                 self._step_failed(step, error)
             else:
                 self._step_done(step, tokens)
 
-    def _step_done(self, step: Sequence[Running], tokens: Sequence[int | None]) -> None:
+    def _step_begins(self, step: DecodeStep) -> None:
+        self._in_step |= set(step.keys)
+        self._step_cancelled = CancelFlag()
+        for chunk in step.chunks:
+            if chunk.is_first:
+                chunk.job.started_s = time.perf_counter()
+                self._send(chunk.job.key[0], messages.started(chunk.job))
+
+    def _step_done(self, step: DecodeStep, tokens: Sequence[int | None]) -> None:
         self._engine_idle(step)
-        whole = [(s, token) for s, token in zip(step, tokens, strict=True) if token is not None]
-        for sequence in set(step) - {s for s, _ in whole}:
-            self._handoff.distrust(sequence.key)
-            self._abort(sequence.key, NOT_A_NUMBER)
-            self._fail(sequence.key, FailureCode.FAILURE_CODE_INTERNAL, NOT_A_NUMBER)
-        self._publish(self._batch.apply([s for s, _ in whole], [token for _, token in whole]))
+        whole = []
+        for sequence, token in zip(step.running, step.tokens_of_running(tokens), strict=True):
+            if token is None:
+                self._spoilt(sequence.key)
+            else:
+                whole.append((sequence, token))
+        outputs = self._batch.apply([s for s, _ in whole], [token for _, token in whole])
+        for chunk, token in zip(step.chunks, step.tokens_of_chunks(tokens), strict=True):
+            if self._prompts.computed(chunk):
+                outputs += self._chunk_done(chunk, token)
+        self._publish(outputs)
         self._announce_load()
 
-    def _step_failed(self, step: Sequence[Running], error: Exception) -> None:
-        self._engine_idle(step)
-        for sequence in step:
-            self._abort(sequence.key, "a decode step failed")
-            self._fail(sequence.key, FailureCode.FAILURE_CODE_INTERNAL, f"decode step: {error}")
+    def _chunk_done(self, chunk: Chunk[LocalPrompt], token: int | None) -> list[Output]:
+        prompt = chunk.job
+        self._handoff.share_prompt(prompt.key, prompt.computed)
+        if not chunk.is_last:
+            return []
+        if token is None:
+            self._spoilt(prompt.key)
+            return []
+        self._handoff.computed(prompt.key)
+        prefill_ms = (time.perf_counter() - prompt.started_s) * 1000
+        self._send(prompt.key[0], messages.first_token(prompt, token, prefill_ms))
+        sequence = Running(
+            key=prompt.key,
+            prompt_tokens=len(prompt.prompt),
+            sampling=prompt.sampling,
+            blocks=prompt.blocks,
+            history=prompt.history,
+        )
+        return [self._join(sequence, token)]
 
-    def _engine_idle(self, step: Sequence[Running]) -> None:
+    def _join(self, sequence: Running, first_token: int) -> Output:
+        self._decoding[sequence.key] = sequence
+        return self._batch.join(sequence, first_token)
+
+    def _spoilt(self, key: Key) -> None:
+        self._handoff.distrust(key)
+        self._abort(key, NOT_A_NUMBER)
+        self._fail(key, FailureCode.FAILURE_CODE_INTERNAL, NOT_A_NUMBER)
+
+    def _step_failed(self, step: DecodeStep, error: Exception) -> None:
+        self._engine_idle(step)
+        for key in step.keys:
+            self._abort(key, "a decode step failed")
+            self._fail(key, FailureCode.FAILURE_CODE_INTERNAL, f"decode step: {error}")
+
+    def _engine_idle(self, step: DecodeStep) -> None:
         """Frees what was aborted while the step ran."""
-        for sequence in step:
-            self._in_step.discard(sequence.key)
-            if self._handoff.is_aborting(sequence.key):
-                self._handoff.engine_idle(sequence.key)
+        self._handoff.engine_moved(_now_ms())
+        for key in step.keys:
+            self._in_step.discard(key)
+            if self._handoff.is_aborting(key):
+                self._handoff.engine_idle(key)
 
     def _publish(self, outputs: Sequence[Output]) -> None:
-        """One message for each router with all its requests' tokens."""
-        by_session: dict[Any, list[worker_pb2.SequenceOutput]] = {}
         for output in outputs:
-            session, key = output.key
             if output.ending is not Ending.NONE:
                 self._handoff.finish(output.key, self._decoding.pop(output.key).answer)
-            by_session.setdefault(session, []).append(
-                worker_pb2.SequenceOutput(
-                    key=key,
-                    offset=output.offset,
-                    token_ids=[output.token],
-                    ending=_ENDINGS[output.ending],
-                )
-            )
-        for session, messages in by_session.items():
-            self._send(session, DecodeEvent(step=worker_pb2.StepOutput(outputs=messages)))
+        for session, event in messages.step_outputs(outputs).items():
+            self._send(session, event)
 
     # ---- letting go
 
@@ -254,15 +311,18 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             await asyncio.sleep(_REAP_EVERY_S)
             for key in self._handoff.expired(_now_ms()):
                 self._abort(key, "its lease ran out")
-                self._fail(key, FailureCode.FAILURE_CODE_EXPIRED, "no KV came within the lease")
+                self._fail(key, FailureCode.FAILURE_CODE_EXPIRED, "no progress within the lease")
 
     def _abort(self, key: Key, reason: str) -> None:
         self._batch.leave(key)
+        self._prompts.leave(key)
         sequence = self._decoding.pop(key, None)
         answer = sequence.answer if sequence else ()
         transfer_id = self._handoff.abort(key, answer, in_step=key in self._in_step)
         if transfer_id is not None:
             self._listener.abort(transfer_id, reason)
+        if all(map(self._handoff.is_aborting, self._in_step)):
+            self._step_cancelled.set()  # or its blocks would wait for a step nobody wants
         self._announce_load()
 
     def _fail(self, key: Key, code: FailureCode, message: str) -> None:
@@ -285,24 +345,9 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     def _send(self, session: Any, event: DecodeEvent) -> None:
         event.load.blocks_free = self.ledger.available
         event.load.running = len(self._batch)
+        event.load.queued_tokens = self._prompts.queued_tokens
+        event.load.cost.CopyFrom(self._engine.cost())
         session.send(event)
-
-
-class _Book:
-    """What the KV links may ask: the hand-off with the clock added."""
-
-    def __init__(self, service: DecodeService, handoff: HandOff) -> None:
-        self._handoff = handoff
-        self.expect = handoff.expect
-        self.awaits_again = handoff.awaits_again
-        self.lost = service.writer_lost
-        self.commit = service.committed
-
-    def begin(self, transfer_id: int, secret: bytes) -> None:
-        self._handoff.begin(transfer_id, secret, _now_ms())
-
-    def received(self, transfer_id: int, first_index: int, count: int, bad: Sequence[int]) -> None:
-        self._handoff.received(transfer_id, first_index, count, bad, _now_ms())
 
 
 def _now_ms() -> float:

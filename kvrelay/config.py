@@ -47,14 +47,17 @@ class WorkerConfig(_Frozen):
     certificates: Path | None = None  # folder with ca.pem, cert.pem, key.pem: TLS on tcp and nccl
     prefix_caching: bool = True  # blocks of ended requests are kept until their room is needed
 
-    # Prefill
     chunk_tokens: int = Field(default=256, ge=1)  # longest time a cancel waits for the engine
+
+    # Prefill
     jobs_max: int = 1024
     push_bytes_max: int = 16 << 20  # of blocks in one frame: others on the link wait for it
 
     # Decode
     batch_max: int = 64  # sequences in one step
     reservations_max: int = 4096
+    itl_target_ms: int = Field(default=150, ge=0)  # of steps with chunks of prompts; 0: no bound
+    local_prompts_max: int = Field(default=256, ge=1)  # to be computed here, begun or not
     links_max: int = 1024  # connections of prefill workers, shaken hands or not
     resends_max: int = 2  # of one block with a wrong checksum
 

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.sampling import SamplingParams
-from kvrelay.engine.step import Slice
+from kvrelay.engine.turns import Chunk, Turns
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockEvent, BlockLedger, OutOfBlocksError
 from kvrelay.kv.prefix_cache import PrefixCache
@@ -70,6 +71,7 @@ class Job:
     sampling: SamplingParams
     ticket: Ticket
     hashes: Sequence[bytes] = ()  # of the prompt's full blocks; none: nothing of it is cached
+    history: TokenHistory | None = None  # what sampling has to know of the prompt
     state: JobState = JobState.QUEUED
     blocks: list[int] = field(default_factory=list)
     computed: int = 0  # those found in the cache included
@@ -78,27 +80,6 @@ class Job:
 
     def on(self, event: JobEvent) -> None:
         self.state = advance(TRANSITIONS, self.state, event)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Prompt tokens start .. start + count of one job, computed in one step."""
-
-    job: Job
-    start: int
-    count: int
-
-    @property
-    def is_first(self) -> bool:
-        return self.start == self.job.cached_tokens
-
-    @property
-    def is_last(self) -> bool:
-        return self.start + self.count == len(self.job.prompt)
-
-    def slice(self) -> Slice:
-        tokens = self.job.prompt[self.start : self.start + self.count]
-        return Slice(tokens, self.start, self.job.blocks)
 
 
 class Schedule:
@@ -113,7 +94,7 @@ class Schedule:
         self._chunk_tokens = max(chunk_tokens, layout.block_size)
         self._jobs_max = jobs_max
         self._waiting: deque[Job] = deque()
-        self._turns: deque[Job] = deque()  # computing, the next to be served first
+        self._turns: Turns[Job] = Turns(layout.block_size)  # computing
         self._jobs: dict[Key, Job] = {}
 
     def __len__(self) -> int:
@@ -122,7 +103,7 @@ class Schedule:
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens accepted and not yet computed."""
-        return sum(len(job.prompt) - job.computed for job in (*self._waiting, *self._turns))
+        return sum(len(job.prompt) for job in self._waiting) + self._turns.tokens
 
     def add(self, job: Job) -> None:
         """Raises InvalidJobError or QueueFullError and changes nothing."""
@@ -149,34 +130,23 @@ class Schedule:
         self._jobs[job.key] = job
         self._waiting.append(job)
 
-    def next_step(self) -> list[Chunk]:
+    def next_step(self) -> list[Chunk[Job]]:
         """Chunks of up to chunk_tokens in all; empty when there is nothing to compute."""
         self._admit()
-        chunks = []
-        budget = self._chunk_tokens
-        for job in self._turns:
-            count = min(len(job.prompt) - job.computed, budget)
-            if job.computed + count < len(job.prompt):
-                count -= count % self._layout.block_size  # only whole blocks can be handed on
-            if count == 0:
-                break
-            chunks.append(Chunk(job, job.computed, count))
-            budget -= count
-        return chunks
+        return self._turns.next_chunks(self._chunk_tokens)
 
-    def computed(self, chunk: Chunk) -> None:
+    def computed(self, chunk: Chunk[Job]) -> None:
         """A step with this chunk has ended. Its job's turn is over."""
         job = chunk.job
         if job.state is not JobState.COMPUTING:
             return  # aborted while the step ran
-        job.computed += chunk.count
+        self._turns.computed(chunk)
         self._share_computed(job)
-        self._turns.remove(job)
         if chunk.is_last:
             job.on(JobEvent.COMPUTED)
         else:
             self._admit()  # whoever came during this step goes first
-            self._turns.append(job)
+            self._turns.join(job)
 
     def acknowledged(self, job: Job) -> None:
         """The decode worker has every block: ours are free, or wait for who needs the same."""
@@ -200,7 +170,7 @@ class Schedule:
             del self._jobs[key]
             return job
         if before is JobState.COMPUTING:
-            self._turns.remove(job)
+            self._turns.leave(job)
         self.ledger.move(key, self.cache.private(job.blocks), BlockEvent.ABORT)
         return job
 
@@ -232,7 +202,7 @@ class Schedule:
             job.blocks = shared + private
             job.computed = job.cached_tokens = len(shared) * self._layout.block_size
             job.on(JobEvent.ADMIT)
-            self._turns.append(self._waiting.popleft())
+            self._turns.join(self._waiting.popleft())
 
     def _share_computed(self, job: Job) -> None:
         """Full blocks are not written again: others may read them from now on."""

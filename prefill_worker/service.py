@@ -16,8 +16,9 @@ from typing import Any
 from kvrelay.announcer import Announcer
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
-from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
+from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams, history_of
 from kvrelay.engine.step import CancelFlag, StepCancelledError
+from kvrelay.engine.turns import Chunk
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockLedger
 from kvrelay.kv.prefix import split_hashes
@@ -29,7 +30,7 @@ from kvrelay.transport.writer import Transfer
 from kvrelay.transport.writer_pool import WriterPool
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
 from kvrelay.wire.worker_pb2 import FailureCode, PrefillCommand, PrefillEvent
-from prefill_worker.schedule import Chunk, InvalidJobError, Job, JobState, QueueFullError, Schedule
+from prefill_worker.schedule import InvalidJobError, Job, JobState, QueueFullError, Schedule
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         self._writers = WriterPool(config, self.instance_id, engine.pool, find_nccl(config))
         self._work = asyncio.Event()
         self._steps = 0  # ended
-        self._step: Sequence[Chunk] = ()
+        self._step: Sequence[Chunk[Job]] = ()
         self._step_cancelled = CancelFlag()
         self._running: dict[Job, _Progress] = {}
         self._server = make_server()
@@ -131,6 +132,8 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         try:
             if self._config.prefix_caching:
                 job.hashes = split_hashes(prefill.block_hashes)
+            tokens = len(job.prompt)
+            job.history = history_of(job.sampling, job.prompt, tokens, prefill.answered)
             self._schedule.add(job)
         except (InvalidJobError, ValueError) as error:
             self._fail(job, FailureCode.FAILURE_CODE_INVALID, str(error))
@@ -163,6 +166,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
                     [chunk.slice() for chunk in step],
                     [chunk.job.sampling if chunk.is_last else None for chunk in step],
                     [len(chunk.job.prompt) for chunk in step],
+                    [chunk.job.history for chunk in step],
                     self._step_cancelled,
                 )
             except StepCancelledError:
@@ -174,7 +178,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             else:
                 self._step_done(step, tokens)
 
-    def _step_begins(self, step: Sequence[Chunk]) -> None:
+    def _step_begins(self, step: Sequence[Chunk[Job]]) -> None:
         self._step, self._step_cancelled = step, CancelFlag()
         for chunk in step:
             progress = self._running[chunk.job]
@@ -187,7 +191,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
                 )
                 self._send(chunk.job.key[0], PrefillEvent(started=started))
 
-    def _step_done(self, step: Sequence[Chunk], tokens: Sequence[int | None]) -> None:
+    def _step_done(self, step: Sequence[Chunk[Job]], tokens: Sequence[int | None]) -> None:
         remaining = iter(tokens)
         self._steps += 1
         for chunk in step:
@@ -213,7 +217,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         )
         self._send(job.key[0], PrefillEvent(first_token=event))
 
-    def _step_failed(self, step: Sequence[Chunk], error: Exception) -> None:
+    def _step_failed(self, step: Sequence[Chunk[Job]], error: Exception) -> None:
         for chunk in step:
             self._running[chunk.job].step_ended()
             self._fail(chunk.job, FailureCode.FAILURE_CODE_INTERNAL, f"prefill step: {error}")
@@ -313,6 +317,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     def _send(self, session: Any, event: PrefillEvent) -> None:
         event.load.queued_tokens = self._schedule.queued_tokens
+        event.load.cost.CopyFrom(self._engine.cost())
         session.send(event)
 
 

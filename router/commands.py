@@ -96,6 +96,7 @@ Command = ToPrefill | ToDecode | Deliver | Finished | Failed
 
 def reserve(request: Request) -> ToDecode:
     assert request.chain is not None, "its blocks have no names"
+    needs_prompt = request.prefill_here or request.sampling.penalises
     message = worker_pb2.Reserve(
         key=request.key,
         request_id=request.request_id,
@@ -105,7 +106,8 @@ def reserve(request: Request) -> ToDecode:
         block_hashes=join_hashes(request.chain.hashes),
         hash_root=request.chain.root,
         tail_token_ids=request.chain.tail,
-        prompt_token_ids=request.prompt_now if request.prefill_here else (),
+        prompt_token_ids=request.prompt_now if needs_prompt else (),
+        answered=len(request.answer),
         prefill_here=request.prefill_here,
     )
     return ToDecode(request.decode_id, DecodeCommand(reserve=message))
@@ -120,6 +122,7 @@ def prefill(request: Request, ticket: transfer_pb2.Ticket) -> ToPrefill:
         sampling=_sampling(request),
         ticket=ticket,
         block_hashes=join_hashes(request.chain.hashes),
+        answered=len(request.answer),
     )
     return ToPrefill(request.prefill_id, PrefillCommand(prefill=message))
 
@@ -152,4 +155,9 @@ def _sampling(request: Request) -> worker_pb2.Sampling:
         seed=sampling.seed,
         max_tokens=request.max_tokens_now,
         eos_token_ids=sampling.eos_token_ids,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        min_tokens=request.min_tokens_now,
     )

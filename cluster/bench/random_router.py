@@ -2,8 +2,8 @@
 
 Started by cluster/serving.py in the place of router/main.py, when the bench says so. All but the
 choice of workers is the real router's; prompts are always handed over, as a cluster does that
-knows no better. Of more than two workers of a role the less busy ones are among the candidates: with
-many, this baseline is better than chance.
+knows no better. Of many workers of a role only the less busy ones are candidates: with more than
+two, this baseline is better than chance.
 """
 
 import random

@@ -6,15 +6,18 @@ The event loop of a worker answers peers at any moment, so the engine must not r
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
+from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.runner import ModelRunner, UnsupportedModelError
 from kvrelay.engine.sampling import SamplingParams, sample
 from kvrelay.engine.step import CancelFlag, Slice
+from kvrelay.engine.step_cost import StepFit
 from kvrelay.kv.pool import KVPool, touch_pages
 from kvrelay.wire import worker_pb2
 
@@ -26,6 +29,7 @@ class EngineHost:
 
     def __init__(self, runner: ModelRunner, pool: KVPool, thread: ThreadPoolExecutor) -> None:
         self.pool = pool
+        self.fit = StepFit()  # of the steps that were not cancelled
         self._runner = runner
         self._thread = thread
         self._closed = threading.Event()
@@ -44,6 +48,15 @@ class EngineHost:
             layout=layout.to_wire(),
             blocks_total=self.pool.blocks,
             max_model_tokens=min(held, self._runner.context_limit or held),
+        )
+
+    def cost(self) -> worker_pb2.StepCost:
+        """What a worker with this engine says of its steps, at any time."""
+        cost = self.fit.cost
+        return worker_pb2.StepCost(
+            base_ms=cost.base_ms,
+            ms_per_prompt_token=cost.ms_per_prompt_token,
+            ms_per_sequence=cost.ms_per_sequence,
         )
 
     @classmethod
@@ -95,31 +108,43 @@ class EngineHost:
         slices: Sequence[Slice],
         params: Sequence[SamplingParams | None],
         positions: Sequence[int],
+        histories: Sequence[TokenHistory | None],
         cancelled: CancelFlag | None = None,
     ) -> list[int | None]:
         """One step; a new token for each slice that has params, in order (see `sample`).
 
+        Nobody may touch the histories until it ends.
+
         Raises:
             StepCancelledError: `cancelled` was set meanwhile.
         """
-        loop = asyncio.get_running_loop()
-        work = (slices, params, positions, cancelled)
-        return await loop.run_in_executor(self._thread, self._step, *work)
+
+        def timed() -> tuple[list[int | None], float]:
+            started_s = time.perf_counter()
+            tokens = self._step(slices, params, positions, histories, cancelled)
+            return tokens, (time.perf_counter() - started_s) * 1000
+
+        tokens, step_ms = await asyncio.get_running_loop().run_in_executor(self._thread, timed)
+        # One token costs the same whether it continues an answer or ends a prompt.
+        sizes = [len(s.tokens) for s in slices]
+        sequences = sizes.count(1)
+        self.fit.measured(sum(sizes) - sequences, sequences, step_ms)
+        return tokens
 
     def _step(
         self,
         slices: Sequence[Slice],
         params: Sequence[SamplingParams | None],
         positions: Sequence[int],
+        histories: Sequence[TokenHistory | None],
         cancelled: CancelFlag | None,
     ) -> list[int | None]:
         logits = self._runner.step(slices, [p is not None for p in params], cancelled)
-        chosen = [
-            (p, position) for p, position in zip(params, positions, strict=True) if p is not None
-        ]
+        asked = zip(params, positions, histories, strict=True)
+        chosen = [(p, position, history) for p, position, history in asked if p is not None]
         if not chosen:
             return []
-        return sample(logits, [p for p, _ in chosen], [position for _, position in chosen])
+        return sample(logits, *zip(*chosen, strict=True))
 
     async def idle(self) -> None:
         """Returns when the steps that were begun have ended."""

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from kv_fixtures import LAYOUT, sampling
 
-from decode_worker.handoff import (
+from decode_worker.handoff import HandOff
+from decode_worker.reservation import (
     TRANSITIONS,
-    HandOff,
     InvalidReservationError,
     Key,
     Reservation,
@@ -73,6 +73,8 @@ def brought_to(handoff: HandOff, state: ReservationState, number: int = 1) -> Re
     reservation = reserve(handoff, number)
     if state is S.RESERVED:
         return reservation
+    if state is S.PREFILLING:
+        return handoff.prefill(reservation.key)
     begin(handoff, reservation)
     if state is S.DECODING:
         receive(handoff, reservation)
@@ -391,6 +393,21 @@ def test_abort_during_a_step_waits_for_the_engine(handoff):
     assert counts(handoff) == {B.FREE: TOTAL}
 
 
+def test_abort_of_a_prompt_that_waits_for_its_turn_here_frees_at_once(handoff):
+    reservation = brought_to(handoff, S.PREFILLING)
+    assert handoff.abort(reservation.key) is None
+    assert counts(handoff) == {B.FREE: TOTAL}
+
+
+def test_abort_during_a_chunk_waits_for_the_engine_and_keeps_what_is_shared(handoff):
+    reservation = prefilling(handoff, 1, range(8))
+    handoff.share_prompt(reservation.key, 4)
+    assert handoff.abort(reservation.key, in_step=True) is None
+    assert counts(handoff) == {B.FREE: 5, B.CACHED: 1, B.QUARANTINED: 2}
+    handoff.engine_idle(reservation.key)
+    assert counts(handoff) == {B.FREE: 7, B.CACHED: 1}
+
+
 def test_a_second_abort_and_one_of_an_ended_request_change_nothing(handoff):
     reservation = brought_to(handoff, S.ABORTING)
     assert handoff.abort(reservation.key) is None
@@ -437,6 +454,79 @@ def test_begin_and_every_block_renew_the_lease(handoff):
 def test_what_waits_for_no_writer_has_no_lease(handoff, state):
     brought_to(handoff, state)
     assert handoff.expired(1e9) == []
+
+
+def test_a_prompt_waits_for_its_turn_here_as_long_as_the_engine_makes_steps(handoff):
+    reservation = brought_to(handoff, S.PREFILLING)
+    assert handoff.expired(LEASE_MS - 1) == []
+    handoff.engine_moved(90)
+    assert handoff.expired(LEASE_MS + 89) == []
+    assert handoff.expired(LEASE_MS + 90) == [reservation.key]
+
+
+def test_a_prompt_gets_its_lease_at_an_engine_that_was_idle_before_it(handoff):
+    handoff.engine_moved(0)
+    reservation = reserve(handoff, now=1000)
+    handoff.prefill(reservation.key)
+    assert handoff.expired(1000 + LEASE_MS - 1) == []
+    assert handoff.expired(1000 + LEASE_MS) == [reservation.key]
+
+
+# ---- prompts computed here
+
+
+def prefilling(handoff: HandOff, number: int, prompt: range, answer: int = 2) -> Reservation:
+    params = sampling(max_tokens=answer)
+    key, chain = ("router", number), chain_of(*prompt)
+    handoff.reserve(key, len(prompt), params, 0, chain, prefill_here=True)
+    return handoff.prefill(key)
+
+
+def test_the_engine_owns_all_blocks_of_a_prompt_computed_here_and_no_writer_gets_leave(handoff):
+    reservation = brought_to(handoff, S.PREFILLING)
+    assert counts(handoff) == {B.FREE: 5, B.OWNED: 3}
+    with pytest.raises(RefusedError) as error:
+        begin(handoff, reservation)
+    assert error.value.rejection is Rejection.STALE
+    handoff.computed(reservation.key)
+    assert reservation.state is S.DECODING
+    handoff.finish(reservation.key)
+    assert counts(handoff) == {B.FREE: TOTAL}
+
+
+def test_a_ticket_that_has_been_used_leaves_nothing_to_compute_here(handoff):
+    reservation = brought_to(handoff, S.RECEIVING)
+    with pytest.raises(IllegalTransitionError):
+        handoff.prefill(reservation.key)
+    assert counts(handoff) == {B.FREE: 5, B.WRITING: 2, B.RESERVED: 1}
+
+
+@pytest.mark.parametrize(("prompt", "cached"), [(8, 1), (9, 2), (7, 1), (4, 0)])
+def test_the_block_of_the_last_prompt_token_is_private_where_it_is_computed(
+    handoff, prompt, cached
+):
+    served(handoff, 1, range(8))
+    reservation = prefilling(handoff, 2, range(prompt))
+    assert len(reservation.cached_blocks) == cached
+    private = reservation.prompt_blocks + reservation.growth_blocks
+    assert {handoff.ledger.state(block) for block in private} == {B.OWNED}
+
+
+def test_what_is_computed_here_is_shared_block_by_block(handoff):
+    reservation = prefilling(handoff, 1, range(8))
+    handoff.share_prompt(reservation.key, 3)
+    assert cached_for(handoff, range(8)) == 0
+    handoff.share_prompt(reservation.key, 6)
+    assert cached_for(handoff, range(8)) == 1
+    other = prefilling(handoff, 2, range(8))
+    assert other.cached_blocks == reservation.blocks[:1]
+    handoff.share_prompt(reservation.key, 8)
+    handoff.share_prompt(other.key, 8)  # has its own copy of the second: that stays private
+    assert cached_for(handoff, range(8)) == 2
+    for key in (reservation.key, other.key):
+        handoff.computed(key)
+        handoff.finish(key, [5, 6])
+    assert counts(handoff) == {B.FREE: 6, B.CACHED: 2}
 
 
 # ---- prefix caching
@@ -649,6 +739,8 @@ class HandOffMachine(RuleBasedStateMachine):
         self.live: dict[Key, Reservation] = {}
         self.writing: dict[int, Reservation] = {}
         self.stepping: dict[Key, Reservation] = {}
+        self.computed: dict[Key, int] = {}  # tokens, of those prefilling
+        self.chunks: dict[Key, int] = {}  # tokens, of those prefilling and stepping
 
     def pick(self, data: st.DataObject, *states: ReservationState) -> Reservation | None:
         some = [r for r in self.live.values() if not states or r.state in states]
@@ -672,13 +764,16 @@ class HandOffMachine(RuleBasedStateMachine):
         length=st.integers(1, 14),
         answer=st.integers(1, 7),
         caching=st.sampled_from([True, True, True, False]),
+        here=st.booleans(),
     )
-    def reserve(self, text: list[int], length: int, answer: int, caching: bool) -> None:
+    def reserve(self, text: list[int], length: int, answer: int, caching: bool, here: bool) -> None:
         self.number += 1
         key, prompt = ("router", self.number), text[:length]
         chain = self.name(prompt) if caching else None
         try:
-            r = self.handoff.reserve(key, length, sampling(max_tokens=answer), self.now, chain)
+            r = self.handoff.reserve(
+                key, length, sampling(max_tokens=answer), self.now, chain, prefill_here=here
+            )
         except (OutOfBlocksError, InvalidReservationError):
             return
         assert (
@@ -694,6 +789,10 @@ class HandOffMachine(RuleBasedStateMachine):
                 assert not set(private) & set(held), "a block in use was given away"
         self.live[key] = r
         self.prompts[key] = prompt
+        if here:
+            self.handoff.prefill(key)
+            self.computed[key] = len(r.cached_blocks) * LAYOUT.block_size
+            assert self.computed[key] < length
 
     @precondition(has(S.RESERVED))
     @rule(data=st.data())
@@ -793,11 +892,47 @@ class HandOffMachine(RuleBasedStateMachine):
         assert self.ledger.state(block) in (B.OWNED, B.QUARANTINED), "a shared block is written"
         self.pool[block][slot] = self.answers[r.key][-1]
 
-    @precondition(lambda self: bool(self.stepping))
+    @precondition(has(S.PREFILLING))
+    @rule(data=st.data(), count=st.integers(1, 9))
+    def chunk_begins(self, data: st.DataObject, count: int) -> None:
+        r = self.pick(data, S.PREFILLING)
+        if r and r.key not in self.stepping:
+            self.stepping[r.key] = r
+            self.chunks[r.key] = min(count, r.prompt_tokens - self.computed[r.key])
+            self.compute_chunk(r)
+
+    def compute_chunk(self, r: Reservation) -> None:
+        start, prompt = self.computed[r.key], self.prompts[r.key]
+        assert self.in_pool(r, start) == prompt[:start], "the engine reads what is not its own"
+        for place in range(start, start + self.chunks[r.key]):
+            index, slot = divmod(place, LAYOUT.block_size)
+            block = r.blocks[index]
+            assert self.ledger.state(block) in (B.OWNED, B.QUARANTINED), "a shared block is written"
+            self.pool[block][slot] = prompt[place]
+
+    @precondition(lambda self: bool(self.chunks))
+    @rule(data=st.data())
+    def chunk_ends(self, data: st.DataObject) -> None:
+        if self.chunks:
+            r = self.stepping.pop(data.draw(st.sampled_from(list(self.chunks))))
+            self.compute_chunk(r)
+            self.computed[r.key] += self.chunks.pop(r.key)
+            self.handoff.engine_moved(self.now)
+            if self.handoff.is_aborting(r.key):
+                self.handoff.engine_idle(r.key)
+                self.live.pop(r.key)
+                return
+            self.handoff.share_prompt(r.key, self.computed[r.key])
+            if self.computed[r.key] == r.prompt_tokens:
+                self.handoff.computed(r.key)
+                self.answers[r.key] = [7]
+
+    @precondition(lambda self: len(self.stepping) > len(self.chunks))
     @rule(data=st.data(), token=st.integers(7, 8))
     def step_ends(self, data: st.DataObject, token: int) -> None:
-        if self.stepping:
-            r = self.stepping.pop(data.draw(st.sampled_from(list(self.stepping))))
+        decoding = [key for key in self.stepping if key not in self.chunks]
+        if decoding:
+            r = self.stepping.pop(data.draw(st.sampled_from(decoding)))
             self.compute(r)
             if self.handoff.is_aborting(r.key):
                 self.handoff.engine_idle(r.key)

@@ -5,7 +5,6 @@ workers free again. What runs beside it gets the tokens it would have had.
 """
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+from engine_gate import EngineGate
 from local_cluster import LocalCluster, local_cluster
 from tiny_models import make_tiny
 from waiting import until
@@ -36,30 +36,6 @@ async def cluster_of(model: Path, **worker: Any) -> AsyncIterator[tuple[LocalClu
     settings = {"chunk_tokens": 32, **worker}
     async with local_cluster(model, worker=settings) as cluster, cluster.client() as client:
         yield cluster, client
-
-
-class EngineGate:
-    """Holds an engine inside the n-th step after `close`, on the engine's own thread."""
-
-    def __init__(self, service: Any, *, at_step: int = 1) -> None:
-        self.entered = asyncio.Event()
-        self._open = threading.Event()
-        self._steps = 0
-        self._at_step = at_step
-        self._loop = asyncio.get_running_loop()
-        self._runner = service._engine._runner
-        self._step = self._runner.step
-        self._runner.step = self._gated
-
-    def _gated(self, *args: Any, **kwargs: Any) -> Any:
-        self._steps += 1
-        if self._steps == self._at_step:
-            self._loop.call_soon_threadsafe(self.entered.set)
-            self._open.wait(30)
-        return self._step(*args, **kwargs)
-
-    def open(self) -> None:
-        self._open.set()
 
 
 async def cancel(stream: Any, reader: "asyncio.Task[Any]") -> None:

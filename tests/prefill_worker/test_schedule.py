@@ -9,13 +9,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kv_fixtures import LAYOUT, sampling
 
 from kvrelay.engine.step import Slice
+from kvrelay.engine.turns import Chunk
 from kvrelay.kv.ledger import BlockLedger, BlockState
 from kvrelay.kv.prefix import PrefixChain, chain_root
 from kvrelay.lifecycle import IllegalTransitionError
 from kvrelay.wire.transfer_pb2 import Ticket
 from prefill_worker.schedule import (
     TRANSITIONS,
-    Chunk,
     InvalidJobError,
     Job,
     JobEvent,

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from decode_worker.handoff import HandOff, Key
+from decode_worker.handoff import HandOff
+from decode_worker.reservation import Key
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.layout import KVLayout

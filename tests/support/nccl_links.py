@@ -12,7 +12,8 @@ from kv_fixtures import DEADLINE_S, LAYOUT, Book, DecodeEnd, worker_config
 from links import until
 from nccl_double import DoubleCommunicator, DoubleNccl
 
-from decode_worker.handoff import HandOff, Key
+from decode_worker.handoff import HandOff
+from decode_worker.reservation import Key
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockLedger
 from kvrelay.kv.pool import KVPool

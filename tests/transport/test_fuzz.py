@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from kv_fixtures import DEADLINE_S, LAYOUT, decode_end, key, prefill_end
 from links import begun_by_hand, connected, greeting, hand_over, link_of, raw, sum_of
 
-from decode_worker.handoff import ReservationState
+from decode_worker.reservation import ReservationState
 from kvrelay.transport import frames as frames_module
 from kvrelay.transport.frames import FRAME_BYTES_MAX, FrameSocket
 from kvrelay.wire.transfer_pb2 import (

@@ -1,0 +1,30 @@
+"""What the KV links may ask of a decode worker: the hand-off with the clock added."""
+
+from collections.abc import Callable, Sequence
+
+from decode_worker.handoff import HandOff
+
+
+class Book:
+    """The TransferBook of kvrelay/transport/reader.py. `commit` and `lost` are the service's: they
+    concern more than the hand-off."""
+
+    def __init__(
+        self,
+        handoff: HandOff,
+        now_ms: Callable[[], float],
+        commit: Callable[[int, int, int], None],
+        lost: Callable[[int, str], None],
+    ) -> None:
+        self._handoff = handoff
+        self._now_ms = now_ms
+        self.expect = handoff.expect
+        self.awaits_again = handoff.awaits_again
+        self.commit = commit
+        self.lost = lost
+
+    def begin(self, transfer_id: int, secret: bytes) -> None:
+        self._handoff.begin(transfer_id, secret, self._now_ms())
+
+    def received(self, transfer_id: int, first_index: int, count: int, bad: Sequence[int]) -> None:
+        self._handoff.received(transfer_id, first_index, count, bad, self._now_ms())

@@ -1,0 +1,117 @@
+"""What a decode worker's messages mean and how its own are made. Called by its service."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from decode_worker.batch import Ending, Output
+from decode_worker.prompts import LocalPrompt
+from decode_worker.reservation import InvalidReservationError, Reservation
+from kvrelay.engine.history import TokenHistory
+from kvrelay.engine.sampling import SamplingParams, history_of
+from kvrelay.kv.prefix import PrefixChain, split_hashes
+from kvrelay.wire import transfer_pb2, worker_pb2
+from kvrelay.wire.worker_pb2 import DecodeEvent
+
+_ENDINGS = {
+    Ending.NONE: worker_pb2.ENDING_NONE,
+    Ending.EOS: worker_pb2.ENDING_EOS,
+    Ending.LENGTH: worker_pb2.ENDING_LENGTH,
+}
+
+
+def prefix_chain(reserve: worker_pb2.Reserve, block_size: int) -> PrefixChain | None:
+    """Over the prompt; None when the router names no blocks."""
+    if not reserve.hash_root:
+        return None
+    try:
+        hashes = split_hashes(reserve.block_hashes)
+    except ValueError as error:
+        raise InvalidReservationError(str(error)) from error
+    return PrefixChain(reserve.hash_root, block_size, hashes, reserve.tail_token_ids)
+
+
+def token_history(reserve: worker_pb2.Reserve, sampling: SamplingParams) -> TokenHistory | None:
+    """What sampling has to know of the prompt; raises InvalidReservationError when that is not in
+    the message."""
+    prompt = reserve.prompt_token_ids
+    try:
+        return history_of(sampling, prompt, reserve.prompt_tokens, reserve.answered)
+    except ValueError as error:
+        raise InvalidReservationError(str(error)) from error
+
+
+def check_prompt(reserve: worker_pb2.Reserve) -> None:
+    """Raises InvalidReservationError unless the prompt to be computed here is in the message."""
+    sent = len(reserve.prompt_token_ids)
+    if sent == 0 or sent != reserve.prompt_tokens:
+        raise InvalidReservationError(
+            f"{sent} tokens sent of a prompt of {reserve.prompt_tokens} to be computed here"
+        )
+
+
+def local_prompt(
+    reserve: worker_pb2.Reserve, reservation: Reservation, block_size: int
+) -> LocalPrompt:
+    cached_tokens = len(reservation.cached_blocks) * block_size
+    return LocalPrompt(
+        key=reservation.key,
+        prompt=list(reserve.prompt_token_ids),
+        sampling=reservation.sampling,
+        blocks=reservation.blocks,
+        cached_tokens=cached_tokens,
+        computed=cached_tokens,
+        history=reservation.history,
+    )
+
+
+def ticket(
+    reserve: worker_pb2.Reserve,
+    reservation: Reservation,
+    *,
+    instance_id: str,
+    layout: transfer_pb2.KvLayout,
+    endpoints: Sequence[transfer_pb2.Endpoint],
+    lease_ms: int,
+) -> transfer_pb2.Ticket:
+    """Leave to write the reservation's blocks, once."""
+    return transfer_pb2.Ticket(
+        request_id=reserve.request_id,
+        attempt=reserve.attempt,
+        decode_instance_id=instance_id,
+        transfer_id=reservation.transfer_id,
+        secret=reservation.secret,
+        first_block=len(reservation.cached_blocks),
+        block_ids=reservation.prompt_blocks,
+        layout=layout,
+        endpoints=endpoints,
+        lease_ms=lease_ms,
+    )
+
+
+def started(prompt: LocalPrompt) -> DecodeEvent:
+    event = worker_pb2.PrefillStarted(key=prompt.key[1], cached_tokens=prompt.cached_tokens)
+    return DecodeEvent(started=event)
+
+
+def first_token(prompt: LocalPrompt, token: int, prefill_ms: float) -> DecodeEvent:
+    event = worker_pb2.FirstToken(key=prompt.key[1], token_id=token, prefill_ms=prefill_ms)
+    return DecodeEvent(first_token=event)
+
+
+def step_outputs(outputs: Sequence[Output]) -> dict[Any, DecodeEvent]:
+    """One message for each router's session, with all its requests' tokens."""
+    by_session: dict[Any, list[worker_pb2.SequenceOutput]] = {}
+    for output in outputs:
+        session, key = output.key
+        by_session.setdefault(session, []).append(
+            worker_pb2.SequenceOutput(
+                key=key,
+                offset=output.offset,
+                token_ids=[output.token],
+                ending=_ENDINGS[output.ending],
+            )
+        )
+    return {
+        session: DecodeEvent(step=worker_pb2.StepOutput(outputs=messages))
+        for session, messages in by_session.items()
+    }

@@ -1,0 +1,92 @@
+"""Prompts that a decode worker computes itself, in chunks beside the tokens of its running batch.
+
+A pure object; decode_worker/service.py runs the chunks it names. While sequences run, a step has as
+many prompt tokens as its predicted time allows, and at least a block, so that prompts always
+advance; while none runs, a whole chunk.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from decode_worker.reservation import Key
+from kvrelay.engine.history import TokenHistory
+from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.step_cost import StepFit
+from kvrelay.engine.turns import Chunk, Turns
+
+
+class PromptsFullError(Exception):
+    """`local_prompts_max` prompts are here already."""
+
+
+@dataclass(eq=False)
+class LocalPrompt:
+    """A PromptJob of kvrelay/engine/turns.py."""
+
+    key: Key
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    blocks: list[int]
+    cached_tokens: int
+    computed: int  # those that are cached included
+    history: TokenHistory | None = None  # where sampling needs one
+    started_s: float = 0.0  # when its first chunk began, by the service's clock
+
+
+class LocalPrompts:
+    """All of one worker. itl_target_ms 0: no bound but chunk_tokens."""
+
+    def __init__(
+        self, block_size: int, *, chunk_tokens: int, itl_target_ms: int, prompts_max: int
+    ) -> None:
+        self._block_size = block_size
+        self._chunk_tokens = max(chunk_tokens, block_size)
+        self._itl_target_ms = itl_target_ms
+        self._prompts_max = prompts_max
+        self._turns: Turns[LocalPrompt] = Turns(block_size)
+        self._prompts: dict[Key, LocalPrompt] = {}
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens to be computed here."""
+        return self._turns.tokens
+
+    def check_room(self) -> None:
+        """Raises PromptsFullError when no prompt can be added now."""
+        if len(self._prompts) >= self._prompts_max:
+            raise PromptsFullError(f"{self._prompts_max} prompts are to be computed here already")
+
+    def add(self, prompt: LocalPrompt) -> None:
+        self.check_room()
+        self._prompts[prompt.key] = prompt
+        self._turns.join(prompt)
+
+    def leave(self, key: Key) -> None:
+        prompt = self._prompts.pop(key, None)
+        if prompt is not None:
+            self._turns.leave(prompt)
+
+    def next_chunks(self, running: int, fit: StepFit) -> list[Chunk[LocalPrompt]]:
+        """Oldest first, in turns, for a step that also gives `running` sequences a token."""
+        return self._turns.next_chunks(self._tokens(running, fit))
+
+    def computed(self, chunk: Chunk[LocalPrompt]) -> bool:
+        """A step with this chunk has ended. False when its prompt left meanwhile."""
+        prompt = chunk.job
+        if self._prompts.get(prompt.key) is not prompt:
+            return False
+        self._turns.computed(chunk)
+        if chunk.is_last:
+            del self._prompts[prompt.key]
+        else:
+            self._turns.join(prompt)
+        return True
+
+    def _tokens(self, running: int, fit: StepFit) -> int:
+        if not running or not self._itl_target_ms:
+            return self._chunk_tokens
+        within = fit.prompt_tokens_within(self._itl_target_ms, running)
+        return max(self._block_size, min(within, self._chunk_tokens))
