@@ -22,6 +22,7 @@ from kvrelay.wire import worker_pb2
 from router.callers import ANYBODY, Caller, Callers
 
 BLOCK_SIZE = 16
+BLOCK_BYTES = 3 * 2 * BLOCK_SIZE * 2 * 16 * 4  # layers, K and V, tokens, heads, values, bytes
 LONG, SHORT = 4000, 40  # tokens
 SYSTEM = 1500  # tokens of the prompt that all requests share
 
@@ -212,6 +213,55 @@ async def test_no_cross_tenant_hits_under_load(model):
                 streams.append(stream)
             answers = await asyncio.gather(*(stream.result() for stream in streams))
             assert {answer.cached_tokens for answer in answers} == {0}
+
+
+# ---- what routers know
+
+
+def known(cluster: LocalCluster) -> list[set[bytes]]:
+    """What the router holds to be cached, worker by worker."""
+    workers = cluster.router.fleet.dispatcher._workers
+    lists = [(workers.prefill, workers._prefill_list), (workers.decode, workers._decode_list)]
+    served = [(cluster.prefill, *lists[0]), (cluster.decode, *lists[1])]
+    return [
+        listed.index._told[named[service.instance_id].number].names
+        for services, named, listed in served
+        for service in services
+    ]
+
+
+def cached(cluster: LocalCluster) -> list[set[bytes]]:
+    caches = [w._schedule.cache for w in cluster.prefill]
+    caches += [w._handoff.cache for w in cluster.decode]
+    return [set(cache._block_of) for cache in caches]
+
+
+async def ask_some(client: Any, round_: int) -> None:
+    prompts = [tokens(round_ * 4 + i, 150) for i in range(4)]  # 40 blocks in all
+    await asyncio.gather(*(client.generate(p, max_tokens=9).result() for p in prompts))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_the_router_knows_what_workers_cache(model, workers):
+    settings = {"prefill": workers, "decode": workers, "worker": {"kv_bytes": 24 * BLOCK_BYTES}}
+    async with local_cluster(model, **settings) as cluster, cluster.client() as client:
+        for number in range(4):
+            await ask_some(client, number)
+            await until(lambda: known(cluster) == cached(cluster), within_s=30)
+        assert any(cached(cluster))
+
+
+async def test_the_router_finds_out_that_it_has_missed_something(model):
+    never = {"local_prefill": "never"}  # every request changes what either worker caches
+    async with local_cluster(model, router=never) as cluster, cluster.client() as client:
+        await ask_some(client, 0)
+        await until(lambda: known(cluster) == cached(cluster), within_s=30)
+        workers = cluster.router.fleet.dispatcher._workers
+        for listed in (workers._prefill_list, workers._decode_list):
+            (told,) = listed.index._told.values()
+            told.number -= 1  # as if the last message had been lost
+        await ask_some(client, 1)
+        await until(lambda: known(cluster) == cached(cluster), within_s=30)
 
 
 # ---- what many prompts have in common

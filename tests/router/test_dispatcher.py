@@ -48,13 +48,12 @@ EXHAUSTED = pb.FAILURE_CODE_EXHAUSTED
 PEER_LOST = pb.FAILURE_CODE_PEER_LOST
 
 
-_URGENCY = ("priority", "ttft_deadline_ms")
-
-
 def make(
     name: str = "r1", prompt: int = 8, max_tokens: int = 4, now: float = 0, **more: Any
 ) -> Request:
-    urgency = {field: more.pop(field) for field in _URGENCY if field in more}
+    """more: of the request's urgency, or of its sampling."""
+    named = ("priority", "ttft_deadline_ms")
+    urgency = {field: more.pop(field) for field in named if field in more}
     sampling = Sampling(0.0, 0, 1.0, 0, max_tokens, (), (EOS,), **more)
     return Request(name, list(range(prompt)), sampling, Times(now), **urgency)
 
