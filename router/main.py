@@ -14,6 +14,7 @@ import sys
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import disable_created_metrics
 
 from kvrelay.config import RouterConfig
 from kvrelay.rpc import make_server
@@ -125,6 +126,7 @@ def _watch_parent(stopping: asyncio.Event) -> None:
 def main() -> int:
     config = RouterConfig.model_validate_json(sys.stdin.readline())
     logging.basicConfig(level=config.log_level, format="%(levelname)s %(name)s: %(message)s")
+    disable_created_metrics()  # when a counter began is of use to nobody here
     try:
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(serve(config))

@@ -3,7 +3,7 @@ settled (router/http/gate.py)."""
 
 import time
 
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -69,7 +69,7 @@ class Routes:
         return _json(Health())
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self._door.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(self._door.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     async def openapi(self, request: Request) -> Response:
         return JSONResponse(self._document)
