@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import socket
@@ -56,14 +57,25 @@ class Server:
         # A short path: unix sockets are made in it.
         self.temp_dir = Path(tempfile.mkdtemp(prefix="kvt-", dir="/tmp"))
         self.printed: list[str] = []
-        self.address = ""
+        self.address = self.http_address = ""
         self._shm_before = set(SHM.iterdir())
         self._family: set[psutil.Process] = set()
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._stderr_path = self.temp_dir.with_suffix(".err")
         with self._stderr_path.open("w") as stderr:
             self.process = subprocess.Popen(
-                [KVRELAY, "serve", str(model), "--kv-gib", "0.05", "--port", "0", *options],
+                [
+                    KVRELAY,
+                    "serve",
+                    str(model),
+                    "--kv-gib",
+                    "0.05",
+                    "--port",
+                    "0",
+                    "--http-port",
+                    "0",
+                    *options,
+                ],
                 # A Ray cluster of somebody else is not joined.
                 env={**os.environ, "TMPDIR": str(self.temp_dir), "RAY_ADDRESS": "127.0.0.1:1"},
                 start_new_session=True,
@@ -91,8 +103,9 @@ class Server:
         except queue.Empty:
             pytest.fail(f"not ready in {READY_S} s: {self.stderr}")
         assert line is not None, self.stderr
-        assert line.startswith("ready grpc="), line
-        self.address = line.removeprefix("ready grpc=").rstrip("\n")
+        ready = re.fullmatch(r"ready grpc=(\S+) http=(\S+)\n", line)
+        assert ready, line
+        self.address, self.http_address = ready.groups()
 
     def family(self) -> set[psutil.Process]:
         """The server and all processes under it now; those seen before are remembered."""
@@ -249,7 +262,7 @@ class Answering(threading.Thread):
 
 
 def test_it_prints_one_line(server):
-    assert server.printed == [f"ready grpc={server.address}\n"]
+    assert server.printed == [f"ready grpc={server.address} http={server.http_address}\n"]
     # On stderr the stages alone: no bar of a library, no chatter of Ray's.
     stages = ("reading ", "packing ", "comparing ", "writing ")  # of weights, the first time
     stages += ("starting ", "loading ", "connecting ")
@@ -325,7 +338,7 @@ def test_a_worker_that_is_killed(server, role):
     after = server.workers()
     assert len(after - before) == 1
     assert victim not in after
-    assert server.printed == [f"ready grpc={server.address}\n"]
+    assert server.printed == [f"ready grpc={server.address} http={server.http_address}\n"]
 
 
 # ---- several workers, and the end

@@ -226,7 +226,9 @@ async def test_a_method_that_a_route_does_not_take():
     async with http_router() as router:
         reply = await router.client.get("/v1/completions")
         assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
-        assert reply.json()["error"]["message"] == "/v1/completions does not take GET; it takes POST"
+        assert (
+            reply.json()["error"]["message"] == "/v1/completions does not take GET; it takes POST"
+        )
 
 
 # ---- the other routes
