@@ -141,7 +141,7 @@ class Metrics:
 
 
 class TokenGaps:
-    """A histogram for the one thing that happens for every token: a tenth of the library's cost."""
+    """A histogram for what happens at every token, at a sixth of the library's cost."""
 
     def __init__(self) -> None:
         self._counts = [0] * (len(_TOKEN_S) + 1)

@@ -5,7 +5,7 @@ the answer and is not supported is refused when its value asks for something; on
 nothing is taken and ignored.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
@@ -80,6 +80,21 @@ MESSAGE_NOT_SUPPORTED: Mapping[str, Collection[Any]] = {
 }
 
 
+def _described(
+    not_supported: Mapping[str, Collection[Any]], harmless: Collection[str]
+) -> Callable[[dict[str, Any]], None]:
+    """Adds to a schema what `check_extras` lets pass."""
+
+    def describe(schema: dict[str, Any]) -> None:
+        for name, values in not_supported.items():
+            schema["properties"][name] = {"enum": [None, *values], "description": "Not supported."}
+        for name in sorted(harmless):
+            schema["properties"][name] = {"description": "Taken and ignored."}
+        schema["additionalProperties"] = False
+
+    return describe
+
+
 class _Received(BaseModel):
     # What is not a field is kept, for `check_extras`.
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
@@ -127,6 +142,8 @@ Content = Annotated[
 
 
 class ChatMessage(_Received):
+    model_config = ConfigDict(json_schema_extra=_described(MESSAGE_NOT_SUPPORTED, MESSAGE_HARMLESS))
+
     role: str
     content: Content = None
 
@@ -215,6 +232,8 @@ class Body(_Received):
 
 
 class ChatBody(Body):
+    model_config = ConfigDict(json_schema_extra=_described(CHAT_NOT_SUPPORTED, HARMLESS))
+
     messages: Many[ChatMessage]
     max_completion_tokens: Int32 | None = Field(None, description="Newer name of max_tokens.")
 
@@ -226,6 +245,8 @@ class ChatBody(Body):
 
 
 class CompletionBody(Body):
+    model_config = ConfigDict(json_schema_extra=_described(COMPLETION_NOT_SUPPORTED, HARMLESS))
+
     prompt: Prompt
     best_of: int | None = Field(None, description="As n, or unset.")
 

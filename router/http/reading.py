@@ -30,6 +30,11 @@ async def read_body(request: Request, kind: type[B], config: RouterConfig) -> B:
     except TimeoutError:
         message = f"the body did not arrive within {config.http_read_ms} ms"
         raise HttpError(HTTPStatus.REQUEST_TIMEOUT, message, code="body_timeout") from None
+    return parse(kind, data)
+
+
+def parse(kind: type[B], data: bytes) -> B:
+    """Raises HttpError for what is not JSON, or not of this kind."""
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
