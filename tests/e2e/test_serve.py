@@ -19,6 +19,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import grpc
+import httpx2
 import psutil
 import pytest
 from tiny_models import make_not_decoder_only, make_tiny
@@ -286,6 +287,14 @@ def test_generate_json(server):
     assert answer["ttft_ms"] > 0
 
 
+def test_http(server):
+    url = f"http://{server.http_address}"
+    assert httpx2.get(f"{url}/ready").json() == {"status": "ok"}
+    chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 9}
+    answer = httpx2.post(f"{url}/v1/chat/completions", json=chat, timeout=ANSWER_S).json()
+    assert answer["usage"]["completion_tokens"] == 9
+
+
 def test_the_router_has_neither_torch_nor_ray(server):
     maps = Path(f"/proc/{server.router().pid}/maps").read_text()
     assert "cygrpc" in maps, "these are the files it has loaded"
@@ -467,10 +476,11 @@ def test_a_file_of_unknown_type(tmp_path):
         assert_error(server, "model.bin", "not a .gguf file")
 
 
-def test_a_port_that_is_taken(model):
+@pytest.mark.parametrize("option", ["--port", "--http-port"])
+def test_a_port_that_is_taken(model, option):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with starting(model, "--port", str(port)) as server:
+        with starting(model, option, str(port)) as server:
             assert_error(server, "router", str(port))
 
 
