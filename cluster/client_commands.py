@@ -61,6 +61,23 @@ _REQUEST_OPTIONS: tuple[_Decorator, ...] = (
     click.option(
         "--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."
     ),
+    click.option("--min-p", type=click.FloatRange(0, 1), help="Keep what is P times as likely."),
+    click.option(
+        "--repetition-penalty",
+        type=click.FloatRange(0, min_open=True),
+        help="Above 1: tokens that were there come less.",
+    ),
+    click.option("--presence-penalty", type=click.FloatRange(-2, 2), help="Above 0: new topics."),
+    click.option("--frequency-penalty", type=click.FloatRange(-2, 2), help="Above 0: less again."),
+    click.option("--min-tokens", type=click.IntRange(0, 2**31 - 1), help="No end before so many."),
+    click.option("--ignore-eos", is_flag=True, help="Go on where the model would end."),
+    click.option(
+        "--stop-token-id",
+        "stop_token_ids",
+        multiple=True,
+        type=click.IntRange(0, 2**32 - 1),
+        help="End at this token; may be repeated.",
+    ),
 )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from decode_worker.handoff import Key
+from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.engine.step import Slice
 
@@ -28,6 +29,7 @@ class Running:
     sampling: SamplingParams
     blocks: list[int]
     answer: list[int] = field(default_factory=list)
+    history: TokenHistory | None = None  # where sampling needs one
 
     @property
     def next_position(self) -> int:
@@ -88,6 +90,8 @@ class Batch:
     def _append(self, sequence: Running, token: int) -> Output:
         offset = len(sequence.answer)
         sequence.answer.append(token)
+        if sequence.history is not None:
+            sequence.history.add(token)
         if token in sequence.sampling.eos_token_ids:
             ending = Ending.EOS
         elif len(sequence.answer) >= sequence.sampling.max_tokens:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.layout import KVLayout, reserved_blocks
 from kvrelay.kv.ledger import BlockEvent, BlockLedger, OutOfBlocksError
@@ -78,6 +79,7 @@ class Reservation:
     resends: Counter[int] = field(default_factory=Counter)  # asked for, by index
     cached_blocks: list[int] = field(default_factory=list)  # shared, the first of the prompt
     chain: PrefixChain | None = None  # over the prompt; None: nothing of it is cached
+    history: TokenHistory | None = None  # what sampling has to know of the prompt
 
     @property
     def blocks(self) -> list[int]:

@@ -15,8 +15,9 @@ from typing import Any
 from decode_worker.batch import Batch, Ending, Output, Running
 from decode_worker.handoff import HandOff, InvalidReservationError, Key
 from kvrelay.config import WorkerConfig
+from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.host import EngineHost
-from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
+from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams, history_of
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
 from kvrelay.kv.prefix import PrefixChain, split_hashes
 from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session
@@ -117,6 +118,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         sampling = SamplingParams.from_wire(reserve.sampling)
         try:
             chain = self._chain(reserve)
+            history = _history(reserve, sampling)
             reservation = self._handoff.reserve(
                 key, reserve.prompt_tokens, sampling, _now_ms(), chain
             )
@@ -126,6 +128,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         except InvalidReservationError as error:
             self._fail(key, FailureCode.FAILURE_CODE_INVALID, str(error))
             return
+        reservation.history = history
         self._announced_free = self.ledger.available
         ticket = transfer_pb2.Ticket(
             request_id=reserve.request_id,
@@ -164,6 +167,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             prompt_tokens=reservation.prompt_tokens,
             sampling=reservation.sampling,
             blocks=reservation.blocks,
+            history=reservation.history,
         )
         self._handoff.share_prompt(sequence.key)
         self._decoding[sequence.key] = sequence
@@ -192,6 +196,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                     [sequence.slice() for sequence in step],
                     [sequence.sampling for sequence in step],
                     [sequence.next_position for sequence in step],
+                    [sequence.history for sequence in step],
                 )
             except Exception as error:
                 log.exception("a decode step failed")
@@ -291,6 +296,14 @@ class _Book:
 
     def received(self, transfer_id: int, first_index: int, count: int, bad: Sequence[int]) -> None:
         self._handoff.received(transfer_id, first_index, count, bad, _now_ms())
+
+
+def _history(reserve: worker_pb2.Reserve, sampling: SamplingParams) -> TokenHistory | None:
+    prompt = reserve.prompt_token_ids
+    try:
+        return history_of(sampling, prompt, reserve.prompt_tokens, reserve.answered)
+    except ValueError as error:
+        raise InvalidReservationError(str(error)) from error
 
 
 def _now_ms() -> float:

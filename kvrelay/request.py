@@ -24,6 +24,13 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float | None  # keep the likeliest that add up to this, over 0 to 1
     seed: int | None  # same request and seed, same tokens
     stop: str | Sequence[str]  # the answer ends before the first of these
+    min_p: float | None  # keep tokens at least this share as likely as the likeliest, 0 to 1
+    repetition_penalty: float | None  # over 0; above 1: tokens of prompt and answer less likely
+    presence_penalty: float | None  # -2 to 2; on tokens that the answer has
+    frequency_penalty: float | None  # -2 to 2; for each time that the answer has them
+    min_tokens: int | None  # the answer does not end before it has so many
+    ignore_eos: bool  # the model's own end tokens do not end the answer
+    stop_token_ids: Sequence[int]  # tokens that end it as the model's own do
 
 
 class RequestOptions(SamplingOptions, total=False):
@@ -73,6 +80,13 @@ def _sampling(
     top_p: float | None = None,
     seed: int | None = None,
     stop: str | Sequence[str] = (),
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    min_tokens: int | None = None,
+    ignore_eos: bool = False,
+    stop_token_ids: Sequence[int] = (),
 ) -> pb.SamplingParams:
     return _message(
         pb.SamplingParams,
@@ -82,6 +96,13 @@ def _sampling(
         top_p=top_p,
         seed=seed,
         stop=[stop] if isinstance(stop, str) else stop,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        min_tokens=min_tokens,
+        ignore_eos=ignore_eos,
+        stop_token_ids=stop_token_ids,
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.engine.step import Slice
 from kvrelay.kv.layout import KVLayout
@@ -70,6 +71,7 @@ class Job:
     sampling: SamplingParams
     ticket: Ticket
     hashes: Sequence[bytes] = ()  # of the prompt's full blocks; none: nothing of it is cached
+    history: TokenHistory | None = None  # what sampling has to know of the prompt
     state: JobState = JobState.QUEUED
     blocks: list[int] = field(default_factory=list)
     computed: int = 0  # those found in the cache included

@@ -15,7 +15,7 @@ from typing import Any
 
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
-from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
+from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams, history_of
 from kvrelay.engine.step import CancelFlag, StepCancelledError
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockLedger
@@ -122,6 +122,8 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         try:
             if self._config.prefix_caching:
                 job.hashes = split_hashes(prefill.block_hashes)
+            tokens = len(job.prompt)
+            job.history = history_of(job.sampling, job.prompt, tokens, prefill.answered)
             self._schedule.add(job)
         except (InvalidJobError, ValueError) as error:
             self._fail(job, FailureCode.FAILURE_CODE_INVALID, str(error))
@@ -154,6 +156,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
                     [chunk.slice() for chunk in step],
                     [chunk.job.sampling if chunk.is_last else None for chunk in step],
                     [len(chunk.job.prompt) for chunk in step],
+                    [chunk.job.history for chunk in step],
                     self._step_cancelled,
                 )
             except StepCancelledError:

@@ -4,12 +4,14 @@ Pure functions, called by the service in the order of their cost. Every refusal 
 that names the field, what was given and what is allowed.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvrelay.wire import inference_pb2
 
 TEMPERATURE_MAX = 2.0
+PENALTY_MAX = 2.0  # of presence and frequency, either way
 SEED_MAX = 2**64 - 1
 
 
@@ -25,6 +27,7 @@ class RequestLimits:
     messages_max: int = 1024
     stop_strings_max: int = 16
     stop_string_bytes_max: int = 256
+    stop_token_ids_max: int = 64
     request_id_bytes_max: int = 128
     max_tokens_default: int = 256
 
@@ -42,26 +45,45 @@ class Sampling:
     seed: int
     max_tokens: int
     stop: tuple[str, ...]
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]  # all that end the answer
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_tokens: int = 0
+
+    @property
+    def penalises(self) -> bool:
+        """Whoever samples needs to know the tokens that there are."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0)
 
 
 def check_sampling(
     params: inference_pb2.SamplingParams,
     *,
     eos_token_ids: Sequence[int],
+    vocab_size: int,
     prompt_tokens: int,
     max_model_tokens: int,
     limits: RequestLimits,
     draw_seed: Callable[[], int],
 ) -> Sampling:
+    max_tokens = _max_tokens(params, prompt_tokens, max_model_tokens, limits)
+    ends = () if params.ignore_eos else tuple(eos_token_ids)
     sampling = Sampling(
         temperature=_temperature(params),
         top_k=_top_k(params),
         top_p=_top_p(params),
         seed=params.seed if params.HasField("seed") else draw_seed(),
-        max_tokens=_max_tokens(params, prompt_tokens, max_model_tokens, limits),
+        max_tokens=max_tokens,
         stop=_stop(params.stop, limits),
-        eos_token_ids=tuple(eos_token_ids),
+        eos_token_ids=ends + _stop_token_ids(params.stop_token_ids, vocab_size, limits),
+        min_p=_min_p(params),
+        repetition_penalty=_repetition_penalty(params),
+        presence_penalty=_penalty("presence_penalty", params.presence_penalty),
+        frequency_penalty=_penalty("frequency_penalty", params.frequency_penalty),
+        min_tokens=_min_tokens(params, max_tokens),
     )
     assert 0 <= sampling.seed <= SEED_MAX, "draw_seed gave no 64-bit seed"
     return sampling
@@ -87,12 +109,7 @@ def check_token_ids(token_ids: Sequence[int], *, vocab_size: int, max_model_toke
     if not token_ids:
         raise InvalidRequest("token_ids: empty, needs at least one token")
     _room(len(token_ids), max_model_tokens)  # before a look at what may be millions
-    for index, token_id in enumerate(token_ids):
-        if not 0 <= token_id < vocab_size:
-            raise InvalidRequest(
-                f"token_ids[{index}]: {token_id}, allowed are 0 to {vocab_size - 1} "
-                f"(vocabulary of {vocab_size})"
-            )
+    _in_vocabulary("token_ids", token_ids, vocab_size)
 
 
 def check_messages(messages: Sequence[tuple[str, str]], limits: RequestLimits) -> None:
@@ -150,6 +167,35 @@ def _top_p(params: inference_pb2.SamplingParams) -> float:
     return top_p
 
 
+def _min_p(params: inference_pb2.SamplingParams) -> float:
+    if not 0.0 <= params.min_p <= 1.0:
+        raise InvalidRequest(f"min_p: {params.min_p}, allowed are 0 to 1")
+    return params.min_p
+
+
+def _repetition_penalty(params: inference_pb2.SamplingParams) -> float:
+    penalty = params.repetition_penalty if params.HasField("repetition_penalty") else 1.0
+    if not 0.0 < penalty < math.inf:
+        raise InvalidRequest(
+            f"repetition_penalty: {penalty}, allowed are values over 0, 1 is no penalty"
+        )
+    return penalty
+
+
+def _penalty(field: str, penalty: float) -> float:
+    if not -PENALTY_MAX <= penalty <= PENALTY_MAX:
+        raise InvalidRequest(f"{field}: {penalty}, allowed are {-PENALTY_MAX:g} to {PENALTY_MAX:g}")
+    return penalty
+
+
+def _min_tokens(params: inference_pb2.SamplingParams, max_tokens: int) -> int:
+    if not 0 <= params.min_tokens <= max_tokens:
+        raise InvalidRequest(
+            f"min_tokens: {params.min_tokens}, allowed are 0 to {max_tokens}, which is max_tokens"
+        )
+    return params.min_tokens
+
+
 def _max_tokens(
     params: inference_pb2.SamplingParams,
     prompt_tokens: int,
@@ -194,6 +240,26 @@ def _stop(stop: Sequence[str], limits: RequestLimits) -> tuple[str, ...]:
                 f"stop[{index}]: {size} bytes, at most {limits.stop_string_bytes_max} allowed"
             )
     return tuple(stop)
+
+
+def _stop_token_ids(
+    token_ids: Sequence[int], vocab_size: int, limits: RequestLimits
+) -> tuple[int, ...]:
+    if len(token_ids) > limits.stop_token_ids_max:
+        raise InvalidRequest(
+            f"stop_token_ids: {len(token_ids)} tokens, at most {limits.stop_token_ids_max} allowed"
+        )
+    _in_vocabulary("stop_token_ids", token_ids, vocab_size)
+    return tuple(token_ids)
+
+
+def _in_vocabulary(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    for index, token_id in enumerate(token_ids):
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequest(
+                f"{field}[{index}]: {token_id}, allowed are 0 to {vocab_size - 1} "
+                f"(vocabulary of {vocab_size})"
+            )
 
 
 def _utf8_bytes(field: str, text: str) -> int:

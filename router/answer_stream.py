@@ -25,10 +25,12 @@ class AnswerStream:
             self._finish(Ending.STOP_STRING if self._text.stopped else event)
             return Delta(offset=self._offset, text=text) if text else None
         text, shown = "", 0
+        sampling = self._request.sampling
         for token in event:
+            may_stop = self._offset + shown >= sampling.min_tokens
             shown += 1
-            if token not in self._request.sampling.eos_token_ids:
-                text += self._text.push([token])
+            if token not in sampling.eos_token_ids:
+                text += self._text.push([token], may_stop=may_stop)
             if self._text.stopped:
                 break
         delta = Delta(offset=self._offset, token_ids=event[:shown], text=text)

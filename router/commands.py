@@ -89,6 +89,8 @@ def reserve(request: Request) -> ToDecode:
         block_hashes=join_hashes(request.chain.hashes),
         hash_root=request.chain.root,
         tail_token_ids=request.chain.tail,
+        prompt_token_ids=request.prompt_now if request.sampling.penalises else (),
+        answered=len(request.answer),
     )
     return ToDecode(request.decode_id, DecodeCommand(reserve=message))
 
@@ -101,6 +103,7 @@ def prefill(request: Request, ticket: transfer_pb2.Ticket) -> ToPrefill:
         sampling=_sampling(request),
         ticket=ticket,
         block_hashes=join_hashes(request.chain.hashes),
+        answered=len(request.answer),
     )
     return ToPrefill(request.prefill_id, PrefillCommand(prefill=message))
 
@@ -124,4 +127,9 @@ def _sampling(request: Request) -> worker_pb2.Sampling:
         seed=sampling.seed,
         max_tokens=request.max_tokens_now,
         eos_token_ids=sampling.eos_token_ids,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        min_tokens=request.min_tokens_now,
     )

@@ -79,13 +79,15 @@ class TextStream:
     """The text of one answer, from tokens as they come.
 
     All that push() and finish() return, put together, is the decoded answer cut before the first
-    stop string. The one exception: BYTE_RUN_MAX valid byte-fallback bytes and then, in the same
-    run, a broken character. The whole run would decode to U+FFFD, but its beginning is already out.
+    stop string that ends where one may. The one exception: BYTE_RUN_MAX valid byte-fallback bytes
+    and then, in the same run, a broken character. The whole run would decode to U+FFFD, but its
+    beginning is already out.
     """
 
     def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = ()) -> None:
         self._text = detokenizer.start()
         self._stop = _StopFilter(stop)
+        self._may_stop = True
         self._finished = False
 
     @property
@@ -93,10 +95,14 @@ class TextStream:
         """A stop string was met; further tokens are discarded."""
         return self._stop.stopped
 
-    def push(self, token_ids: Iterable[int]) -> str:
-        """The text that is certain now and was not before; often empty."""
+    def push(self, token_ids: Iterable[int], *, may_stop: bool = True) -> str:
+        """The text that is certain now and was not before; often empty.
+
+        may_stop: a stop string that ends in this text counts.
+        """
         assert not self._finished, "push after finish"
-        return "" if self.stopped else self._stop.push(self._text.push(token_ids))
+        self._may_stop = may_stop
+        return "" if self.stopped else self._stop.push(self._text.push(token_ids), may_stop)
 
     def finish(self) -> str:
         """The text that was held back; an incomplete character comes out as U+FFFD."""
@@ -104,7 +110,7 @@ class TextStream:
             self._finished = True
             return ""
         self._finished = True
-        return self._stop.push(self._text.finish()) + self._stop.finish()
+        return self._stop.push(self._text.finish(), self._may_stop) + self._stop.finish()
 
 
 class _ByteLevelText:
@@ -195,12 +201,15 @@ class _StopFilter:
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
         self._held = ""
+        self._exempt = 0  # so much of it came before a stop string may end: none ends in there
         self.stopped = False
 
-    def push(self, text: str) -> str:
+    def push(self, text: str, may_stop: bool) -> str:
         if not self._stop or not text:
             return text
         self._held += text
+        if not may_stop:
+            self._exempt = len(self._held)
         match, begun = self._match_at(), self._begun_at()
         # A longer stop string that began earlier may still come to match and would cut more off.
         if match < len(self._held) and match <= begun:
@@ -213,7 +222,8 @@ class _StopFilter:
 
     def _match_at(self) -> int:
         """Where the first complete stop string begins; the end of the held text if nowhere."""
-        found = (self._held.find(stop) for stop in self._stop)
+        begins = ((stop, max(0, self._exempt - len(stop) + 1)) for stop in self._stop)
+        found = (self._held.find(stop, begin) for stop, begin in begins)
         return min((at for at in found if at >= 0), default=len(self._held))
 
     def _begun_at(self) -> int:
@@ -232,6 +242,7 @@ class _StopFilter:
 
     def _take(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]
+        self._exempt = max(0, self._exempt - count)
         return text
 
 

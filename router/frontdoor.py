@@ -244,6 +244,7 @@ class FrontDoor:
         sampling = check_sampling(
             ask.sampling,
             eos_token_ids=self.files.eos_token_ids,
+            vocab_size=self.files.vocab_size,
             prompt_tokens=len(prompt),
             max_model_tokens=self.max_model_tokens,
             limits=DEFAULT_LIMITS,

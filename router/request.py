@@ -126,6 +126,10 @@ class Request:
     def max_tokens_now(self) -> int:
         return self.sampling.max_tokens - len(self.answer)
 
+    @property
+    def min_tokens_now(self) -> int:
+        return max(0, self.sampling.min_tokens - len(self.answer))
+
     def name_blocks(self, model_fingerprint: str, block_size: int) -> None:
         """Brings `chain` up to date with prompt_now; each token is hashed once."""
         root = chain_root(model_fingerprint, block_size, salt=self.tenant)

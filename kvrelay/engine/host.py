@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
+from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.runner import ModelRunner, UnsupportedModelError
 from kvrelay.engine.sampling import SamplingParams, sample
 from kvrelay.engine.step import CancelFlag, Slice
@@ -95,15 +96,18 @@ class EngineHost:
         slices: Sequence[Slice],
         params: Sequence[SamplingParams | None],
         positions: Sequence[int],
+        histories: Sequence[TokenHistory | None],
         cancelled: CancelFlag | None = None,
     ) -> list[int | None]:
         """One step; a new token for each slice that has params, in order (see `sample`).
+
+        Nobody may touch the histories until it ends.
 
         Raises:
             StepCancelledError: `cancelled` was set meanwhile.
         """
         loop = asyncio.get_running_loop()
-        work = (slices, params, positions, cancelled)
+        work = (slices, params, positions, histories, cancelled)
         return await loop.run_in_executor(self._thread, self._step, *work)
 
     def _step(
@@ -111,15 +115,15 @@ class EngineHost:
         slices: Sequence[Slice],
         params: Sequence[SamplingParams | None],
         positions: Sequence[int],
+        histories: Sequence[TokenHistory | None],
         cancelled: CancelFlag | None,
     ) -> list[int | None]:
         logits = self._runner.step(slices, [p is not None for p in params], cancelled)
-        chosen = [
-            (p, position) for p, position in zip(params, positions, strict=True) if p is not None
-        ]
+        asked = zip(params, positions, histories, strict=True)
+        chosen = [(p, position, history) for p, position, history in asked if p is not None]
         if not chosen:
             return []
-        return sample(logits, [p for p, _ in chosen], [position for _, position in chosen])
+        return sample(logits, *zip(*chosen, strict=True))
 
     async def idle(self) -> None:
         """Returns when the steps that were begun have ended."""

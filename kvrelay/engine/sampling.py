@@ -2,6 +2,10 @@
 
 The noise is counter-based: a function of (seed, position in the sequence, choice index) and of
 nothing else, so whoever continues a stream draws the tokens its predecessor would have drawn.
+Penalties count the tokens of the whole sequence, whoever sampled them, to the same end.
+
+In order: penalties and min_tokens on the logits; temperature, min_p, top_k and top_p on the
+probabilities. As in vLLM, so that its users find what they know.
 """
 
 from collections.abc import Sequence
@@ -10,14 +14,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from kvrelay.engine.history import TokenHistory
 from kvrelay.wire import worker_pb2
 
 NOT_A_NUMBER = "the model's output is not a number; is the dtype too narrow for this request?"
+_FAR = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What decides a request's tokens. temperature 0 is greedy; top_k 0 and top_p 1 are off."""
+    """What decides a request's tokens. temperature 0 is greedy; top_k 0 and top_p 1 are off.
+
+    max_tokens and min_tokens are of this attempt's answer, eos_token_ids all that end it.
+    """
 
     temperature: float
     top_k: int
@@ -25,6 +34,20 @@ class SamplingParams:
     seed: int
     max_tokens: int
     eos_token_ids: frozenset[int]
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_tokens: int = 0
+
+    @property
+    def penalises(self) -> bool:
+        """The tokens that there are decide on the next one by more than the model."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
 
     @classmethod
     def from_wire(cls, message: worker_pb2.Sampling) -> "SamplingParams":
@@ -35,13 +58,45 @@ class SamplingParams:
             seed=message.seed,
             max_tokens=message.max_tokens,
             eos_token_ids=frozenset(message.eos_token_ids),
+            min_p=message.min_p,
+            repetition_penalty=message.repetition_penalty or 1.0,
+            presence_penalty=message.presence_penalty,
+            frequency_penalty=message.frequency_penalty,
+            min_tokens=message.min_tokens,
         )
 
 
+def history_of(
+    params: SamplingParams, prompt: Sequence[int], prompt_tokens: int, answered: int
+) -> TokenHistory | None:
+    """What `sample` has to know of a sequence before its first token here; None: nothing.
+
+    prompt: needed, with all its prompt_tokens, only where `params` penalise.
+    answered: so many of its last tokens are an answer's that an earlier attempt began.
+
+    Raises:
+        ValueError: the prompt is not there, or is shorter than what was answered.
+    """
+    if not params.penalises:
+        return TokenHistory() if params.min_tokens else None
+    if len(prompt) != prompt_tokens:
+        raise ValueError(f"penalties need all {prompt_tokens} prompt tokens, got {len(prompt)}")
+    if answered > prompt_tokens:
+        raise ValueError(f"{answered} tokens answered, of {prompt_tokens} prompt tokens")
+    if params.repetition_penalty == 1:  # the others look at the answer alone
+        prompt = prompt[prompt_tokens - answered :]
+    return TokenHistory(prompt, answered)
+
+
 def sample(
-    logits: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
+    logits: torch.Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    histories: Sequence[TokenHistory | None] = (),
 ) -> list[int | None]:
     """One token for each row of `logits` `[N, vocab]`; positions are those of the new tokens.
+
+    histories: what `history_of` gave each row's sequence, kept up to date; or none for all.
 
     None for a row with NaN in it: that request has failed, and the others have not.
     """
@@ -50,18 +105,48 @@ def sample(
     best = scores.argmax(axis=-1)  # a row with NaN in it gives the place of one
     tokens: list[int | None] = best.tolist()
     failed = np.isnan(scores[np.arange(len(best)), best])
-    for row, (p, position) in enumerate(zip(params, positions, strict=True)):
+    asked = zip(params, positions, histories or [None] * len(params), strict=True)
+    for row, (p, position, history) in enumerate(asked):
         if failed[row]:
             tokens[row] = None
+        elif history is not None:
+            own = _adjusted(scores[row], p, history)
+            tokens[row] = _draw(own, p, position) if p.temperature > 0 else int(own.argmax())
         elif p.temperature > 0:
             tokens[row] = _draw(scores[row], p, position)
     return tokens
+
+
+def _adjusted(logits: np.ndarray, params: SamplingParams, history: TokenHistory) -> np.ndarray:
+    """`logits` `[vocab]` with penalties, and without what must not end the answer yet."""
+    too_short = history.sampled < params.min_tokens
+    if not params.penalises and not too_short:
+        return logits
+    scores = logits.astype(np.float64)
+    if params.penalises:
+        ids = history.ids
+        scores[ids] = _penalised(scores[ids], params, history.counts)
+    if too_short:
+        ends = np.fromiter(params.eos_token_ids, np.int64)
+        scores[ends[ends < len(scores)]] = -np.inf  # some models name end tokens they lack
+    return scores
+
+
+def _penalised(scores: np.ndarray, params: SamplingParams, counts: np.ndarray) -> np.ndarray:
+    """`scores` `[tokens]` of tokens that the sequence has, in its answer `counts` times."""
+    strength = params.repetition_penalty
+    with np.errstate(over="ignore"):  # of the largest penalties and the least
+        scores = np.where(scores > 0, scores / strength, scores * strength)
+    scores = scores - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
+    return np.clip(scores, -_FAR, _FAR)  # infinities would leave nothing to compare
 
 
 def _draw(logits: np.ndarray, params: SamplingParams, position: int) -> int:
     scores = logits.astype(np.float64)
     with np.errstate(over="ignore"):  # a tiny temperature: all but the best go to exp(-inf)
         weights = np.exp((scores - scores.max()) / params.temperature)
+    if params.min_p:  # the likeliest token's weight is 1
+        weights = np.where(weights >= params.min_p, weights, 0.0)
     if params.top_k:
         weights = _keep_top_k(weights, params.top_k)
     if params.top_p < 1:

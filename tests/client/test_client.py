@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import grpc
 import pytest
@@ -81,6 +82,26 @@ def test_text_token_ids_and_every_option_reach_the_server(
     assert ids.sampling == pb.SamplingParams(max_tokens=9, temperature=0.5, top_k=4, top_p=0.9)
     assert seeded.WhichOneof("prompt") == "text"
     assert seeded.sampling == pb.SamplingParams(seed=2**64 - 1, stop=["a", "b"])
+
+
+def test_every_extra_of_sampling_reaches_the_server(server: ScriptedServer, client: Client) -> None:
+    extras: Any = {
+        "min_p": 0.0,
+        "repetition_penalty": 1.5,
+        "presence_penalty": -0.5,
+        "frequency_penalty": 0.25,
+        "min_tokens": 0,
+        "ignore_eos": True,
+        "stop_token_ids": [0, 7],
+    }
+    client.generate("hi", **extras).result()
+    client.chat("hi", **extras).result()
+    client.generate("hi").result()
+    generated, chatted, plain = (request.sampling for request in server.requests)
+    assert generated == chatted == pb.SamplingParams(**extras)
+    assert plain == pb.SamplingParams()
+    for name in ("min_p", "min_tokens"):
+        assert generated.HasField(name)
 
 
 def test_zero_is_sent_and_none_is_not(server: ScriptedServer, client: Client) -> None:

@@ -100,6 +100,17 @@ def test_sampling_options_reach_the_server(server: ScriptedServer) -> None:
     assert not none.ListFields()
 
 
+def test_extras_of_sampling_reach_the_server(server: ScriptedServer) -> None:
+    penalties = "--repetition-penalty 1.5 --presence-penalty -2 --frequency-penalty 0.25"
+    ends = "--min-p 0.1 --min-tokens 4 --ignore-eos --stop-token-id 5 --stop-token-id 0"
+    run(generate, server, "hi", *penalties.split(), *ends.split())
+    given = server.requests[0].sampling
+    told = (given.repetition_penalty, given.presence_penalty, given.frequency_penalty)
+    assert told == (1.5, -2, 0.25)
+    assert (given.min_p, given.min_tokens, given.ignore_eos) == (0.1, 4, True)
+    assert list(given.stop_token_ids) == [5, 0]
+
+
 def test_a_dash_reads_standard_input_as_it_is(server: ScriptedServer) -> None:
     assert run(generate, server, "--raw", "-", typed="één\nzwei\n".encode()).exit_code == 0
     assert server.requests[0].text == "één\nzwei\n"

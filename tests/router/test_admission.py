@@ -20,6 +20,7 @@ LIMITS = RequestLimits(
     messages_max=3,
     stop_strings_max=2,
     stop_string_bytes_max=4,
+    stop_token_ids_max=3,
     request_id_bytes_max=8,
     max_tokens_default=16,
 )
@@ -29,6 +30,7 @@ def sampling(prompt_tokens: int = 10, max_model_tokens: int = 100, **params: Any
     return check_sampling(
         inference_pb2.SamplingParams(**params),
         eos_token_ids=[2, 3],
+        vocab_size=50,
         prompt_tokens=prompt_tokens,
         max_model_tokens=max_model_tokens,
         limits=LIMITS,
@@ -45,6 +47,11 @@ def test_all_unset() -> None:
         max_tokens=16,
         stop=(),
         eos_token_ids=(2, 3),
+        min_p=0.0,
+        repetition_penalty=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        min_tokens=0,
     )
 
 
@@ -59,6 +66,47 @@ def test_all_set() -> None:
         stop=("a", "€"),
         eos_token_ids=(2, 3),
     )
+
+
+def test_all_extras_set() -> None:
+    extras = {
+        "min_p": 1.0,
+        "repetition_penalty": 1.5,
+        "presence_penalty": -2.0,
+        "frequency_penalty": 2.0,
+        "min_tokens": 90,
+    }
+    given = sampling(max_tokens=90, stop_token_ids=[0, 49], **extras)
+    assert {name: getattr(given, name) for name in extras} == extras
+    assert given.eos_token_ids == (2, 3, 0, 49)
+
+
+def test_ignore_eos_leaves_what_the_client_named() -> None:
+    assert sampling(ignore_eos=True).eos_token_ids == ()
+    assert sampling(ignore_eos=True, stop_token_ids=[3, 7]).eos_token_ids == (3, 7)
+
+
+def test_unset_min_tokens_fits_an_unset_max_tokens() -> None:
+    assert sampling(min_tokens=16).min_tokens == sampling().max_tokens == 16
+    with pytest.raises(InvalidRequest, match="min_tokens: 17, allowed are 0 to 16"):
+        sampling(min_tokens=17)
+
+
+@pytest.mark.parametrize(
+    ("params", "penalises"),
+    [
+        ({}, False),
+        ({"repetition_penalty": 1.0, "presence_penalty": 0.0, "min_tokens": 3}, False),
+        ({"min_p": 0.5, "stop_token_ids": [4], "ignore_eos": True}, False),
+        ({"repetition_penalty": 0.9}, True),
+        ({"presence_penalty": -0.1}, True),
+        ({"frequency_penalty": 0.1}, True),
+    ],
+)
+def test_who_samples_needs_the_tokens_only_for_penalties(
+    params: dict[str, Any], penalises: bool
+) -> None:
+    assert sampling(**params).penalises is penalises
 
 
 def test_unset_max_tokens_is_what_room_there_is() -> None:
@@ -83,6 +131,22 @@ def test_unset_max_tokens_is_what_room_there_is() -> None:
         ({"stop": ["a", "b", "c"]}, "stop: 3 strings, at most 2"),
         ({"stop": ["a", ""]}, "stop.1.: empty"),
         ({"stop": ["€€"]}, "stop.0.: 6 bytes, at most 4"),
+        ({"min_p": -0.1}, "min_p: -0.1, allowed are 0 to 1$"),
+        ({"min_p": 1.1}, "min_p: 1.1, allowed are 0 to 1$"),
+        ({"min_p": math.nan}, "min_p: nan, allowed are 0 to 1$"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: 0.0, allowed are values over 0, 1 is"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty: -1.0, allowed are values over 0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty: inf, allowed are"),
+        ({"repetition_penalty": math.nan}, "repetition_penalty: nan, allowed are"),
+        ({"presence_penalty": 2.1}, "presence_penalty: 2.1, allowed are -2 to 2$"),
+        ({"presence_penalty": -2.1}, "presence_penalty: -2.1, allowed are -2 to 2$"),
+        ({"presence_penalty": math.nan}, "presence_penalty: nan, allowed are -2 to 2$"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty: 2.1, allowed are -2 to 2$"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty: nan, allowed are -2 to 2$"),
+        ({"min_tokens": -1}, "min_tokens: -1, allowed are 0 to 16, which is max_tokens"),
+        ({"min_tokens": 6, "max_tokens": 5}, "min_tokens: 6, allowed are 0 to 5, which is max_"),
+        ({"stop_token_ids": [1, 2, 3, 4]}, "stop_token_ids: 4 tokens, at most 3 allowed"),
+        ({"stop_token_ids": [49, 50]}, r"stop_token_ids\[1\]: 50, allowed are 0 to 49 .voc.*f 50"),
     ],
 )
 def test_sampling_out_of_range(params: dict[str, Any], message: str) -> None:

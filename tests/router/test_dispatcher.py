@@ -47,8 +47,10 @@ EXHAUSTED = pb.FAILURE_CODE_EXHAUSTED
 PEER_LOST = pb.FAILURE_CODE_PEER_LOST
 
 
-def make(name: str = "r1", prompt: int = 8, max_tokens: int = 4, now: float = 0) -> Request:
-    sampling = Sampling(0.0, 0, 1.0, 0, max_tokens, (), (EOS,))
+def make(
+    name: str = "r1", prompt: int = 8, max_tokens: int = 4, now: float = 0, **more: Any
+) -> Request:
+    sampling = Sampling(0.0, 0, 1.0, 0, max_tokens, (), (EOS,), **more)
     return Request(name, list(range(prompt)), sampling, Times(now))
 
 
@@ -504,6 +506,44 @@ def test_a_lost_decode_worker_is_replaced_and_the_client_sees_no_gap(state):
     bench.step(request, 0, 50)
     bench.step(request, 1, 51)
     assert bench.seen(request) == [*seen, 50, 51]
+
+
+def test_a_new_attempt_is_told_what_the_answer_has_and_what_it_still_needs():
+    """So that penalties and min_tokens go on where the lost worker left them."""
+    penalties = {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    bench = Bench("p1", "d1")
+    request = bench.submit(prompt=8, max_tokens=6, min_p=0.125, min_tokens=3, **penalties)
+    ((_, reserve),) = bench.reserves()
+    told = {name: getattr(reserve.sampling, name) for name in penalties}
+    assert (told, reserve.sampling.min_p) == (penalties, 0.125)
+    assert (list(reserve.prompt_token_ids), reserve.answered) == (request.prompt, 0)
+    assert reserve.sampling.min_tokens == 3
+    bench.bring(request, S.DECODING)
+    assert (bench.prefills()[-1][1].answered, len(bench.seen(request))) == (0, 2)
+
+    bench.down("d1")
+    bench.up("d2")
+    _, reserve = bench.reserves()[-1]
+    assert list(reserve.prompt_token_ids) == [*request.prompt, *bench.seen(request)]
+    assert (reserve.answered, reserve.sampling.min_tokens) == (2, 1)
+    bench.reserved(request)
+    _, prefill = bench.prefills()[-1]
+    assert (prefill.answered, prefill.sampling) == (2, reserve.sampling)
+    bench.first_token(request, 50)
+    bench.step(request, 0, 50)
+    bench.step(request, 1, 51)
+
+    bench.down("d2")
+    bench.up("d3")
+    _, reserve = bench.reserves()[-1]
+    assert (reserve.answered, reserve.sampling.min_tokens) == (4, 0)
+
+
+def test_a_decode_worker_gets_no_prompt_that_it_has_no_use_for():
+    bench = Bench("p1", "d1")
+    bench.submit(prompt=8, max_tokens=6, min_p=0.5, min_tokens=3)
+    ((_, reserve),) = bench.reserves()
+    assert not reserve.prompt_token_ids
 
 
 @pytest.mark.parametrize("state", [S.RESERVING, S.PREFILLING], ids=names)
