@@ -21,7 +21,7 @@ INTERNAL_MESSAGE = "the router failed; its log has the reason"
 # A message about a field begins with the field: "stop[2]: empty, needs at least one character".
 _FIELD = re.compile(r"([a-z_]+(?:\[\d+\]|\.[a-z_]+)*): ")
 # What the front door calls a prompt, by the form that it has.
-_PROMPT_FIELD = re.compile(r"(?:text|token_ids|prompt)(?=[:\[])")
+_PROMPT_FIELD = re.compile(r"^(?:text|token_ids|prompt)(?=[:\[])")
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,27 @@ async def test_fields_that_change_nothing(client, greedy):
     assert answer.choices[0].message.content == greedy[1]
 
 
+async def test_penalties_and_vllms_extras_are_those_of_grpc(client, cluster):
+    options = {
+        "min_p": 0.02,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.25,
+        "min_tokens": 4,
+        "ignore_eos": True,
+        "stop_token_ids": [7],
+        "top_k": 40,
+    }
+    common = {"max_tokens": 24, "seed": 5, "temperature": 0.9}
+    async with cluster.client() as grpc_client:
+        expected = await grpc_client.generate(TEXT, **common, **options).result()
+    answer = await client.completions.create(
+        model="endless", prompt=TEXT, **common, extra_body=options
+    )
+    assert answer.choices[0].text == expected.text
+    assert answer.usage.completion_tokens == len(expected.token_ids)
+
+
 async def test_the_id_that_a_client_gives(client):
     raw = await client.completions.with_raw_response.create(
         model="endless", prompt=TEXT, max_tokens=1, extra_headers={"X-Request-Id": "mine-1"}
@@ -214,6 +235,9 @@ async def test_the_id_that_a_client_gives(client):
         ({"n": 17}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"top_p": 0}, "top_p"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"extra_body": {"min_p": 2}}, "min_p"),
+        ({"extra_body": {"stop_token_ids": [9999]}}, "stop_token_ids[0]"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [-1]}, "prompt[0]"),
         ({"logprobs": 0}, "logprobs"),
