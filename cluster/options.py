@@ -29,6 +29,7 @@ class ServeOptions:
     decode: int = 1
     host: str = "127.0.0.1"
     port: int = 50051
+    http_port: int = 8000
     transport: Transport = "auto"
     device: Device = "cpu"
     dtype: Dtype = "float32"

@@ -52,7 +52,15 @@ class _Finite(click.FloatRange):
     help="Prefill workers; 0: decode workers compute prompts, too.",
 )
 @click.option("--decode", type=click.IntRange(1, 64), default=1, help="Decode workers.")
-@click.option("--port", type=click.IntRange(0, 65535), default=50051, help="0 picks a free one.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=50051, help="gRPC; 0 picks a free one."
+)
+@click.option(
+    "--http-port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    help="OpenAI's API; 0 picks a free one.",
+)
 @click.option(
     "--transport",
     type=click.Choice(get_args(Transport)),
@@ -131,8 +139,8 @@ class _Finite(click.FloatRange):
 def serve(model: str, **options: Any) -> None:
     """Serve MODEL: a Hugging Face id, a folder with safetensors, a .gguf file, or smollm2.
 
-    Prints one line `ready grpc=HOST:PORT` when requests can be served. Ctrl-C finishes what is
-    running; a second Ctrl-C does not wait for it.
+    Prints one line `ready grpc=HOST:PORT http=HOST:PORT` when requests can be served. Ctrl-C
+    finishes what is running; a second Ctrl-C does not wait for it.
     """
     try:
         chosen = ServeOptions(**options)
@@ -144,7 +152,8 @@ def serve(model: str, **options: Any) -> None:
         _Interrupts() as stop,
         _serving(model, chosen, stop) as cluster,
     ):
-        print(f"ready grpc={cluster.address}", file=sys.__stdout__, flush=True)
+        ready = f"ready grpc={cluster.address} http={cluster.http_address}"
+        print(ready, file=sys.__stdout__, flush=True)
         stop.polite = True
         cluster.watch(stop.stopping)
         with contextlib.suppress(OSError):  # the terminal may be gone
@@ -154,7 +163,7 @@ def serve(model: str, **options: Any) -> None:
 @click.command()
 def demo() -> None:
     """Serve the built-in model for two questions and show where the time of each went."""
-    chosen = ServeOptions(port=0)
+    chosen = ServeOptions(port=0, http_port=0)
     with (
         errors_in_one_line(ModelError, ServeError, KvrelayError),
         _Interrupts() as stop,

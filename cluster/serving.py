@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import secrets
 import select
 import shutil
@@ -40,6 +41,7 @@ READY_S = 30.0
 _WATCH_S = 0.5
 _TELL_S = 2.0
 _END_S = 5.0
+_STARTED = re.compile(r"router grpc=(?P<grpc>\S+) http=(?P<http>\S+)")  # what the router says
 _RUN_DIR_PREFIX = "kvr-"
 _OWNER_LOCK = "owner.lock"
 # A unix socket's path may have 107 bytes; the run folder and Ray's names in it take some 84.
@@ -55,7 +57,8 @@ class Serving:
     def __init__(
         self, model: PreparedModel, options: ServeOptions, *, router_module: str = "router"
     ) -> None:
-        self.address = ""
+        self.address = ""  # gRPC's
+        self.http_address = ""
         self._router_module = router_module
         self._options = options
         self._run_dir = _temp_dir() / f"{_RUN_DIR_PREFIX}{secrets.token_hex(4)}"
@@ -72,16 +75,16 @@ class Serving:
         self._router: subprocess.Popen[str] | None = None
 
     def start(self, report: Progress) -> None:
-        """Returns when requests can be served, at `address`.
+        """Returns when requests can be served, at `address` and `http_address`.
 
         Raises:
-            ServeError: the router's port is taken, a worker cannot load the model, ...
+            ServeError: a port of the router's is taken, a worker cannot load the model, ...
         """
         _remove_abandoned(self._run_dir.parent)
         _make_run_dir(self._run_dir)
         report("starting the router", None)
         self._router = self._start_router()
-        self.address = self._router_address(self._router)
+        self.address, self.http_address = self._router_addresses(self._router)
         report("starting Ray", None)
         self._pools.start_ray()
         total = self._options.prefill + self._options.decode
@@ -131,17 +134,19 @@ class Serving:
             router.stdin.flush()
         return router
 
-    def _router_address(self, router: "subprocess.Popen[str]") -> str:
+    def _router_addresses(self, router: "subprocess.Popen[str]") -> tuple[str, str]:
+        """Those of gRPC and HTTP."""
         assert router.stdout is not None
         if not select.select([router.stdout], [], [], READY_S)[0]:
             router.kill()
             raise ServeError(f"the router did not start within {READY_S:g} s")
         line = router.stdout.readline()
-        if not line.startswith("router grpc="):
+        started = _STARTED.fullmatch(line.strip())
+        if started is None:
             router.wait()
             reason = line.strip().removeprefix("failed ") or "see its traceback above"
             raise ServeError(f"the router did not start: {reason}")
-        return line.strip().removeprefix("router grpc=")
+        return started["grpc"], started["http"]
 
     def _told_router(self) -> bool:
         """False when the router could not be told now, which may pass."""
@@ -195,6 +200,7 @@ def _configs(
         control_socket=run_dir / "control.sock",
         host=options.host,
         port=options.port,
+        http_port=options.http_port,
         drain_ms=int(options.drain_s * 1000),
     )
     worker = WorkerConfig(

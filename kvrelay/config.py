@@ -96,3 +96,14 @@ class RouterConfig(_Frozen):
     # predicted to be better, or only when there are no prefill workers
     index_names_max: int = 65_536  # cached blocks of one worker that the router remembers
     drain_ms: int = 30_000  # running requests at shutdown
+
+    # OpenAI's API over HTTP, on the same host
+    http_port: int = Field(default=0, ge=0, le=65_535)  # 0: any free one
+    http_connections_max: int = Field(default=4096, ge=1)
+    http_requests_max: int = Field(default=2048, ge=1)  # under way at once
+    http_body_bytes_max: int = Field(default=8 << 20, ge=1)
+    http_header_bytes_max: int = Field(default=16 << 10, ge=1)  # of one request, all together
+    http_headers_max: int = Field(default=100, ge=1)
+    http_read_ms: int = Field(default=30_000, ge=1)  # a request's body
+    http_write_ms: int = Field(default=60_000, ge=1)  # a client that has stopped reading
+    http_idle_ms: int = Field(default=30_000, ge=1)  # a connection without a whole request head

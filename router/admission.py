@@ -22,6 +22,8 @@ class InvalidRequest(ValueError):
 @dataclass(frozen=True)
 class RequestLimits:
     prompt_bytes_max: int = 4 << 20
+    n_max: int = 16  # answers to one prompt, in one call
+    choices_max: int = 128  # answers in one call, to all of its prompts
     messages_max: int = 1024
     stop_strings_max: int = 16
     stop_string_bytes_max: int = 256

@@ -1,7 +1,7 @@
 """Who is calling, by the credentials that came with the call.
 
-Both protocols ask `Callers` before anything else is done for a call. What a Caller may use, and whose
-prefixes it shares, follows from it, never from what a client says of itself.
+Both protocols ask `Callers` before anything else is done for a call. What a Caller may use, and
+whose prefixes it shares, follows from it, never from what a client says of itself.
 """
 
 from dataclasses import dataclass

@@ -10,9 +10,10 @@ from router.fleet import Fleet
 
 
 class ControlService(control_pb2_grpc.RouterControlServicer):
-    def __init__(self, fleet: Fleet, public_address: str) -> None:
+    def __init__(self, fleet: Fleet, public_address: str, http_address: str) -> None:
         self._fleet = fleet
         self._public_address = public_address
+        self._http_address = http_address
 
     async def SetWorkers(
         self, request: control_pb2.WorkerSet, context: Any
@@ -29,6 +30,7 @@ class ControlService(control_pb2_grpc.RouterControlServicer):
     def _state(self) -> control_pb2.RouterState:
         return control_pb2.RouterState(
             public_address=self._public_address,
+            http_address=self._http_address,
             prefill_connected=self._fleet.connected("prefill"),
             decode_connected=self._fleet.connected("decode"),
         )

@@ -76,6 +76,16 @@ class Dispatcher:
         """Longest prompt and answer that the connected workers can hold; None without workers."""
         return self._workers.context_tokens
 
+    @property
+    def queued(self) -> int:
+        """Requests that wait for a worker."""
+        return len(self._queue)
+
+    @property
+    def workers(self) -> Workers:
+        """For looking at."""
+        return self._workers
+
     def __len__(self) -> int:
         return len(self._requests)
 

@@ -27,7 +27,9 @@ from router.commands import (
     Trouble,
 )
 from router.dispatcher import Dispatcher
+from router.metrics import Metrics
 from router.request import Ending, Request
+from router.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +55,9 @@ class Answer:
 
 
 class Fleet:
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(self, config: RouterConfig, metrics: Metrics | None = None) -> None:
         self.dispatcher = Dispatcher(config)
+        self.metrics = metrics or Metrics()
         self._config = config
         self._answers: dict[Request, Answer] = {}
         self._workers: dict[tuple[str, str], _Worker] = {}  # by role and address
@@ -91,13 +94,27 @@ class Fleet:
         return sum(worker.role == role for worker in self._connected.values())
 
     @property
-    def able(self) -> bool:
-        """Whether requests can be served: every role that has an address has a worker.
+    def not_ready(self) -> str:
+        """Why no request can be served now; empty when every role that has an address has a worker.
 
         Decode workers alone compute prompts themselves; without one nothing can be served.
         """
-        prefill_named = any(role == "prefill" for role, _ in self._workers)
-        return self.connected("decode") > 0 and (self.connected("prefill") > 0 or not prefill_named)
+        expected = ["decode"]
+        if any(role == "prefill" for role, _ in self._workers):
+            expected.insert(0, "prefill")
+        missing = [role for role in expected if not self.connected(role)]
+        return f"no {' and no '.join(missing)} worker is connected" if missing else ""
+
+    @property
+    def requests(self) -> tuple[int, int]:
+        """Requests with a worker, and requests that wait for one."""
+        queued = self.dispatcher.queued
+        return len(self.dispatcher) - queued, queued
+
+    @property
+    def workers(self) -> Workers:
+        """As they are known, for looking at."""
+        return self.dispatcher.workers
 
     async def wait_ready(self) -> None:
         """Returns when every worker of the last set is connected."""
@@ -143,8 +160,12 @@ class Fleet:
 
     def _carry_out(self, command: Command) -> None:
         match command:
-            case ToPrefill(worker_id, message) | ToDecode(worker_id, message):
+            case ToPrefill(worker_id, message):
                 self._connected[worker_id].send(message)
+            case ToDecode(worker_id, message):
+                self._connected[worker_id].send(message)
+                if message.HasField("reserve"):
+                    self.metrics.placed(message.reserve)
             case Deliver(request, _, tokens):
                 self._answer(request, list(tokens))
             case Finished(request, ending):

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tokenizers import Tokenizer
 
@@ -32,6 +32,7 @@ from router.callers import Caller, Callers
 from router.chat import ChatTemplate
 from router.detokenize import Detokenizer
 from router.fleet import Answer, Fleet, now_ms
+from router.metrics import Metrics
 from router.model_files import ModelFiles
 from router.refusals import Reason, Refusal, refusal
 from router.request import Request, Times
@@ -40,6 +41,7 @@ from router.request import Request, Times
 _INLINE_CHARS = 4096
 _TEXT_THREADS = 2  # for longer ones
 _UNBOUNDED_TOKENS = 1 << 20
+SHUTTING_DOWN = "the router is shutting down"
 
 T = TypeVar("T")
 
@@ -61,16 +63,25 @@ class Ask:
     request_id: str = ""
     priority: int = 0  # lower goes first
     ttft_deadline_ms: int = 0  # 0: none
+    protocol: Literal["grpc", "http"] = "grpc"  # it came by; for the metrics
 
 
 class Served:
     """An accepted request and its answer."""
 
-    def __init__(self, request: Request, answer: Answer, detokenizer: Detokenizer) -> None:
+    def __init__(
+        self, request: Request, answer: Answer, detokenizer: Detokenizer, metrics: Metrics
+    ) -> None:
         self.request = request
         self._answer = answer
         self._stream = AnswerStream(request, detokenizer)
+        self._metrics = metrics
+        self._last_ms: float | None = None  # when the newest tokens left
         self._ended = False
+
+    @property
+    def finished(self) -> Finished | None:
+        return self._stream.finished
 
     async def next(self) -> Delta | Finished | None:
         """What comes next; after Finished, None.
@@ -83,17 +94,25 @@ class Served:
                 event = await self._answer.next()
             delta = self._stream.on(event)
             if delta is not None:
+                self._count(len(delta.token_ids))
                 return delta
         if self._ended:
             return None
         self._ended = True
         return self._stream.finished
 
+    def _count(self, tokens: int) -> None:
+        if tokens:
+            now, last = now_ms(), self._last_ms
+            self._metrics.generated(tokens, None if last is None else now - last)
+            self._last_ms = now
+
 
 class FrontDoor:
     def __init__(self, files: ModelFiles, fleet: Fleet, callers: Callers) -> None:
         self.files = files
         self.callers = callers
+        self.metrics = fleet.metrics
         self._fleet = fleet
         self._detokenizer = Detokenizer(files.tokenizer)
         self._template = (
@@ -114,19 +133,34 @@ class FrontDoor:
         """
         arrived_at_ms = now_ms()
         with self._counted():
-            with refusals():
-                if self._draining:
-                    raise Refusal(Reason.UNAVAILABLE, "the router is shutting down")
-                check_request_id(ask.request_id)
-                check_urgency(ask.priority, ask.ttft_deadline_ms)
-                self.check_model(ask.model)
-                request = self._request(ask, caller, await self._prompt(ask.prompt), arrived_at_ms)
+            request = await self._checked(ask, caller, arrived_at_ms)
+            outcome: Reason | Finished | None = None
             try:
                 with refusals():
                     answer = self._fleet.submit(request)
-                yield Served(request, answer, self._detokenizer)
+                served = Served(request, answer, self._detokenizer, self.metrics)
+                yield served
+                outcome = served.finished
+            except Refusal as error:
+                outcome = error.reason
+                raise
             finally:
                 self._fleet.let_go(request)
+                self.metrics.ended(ask.protocol, outcome, request)
+
+    async def _checked(self, ask: Ask, caller: Caller, arrived_at_ms: float) -> Request:
+        """The request that `ask` makes; raises Refusal."""
+        try:
+            with refusals():
+                if self._draining:
+                    raise Refusal(Reason.UNAVAILABLE, SHUTTING_DOWN)
+                check_request_id(ask.request_id)
+                check_urgency(ask.priority, ask.ttft_deadline_ms)
+                self.check_model(ask.model)
+                return self._request(ask, caller, await self._prompt(ask.prompt), arrived_at_ms)
+        except Refusal as error:
+            self.metrics.refused(ask.protocol, error.reason)
+            raise
 
     async def tokenize(self, model: str, text: str) -> list[int]:
         """The ids of `text` as a prompt; raises Refusal."""
@@ -141,6 +175,11 @@ class FrontDoor:
                 Reason.NOT_FOUND,
                 f"model {name!r} is not served here; {self.files.name!r} is",
             )
+
+    @property
+    def not_ready(self) -> str:
+        """Why no request can be served now; empty when one can."""
+        return SHUTTING_DOWN if self._draining else self._fleet.not_ready
 
     @property
     def has_chat_template(self) -> bool:

@@ -14,6 +14,7 @@ import sys
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import disable_created_metrics
 
 from kvrelay.config import RouterConfig
 from kvrelay.rpc import make_server
@@ -22,7 +23,10 @@ from router.callers import Callers
 from router.control import ControlService
 from router.fleet import Fleet
 from router.frontdoor import FrontDoor
+from router.http.app import make_app
+from router.http.server import HttpServer
 from router.malformed import MalformedRequests
+from router.metrics import Metrics
 from router.model_files import ModelFiles
 from router.service import InferenceService
 
@@ -33,24 +37,31 @@ SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
 
 class Router:
-    """Both servers of a router. `address` is the public one."""
+    """The servers of a router. `address` is gRPC's, `http_address` that of OpenAI's API."""
 
     def __init__(self, config: RouterConfig, files: ModelFiles) -> None:
         self.address = ""
         self._config = config
-        self.fleet = Fleet(config)
+        self.fleet = Fleet(config, Metrics())
+        self.fleet.metrics.watch(self.fleet)
         self._door = FrontDoor(files, self.fleet, Callers())
         self._health = health.aio.HealthServicer()
         self._public = make_server(interceptors=(MalformedRequests(),), rpcs_max=config.rpcs_max)
+        self._http = HttpServer(make_app(self._door, self.fleet.metrics, config), config)
         self._control = make_server()
+
+    @property
+    def http_address(self) -> str:
+        return self._http.address
 
     @classmethod
     async def start(cls, config: RouterConfig) -> "Router":
-        """Raises ValueError for a broken model folder, RuntimeError when the port is taken."""
+        """Raises ValueError for a broken model folder, RuntimeError or OSError for a taken port."""
         files = await asyncio.to_thread(ModelFiles.load, config.model_path, config.model_name)
         router = cls(config, files)
+        await router._http.start()
         await router._start_public()
-        control = ControlService(router.fleet, router.address)
+        control = ControlService(router.fleet, router.address, router.http_address)
         control_pb2_grpc.add_RouterControlServicer_to_server(control, router._control)
         router._control.add_insecure_port(f"unix:{config.control_socket}")
         await router._control.start()
@@ -76,17 +87,17 @@ class Router:
             async with asyncio.timeout(self._config.drain_ms / 1000):
                 await self._door.drain()
         # What is open now, a health watch for one, would stay open for ever.
-        await self._public.stop(grace=_GOODBYE_S)
+        await asyncio.gather(self._public.stop(grace=_GOODBYE_S), self._http.stop())
         self._door.close()
         await self.fleet.close()
         await self._control.stop(grace=None)
         self._config.control_socket.unlink(missing_ok=True)
 
     async def _keep_health(self) -> None:
-        """SERVING for as long as the workers are able to serve."""
+        """SERVING for as long as requests can be served."""
         while True:
             change = self.fleet.next_change()
-            await self._set_health(_SERVING if self.fleet.able else _NOT_SERVING)
+            await self._set_health(_NOT_SERVING if self.fleet.not_ready else _SERVING)
             await change.wait()
 
     async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
@@ -101,7 +112,7 @@ async def serve(config: RouterConfig) -> None:
         loop.add_signal_handler(number, stopping.set)
     loop.add_reader(sys.stdin.fileno(), _watch_parent, stopping)
     router = await Router.start(config)
-    print(f"router grpc={router.address}", flush=True)
+    print(f"router grpc={router.address} http={router.http_address}", flush=True)
     await stopping.wait()
     loop.remove_reader(sys.stdin.fileno())
     await router.stop()
@@ -115,6 +126,7 @@ def _watch_parent(stopping: asyncio.Event) -> None:
 def main() -> int:
     config = RouterConfig.model_validate_json(sys.stdin.readline())
     logging.basicConfig(level=config.log_level, format="%(levelname)s %(name)s: %(message)s")
+    disable_created_metrics()  # when a counter began is of use to nobody here
     try:
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(serve(config))

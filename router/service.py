@@ -94,7 +94,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     def _caller(self, context: Any) -> Caller:
         headers = dict(context.invocation_metadata() or ())
-        return self._door.callers.identify(headers.get("authorization"))
+        try:
+            return self._door.callers.identify(headers.get("authorization"))
+        except Refusal as error:
+            self._door.metrics.refused("grpc", error.reason)
+            raise
 
     def _accepted(self, request: Request) -> inference_pb2.Accepted:
         return inference_pb2.Accepted(

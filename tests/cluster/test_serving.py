@@ -170,8 +170,24 @@ def test_a_router_that_says_nothing(temp_dir, monkeypatch):
     quiet = [sys.executable, "-c", "import time; time.sleep(60)"]
     with subprocess.Popen(quiet, stdout=subprocess.PIPE, text=True) as router:
         with pytest.raises(ServeError, match="did not start within"):
-            new_serving()._router_address(router)
+            new_serving()._router_addresses(router)
         assert router.wait(10) == -signal.SIGKILL
+
+
+def test_a_router_that_started_says_both_addresses(temp_dir):
+    line = "router grpc=127.0.0.1:1 http=127.0.0.1:2"
+    with subprocess.Popen(["echo", line], stdout=subprocess.PIPE, text=True) as router:
+        addresses = new_serving()._router_addresses(router)
+    assert addresses == ("127.0.0.1:1", "127.0.0.1:2")
+
+
+def test_a_router_that_fails_says_why(temp_dir):
+    line = "failed HTTP port 127.0.0.1:8000 is taken; choose another with --http-port"
+    with (
+        subprocess.Popen(["echo", line], stdout=subprocess.PIPE, text=True) as router,
+        pytest.raises(ServeError, match=r"did not start: HTTP port .* is taken"),
+    ):
+        new_serving()._router_addresses(router)
 
 
 def test_a_router_that_cannot_be_told_is_told_again(temp_dir, monkeypatch, caplog):

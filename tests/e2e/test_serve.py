@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import grpc
+import httpx2
 import psutil
 import pytest
 from tiny_models import make_not_decoder_only, make_tiny
@@ -56,14 +58,25 @@ class Server:
         # A short path: unix sockets are made in it.
         self.temp_dir = Path(tempfile.mkdtemp(prefix="kvt-", dir="/tmp"))
         self.printed: list[str] = []
-        self.address = ""
+        self.address = self.http_address = ""
         self._shm_before = set(SHM.iterdir())
         self._family: set[psutil.Process] = set()
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._stderr_path = self.temp_dir.with_suffix(".err")
         with self._stderr_path.open("w") as stderr:
             self.process = subprocess.Popen(
-                [KVRELAY, "serve", str(model), "--kv-gib", "0.05", "--port", "0", *options],
+                [
+                    KVRELAY,
+                    "serve",
+                    str(model),
+                    "--kv-gib",
+                    "0.05",
+                    "--port",
+                    "0",
+                    "--http-port",
+                    "0",
+                    *options,
+                ],
                 # A Ray cluster of somebody else is not joined.
                 env={**os.environ, "TMPDIR": str(self.temp_dir), "RAY_ADDRESS": "127.0.0.1:1"},
                 start_new_session=True,
@@ -91,8 +104,9 @@ class Server:
         except queue.Empty:
             pytest.fail(f"not ready in {READY_S} s: {self.stderr}")
         assert line is not None, self.stderr
-        assert line.startswith("ready grpc="), line
-        self.address = line.removeprefix("ready grpc=").rstrip("\n")
+        ready = re.fullmatch(r"ready grpc=(\S+) http=(\S+)\n", line)
+        assert ready, line
+        self.address, self.http_address = ready.groups()
 
     def family(self) -> set[psutil.Process]:
         """The server and all processes under it now; those seen before are remembered."""
@@ -249,7 +263,7 @@ class Answering(threading.Thread):
 
 
 def test_it_prints_one_line(server):
-    assert server.printed == [f"ready grpc={server.address}\n"]
+    assert server.printed == [f"ready grpc={server.address} http={server.http_address}\n"]
     # On stderr the stages alone: no bar of a library, no chatter of Ray's.
     stages = ("reading ", "packing ", "comparing ", "writing ")  # of weights, the first time
     stages += ("starting ", "loading ", "connecting ")
@@ -271,6 +285,14 @@ def test_generate_json(server):
     assert answer["transport"] == "shm"
     assert answer["kv_bytes"] > 0
     assert answer["ttft_ms"] > 0
+
+
+def test_http(server):
+    url = f"http://{server.http_address}"
+    assert httpx2.get(f"{url}/ready").json() == {"status": "ok"}
+    chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 9}
+    answer = httpx2.post(f"{url}/v1/chat/completions", json=chat, timeout=ANSWER_S).json()
+    assert answer["usage"]["completion_tokens"] == 9
 
 
 def test_the_router_has_neither_torch_nor_ray(server):
@@ -325,7 +347,7 @@ def test_a_worker_that_is_killed(server, role):
     after = server.workers()
     assert len(after - before) == 1
     assert victim not in after
-    assert server.printed == [f"ready grpc={server.address}\n"]
+    assert server.printed == [f"ready grpc={server.address} http={server.http_address}\n"]
 
 
 # ---- several workers, and the end
@@ -471,10 +493,11 @@ def test_a_file_of_unknown_type(tmp_path):
         assert_error(server, "model.bin", "not a .gguf file")
 
 
-def test_a_port_that_is_taken(model):
+@pytest.mark.parametrize("option", ["--port", "--http-port"])
+def test_a_port_that_is_taken(model, option):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with starting(model, "--port", str(port)) as server:
+        with starting(model, option, str(port)) as server:
             assert_error(server, "router", str(port))
 
 

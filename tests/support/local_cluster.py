@@ -63,6 +63,7 @@ async def local_cluster(
             cluster_key=key,
             control_socket=run_dir / "control.sock",
             port=0,
+            http_port=0,
             **{"drain_ms": 0, **(router or {})},
         )
         async with contextlib.AsyncExitStack() as stack:

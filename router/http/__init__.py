@@ -1,0 +1,1 @@
+"""OpenAI's API over HTTP, in front of router/frontdoor.py; run by router/main.py."""

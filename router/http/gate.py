@@ -1,0 +1,102 @@
+"""Owns what is settled for every HTTP call before its route is looked at: how many there may be,
+how large its head is, who calls, and the id that its answer carries."""
+
+import contextlib
+import uuid
+from collections.abc import Iterator, Mapping
+from http import HTTPStatus
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kvrelay.config import RouterConfig
+from router.admission import InvalidRequest, check_request_id
+from router.frontdoor import FrontDoor
+from router.http.errors import HttpError, of_refusal, overloaded
+from router.metrics import Metrics
+from router.refusals import RETRY_HINT_MS, Refusal
+
+# Answered without a key: a load balancer has none.
+OPEN_PATHS = frozenset({"/health", "/ready"})
+MODEL_PATH = "/v1/models/"
+PATHS = OPEN_PATHS | {
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models",
+    "/metrics",
+    "/openapi.json",
+}
+
+
+class Gate:
+    """The ASGI application in front of the routes."""
+
+    def __init__(
+        self, app: ASGIApp, door: FrontDoor, metrics: Metrics, config: RouterConfig
+    ) -> None:
+        self._app = app
+        self._door = door
+        self._metrics = metrics
+        self._config = config
+        self._running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        request_id = _request_id(headers)
+        route = route_of(scope["path"])
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.http_responses.labels(route, str(message["status"])).inc()
+                given = list(message["headers"])
+                message = {**message, "headers": [*given, (b"x-request-id", request_id.encode())]}
+            await send(message)
+
+        try:
+            with self._counted():
+                self._check_head(scope)
+                state = scope.setdefault("state", {})
+                state["request_id"] = request_id
+                if scope["path"] not in OPEN_PATHS:
+                    state["caller"] = self._door.callers.identify(headers.get(b"authorization"))
+                await self._app(scope, receive, answer)
+        except Refusal as error:
+            self._metrics.refused("http", error.reason)
+            await of_refusal(error).response()(scope, receive, answer)
+        except HttpError as error:
+            await error.response()(scope, receive, answer)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        if self._running >= self._config.http_requests_max:
+            raise overloaded(f"{self._running} requests are under way", RETRY_HINT_MS)
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+
+    def _check_head(self, scope: Scope) -> None:
+        most = self._config.http_headers_max
+        if len(scope["headers"]) > most:
+            raise HttpError(
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+                f"{len(scope['headers'])} headers, at most {most} are allowed",
+                code="too_many_headers",
+            )
+
+
+def route_of(path: str) -> str:
+    """The route's path as its name in the metrics; all that is no route has one name."""
+    if path in PATHS:
+        return path
+    return f"{MODEL_PATH}{{model}}" if path.startswith(MODEL_PATH) else "other"
+
+
+def _request_id(headers: Mapping[bytes, str]) -> str:
+    """The client's own, where it is fit to be one."""
+    given = headers.get(b"x-request-id", "")
+    with contextlib.suppress(InvalidRequest):
+        check_request_id(given)
+        if given:
+            return given
+    return f"req-{uuid.uuid4().hex}"

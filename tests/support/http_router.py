@@ -1,0 +1,149 @@
+"""The router's HTTP side on a real socket, over a fleet that answers what a test tells it to."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from byte_tokenizer import byte_level_tokenizer
+
+from kvrelay.config import RouterConfig
+from router.callers import Callers
+from router.commands import Trouble
+from router.fleet import Answer
+from router.frontdoor import FrontDoor
+from router.http.app import make_app
+from router.http.server import HttpServer
+from router.metrics import Metrics
+from router.model_files import ModelFiles
+from router.request import Ending, Request
+from router.workers import Workers
+
+Event = list[int] | Ending | Trouble
+Script = Callable[[Request], Sequence[Event]]
+
+
+def says(text: str, ending: Ending = Ending.LENGTH) -> list[Event]:
+    """The answer `text`, a byte for each token."""
+    return [*([byte] for byte in text.encode()), ending]
+
+
+@dataclass
+class _Limits:
+    context_tokens: int = 1000
+
+
+class ScriptedFleet:
+    """Stands in for a Fleet. `script` says what a request is answered; None: the test puts it."""
+
+    def __init__(self, script: Script | None) -> None:
+        self.metrics = Metrics()
+        self.dispatcher = _Limits()
+        self.not_ready = ""
+        self.asked: asyncio.Queue[tuple[Request, Answer]] = asyncio.Queue()
+        self.let_go_of: asyncio.Queue[Request] = asyncio.Queue()
+        self.refuse_with: Exception | None = None
+        self.requests = (0, 0)
+        self.workers = Workers()
+        self._script = script
+        self._held: set[Request] = set()
+
+    def submit(self, request: Request) -> Answer:
+        if self.refuse_with is not None:
+            raise self.refuse_with
+        answer = Answer()
+        self._held.add(request)
+        for event in self._script(request) if self._script else ():
+            if isinstance(event, list):
+                request.log(len(request.answer), event, request.times.arrived_at_ms + 1)
+            answer.put(event)
+        self.asked.put_nowait((request, answer))
+        return answer
+
+    def let_go(self, request: Request) -> None:
+        if request in self._held:
+            self._held.remove(request)
+            self.let_go_of.put_nowait(request)
+
+    def connected(self, role: str) -> int:
+        return 1
+
+
+@dataclass
+class HttpRouter:
+    server: HttpServer
+    fleet: ScriptedFleet
+    door: FrontDoor
+    client: httpx2.AsyncClient
+    opened: list[asyncio.StreamWriter] = field(default_factory=list)
+
+    @property
+    def connections(self) -> int:
+        return len(self.server._server.server_state.connections)
+
+    async def chat(self, **body: Any) -> httpx2.Response:
+        messages = [{"role": "user", "content": "hi"}]
+        return await self.client.post("/v1/chat/completions", json={"messages": messages, **body})
+
+    async def complete(self, **body: Any) -> httpx2.Response:
+        return await self.client.post("/v1/completions", json={"prompt": "hi", **body})
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A bare connection; closed with the router."""
+        host, port = self.server.address.rsplit(":", 1)
+        reader, writer = await asyncio.open_connection(host, int(port))
+        self.opened.append(writer)
+        return reader, writer
+
+
+def tiny_files(**changes: Any) -> ModelFiles:
+    tokenizer = byte_level_tokenizer()
+    fields: dict[str, Any] = {
+        "name": "tiny",
+        "vocab_size": tokenizer.get_vocab_size(),
+        "max_position_embeddings": 1000,
+        "eos_token_ids": (),
+        "tokenizer": tokenizer,
+        "chat_template": "{{ messages[0].content }}",
+        "special_tokens": {},
+        "longest_token_bytes": 100,
+    }
+    return ModelFiles(**{**fields, **changes})
+
+
+def router_config(**changes: Any) -> RouterConfig:
+    return RouterConfig(
+        model_path=Path("none"),
+        model_name="tiny",
+        cluster_key="k" * 16,
+        control_socket=Path("none"),
+        **changes,
+    )
+
+
+@contextlib.asynccontextmanager
+async def http_router(
+    script: Script | None = None,
+    *,
+    callers: Callers | None = None,
+    files: ModelFiles | None = None,
+    **config: Any,
+) -> AsyncIterator[HttpRouter]:
+    """A router that serves HTTP; at the end it has let go of all that it asked for."""
+    settings = router_config(**config)
+    fleet = ScriptedFleet(script)
+    fleet.metrics.watch(fleet)
+    door = FrontDoor(files or tiny_files(), fleet, callers or Callers())
+    server = HttpServer(make_app(door, fleet.metrics, settings), settings)
+    await server.start()
+    async with httpx2.AsyncClient(base_url=f"http://{server.address}", timeout=30) as client:
+        router = HttpRouter(server, fleet, door, client)
+        yield router
+    for writer in router.opened:
+        writer.close()
+    await server.stop()
+    door.close()
+    assert not fleet._held
