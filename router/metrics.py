@@ -200,6 +200,7 @@ def _worker_metrics(workers: Workers) -> Iterator[Metric]:
         total.add_metric([name, "prefill"], prefill.blocks_total)
     for name, decode in workers.decode.items():
         total.add_metric([name, "decode"], decode.blocks_total)
+        queued.add_metric([name, "decode"], decode.queued_tokens)
         free.add_metric([name, "decode"], decode.blocks_free)
         running.add_metric([name, "decode"], decode.running)
     yield from (queued, total, free, running)

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from http_router import router_config
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvrelay.wire import inference_pb2, worker_pb2
@@ -111,20 +112,21 @@ def test_placements():
 
 def test_workers_are_those_of_now():
     metrics = Metrics()
-    workers = Workers()
+    workers = Workers(router_config())
     fleet = SimpleNamespace(requests=(3, 2), workers=workers, connected=lambda role: 1)
     metrics.watch(fleet)
-    info = worker_pb2.WorkerInfo(blocks_total=50)
+    info = worker_pb2.WorkerInfo(blocks_total=50, layout={"block_size": 16})
     workers.prefill_up("p-1", info)
     workers.decode_up("d-1", info)
     workers.prefill_load("p-1", worker_pb2.PrefillLoad(queued_tokens=9), refused=False)
-    load = worker_pb2.DecodeLoad(blocks_free=20, running=4)
+    load = worker_pb2.DecodeLoad(blocks_free=20, running=4, queued_tokens=7)
     workers.decode_load("d-1", load, refused=False)
     seen = values(metrics)
     assert seen["kvrelay_requests_running"] == 3
     assert seen["kvrelay_requests_queued"] == 2
     assert seen["kvrelay_workers{role=decode}"] == 1
     assert seen["kvrelay_worker_queued_tokens{instance=p-1,role=prefill}"] == 9
+    assert seen["kvrelay_worker_queued_tokens{instance=d-1,role=decode}"] == 7
     assert seen["kvrelay_worker_blocks_free{instance=d-1,role=decode}"] == 20
     assert seen["kvrelay_worker_blocks_total{instance=d-1,role=decode}"] == 50
     assert seen["kvrelay_worker_running{instance=d-1,role=decode}"] == 4

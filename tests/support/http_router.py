@@ -47,7 +47,7 @@ class ScriptedFleet:
         self.let_go_of: asyncio.Queue[Request] = asyncio.Queue()
         self.refuse_with: Exception | None = None
         self.requests = (0, 0)
-        self.workers = Workers()
+        self.workers = Workers(router_config())
         self._script = script
         self._held: set[Request] = set()
 
