@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 from kv_fixtures import sampling
 
 from decode_worker.batch import Batch, Ending, Output, Running
+from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.step import Slice
 
 EOS = 99
@@ -46,6 +47,17 @@ def test_sequences_join_and_leave_between_any_two_steps():
     batch.leave(("router", 1))  # has ended already
     batch.leave(("router", 2))
     assert batch.next_step() == []
+
+
+def test_a_history_is_told_every_token_the_first_included():
+    batch, s = Batch(4), sequence()
+    s.history = TokenHistory([3, 11, 3], answered=1)
+    batch.join(s, 11)
+    batch.apply([s], [12])
+    batch.apply([s], [12])
+    counts = dict(zip(s.history.ids.tolist(), s.history.counts.tolist(), strict=True))
+    assert counts == {3: 1, 11: 1, 12: 2}
+    assert s.history.sampled == len(s.answer) == 3
 
 
 def test_max_tokens_ends_a_sequence_with_length():

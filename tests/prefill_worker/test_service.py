@@ -33,6 +33,18 @@ async def test_names_that_are_not_the_prompts_are_refused(tmp_path):
             assert why in failed.message
 
 
+async def test_more_answered_than_the_prompt_has_is_refused(tmp_path):
+    async with local_cluster(make_tiny("llama", tmp_path / "llama")) as cluster:
+        service = cluster.prefill[0]
+        prefill = worker_pb2.Prefill(key=7, prompt_token_ids=[5] * 20, answered=21)
+        prefill.sampling.frequency_penalty = 0.5
+        prefill.ticket.layout.CopyFrom(service._layout.to_wire())
+        prefill.ticket.block_ids.extend([0, 1])
+        failed = await first_failure(service, worker_pb2.PrefillCommand(prefill=prefill))
+    assert (failed.key, failed.code) == (7, worker_pb2.FAILURE_CODE_INVALID)
+    assert failed.message == "21 tokens answered, of 20 prompt tokens"
+
+
 async def first_failure(service, command):
     async def commands():
         yield command

@@ -125,6 +125,33 @@ def test_nothing_of_a_stop_string_leaks(text: str, stop: list[str]) -> None:
     assert out + stream.finish() == cut(text, stop)
 
 
+@settings(deadline=None, max_examples=500)
+@given(
+    text=st.text(alphabet="ab", max_size=24),
+    stop=st.lists(st.text("ab", min_size=1, max_size=5), max_size=4),
+    exempt=st.integers(0, 24),
+)
+@example(text="aaab", stop=["a"], exempt=3)
+@example(text="abab", stop=["ab"], exempt=3)  # the second begins where no stop string may end
+@example(text="aba", stop=["abaa", "ab"], exempt=2)
+def test_a_stop_string_counts_where_it_ends_in_text_that_may_stop(
+    text: str, stop: list[str], exempt: int
+) -> None:
+    found = (text.find(string, max(0, exempt - len(string) + 1)) for string in stop)
+    expected = text[: min((at for at in found if at >= 0), default=len(text))]
+    stream, out = TextStream(Detokenizer(BYTE_LEVEL), stop), ""
+    for index, byte in enumerate(text.encode()):
+        out += stream.push([byte], may_stop=index >= exempt)
+        assert expected.startswith(out)
+    assert out + stream.finish() == expected
+
+
+def test_an_incomplete_character_that_may_not_stop_does_not_at_the_end_either() -> None:
+    stream = TextStream(Detokenizer(BYTE_LEVEL), ["\ufffd"])
+    assert stream.push(["\u20ac".encode()[0]], may_stop=False) == ""
+    assert (stream.finish(), stream.stopped) == ("\ufffd", False)
+
+
 @settings(deadline=None, max_examples=200)
 @given(text=texts)
 def test_only_an_unfinished_character_is_held_back(text: str) -> None:
