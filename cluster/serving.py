@@ -47,10 +47,16 @@ _TEMP_DIR_CHARS_MAX = 20
 
 
 class Serving:
-    """Call start, then watch until told to stop, then stop (in a finally)."""
+    """Call start, then watch until told to stop, then stop (in a finally).
 
-    def __init__(self, model: PreparedModel, options: ServeOptions) -> None:
+    router_module: what runs as the router; a bench has one that places otherwise.
+    """
+
+    def __init__(
+        self, model: PreparedModel, options: ServeOptions, *, router_module: str = "router"
+    ) -> None:
         self.address = ""
+        self._router_module = router_module
         self._options = options
         self._run_dir = _temp_dir() / f"{_RUN_DIR_PREFIX}{secrets.token_hex(4)}"
         try:
@@ -113,7 +119,7 @@ class Serving:
 
     def _start_router(self) -> "subprocess.Popen[str]":
         router = subprocess.Popen(
-            [sys.executable, "-m", "router"],
+            [sys.executable, "-m", self._router_module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -14,6 +14,7 @@ Transport = Literal["auto", "shm", "tcp", "nccl"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
 Quantize = Literal["none", "int8"]
+LocalPrefill = Literal["auto", "never"]
 WireCodec = Literal["asis", "bf16", "int8"]
 KvDtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]  # auto: as the model computes,
 # and with quantize int8 in int8 too, where heads are whole lines of 64 values
@@ -85,7 +86,13 @@ class RouterConfig(_Frozen):
     rpcs_max: int = Field(default=4096, ge=1)  # calls at once, before any of their work is done
     queue_max: int = 1024  # requests waiting for a worker
     queue_wait_ms: int = 120_000
+    queue_aging_ms: int = Field(default=500, ge=1)  # of waiting, for one step of priority
+    queue_lookahead: int = Field(default=8, ge=1)  # requests that may be tried when room comes
+    queue_patience_ms: int = 2_000  # who has waited longer for room is overtaken by nobody
     reserve_ms: int = 10_000  # a decode worker's answer to Reserve
     attempts_max: int = 3  # placements of one request that failed; no room is no failure
-    prefill_backlog_tokens: int = 4096  # a prefill worker with more waiting gets no new request
+    prefill_backlog_tokens: int = 4096  # a worker with more waiting gets no new prompt
+    local_prefill: LocalPrefill = "auto"  # prompts computed by decode workers: where it is
+    # predicted to be better, or only when there are no prefill workers
+    index_names_max: int = 65_536  # cached blocks of one worker that the router remembers
     drain_ms: int = 30_000  # running requests at shutdown

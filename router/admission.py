@@ -28,6 +28,7 @@ class RequestLimits:
     stop_token_ids_max: int = 64
     request_id_bytes_max: int = 128
     max_tokens_default: int = 256
+    priority_max: int = 100  # and the least is its negative
 
 
 DEFAULT_LIMITS = RequestLimits()
@@ -141,6 +142,17 @@ def check_request_id(request_id: str, limits: RequestLimits = DEFAULT_LIMITS) ->
         raise InvalidRequest(
             f"request_id: {request_id!a}, only printable ASCII without spaces is allowed"
         )
+
+
+def check_urgency(
+    priority: int, ttft_deadline_ms: int, limits: RequestLimits = DEFAULT_LIMITS
+) -> None:
+    """How soon a request wants to be served: its place in the queue follows from it."""
+    most = limits.priority_max
+    if not -most <= priority <= most:
+        raise InvalidRequest(f"priority: {priority}, allowed are {-most} (first) to {most}")
+    if ttft_deadline_ms < 0:
+        raise InvalidRequest(f"ttft_deadline_ms: {ttft_deadline_ms}, allowed are 0 (none) and more")
 
 
 def _temperature(params: inference_pb2.SamplingParams) -> float:

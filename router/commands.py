@@ -16,8 +16,20 @@ class DuplicateRequestError(Exception):
     """A running request has this id."""
 
 
-class QueueFullError(Exception):
+class OverloadError(Exception):
+    """Not accepted, for want of room. retry_ms: when to try again; None: nobody can tell."""
+
+    def __init__(self, message: str, retry_ms: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_ms = retry_ms
+
+
+class QueueFullError(OverloadError):
     """`queue_max` requests are waiting."""
+
+
+class DeadlineError(OverloadError):
+    """The first token would come too late, by all that is measured."""
 
 
 # ---- commands
@@ -55,7 +67,11 @@ class Trouble(Exception):
 
 
 class ExhaustedTrouble(Trouble):
-    """No room in time: try again later."""
+    """No room in time: try again later. retry_ms: as in OverloadError."""
+
+    def __init__(self, message: str, retry_ms: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_ms = retry_ms
 
 
 class UnavailableTrouble(Trouble):
@@ -120,6 +136,14 @@ def cancel_prefill(request: Request) -> ToPrefill:
     assert request.prefill_id is not None, "no prefill worker knows of it"
     cancel = worker_pb2.Cancel(key=request.key)
     return ToPrefill(request.prefill_id, PrefillCommand(cancel=cancel))
+
+
+def resync_prefill(worker_id: str) -> ToPrefill:
+    return ToPrefill(worker_id, PrefillCommand(resync=worker_pb2.Resync()))
+
+
+def resync_decode(worker_id: str) -> ToDecode:
+    return ToDecode(worker_id, DecodeCommand(resync=worker_pb2.Resync()))
 
 
 def _sampling(request: Request) -> worker_pb2.Sampling:

@@ -4,14 +4,15 @@ A pure object: the service tells it what happened and carries out the commands i
 no clock, no socket and no task, so it can be driven by tests and by a simulator as it is.
 """
 
-from collections import deque
 from collections.abc import Sequence
 
 from kvrelay.config import RouterConfig
 from kvrelay.wire import worker_pb2
 from kvrelay.wire.worker_pb2 import FailureCode
+from router.attempts import Attempts
 from router.commands import (
     Command,
+    DeadlineError,
     Deliver,
     DuplicateRequestError,
     ExhaustedTrouble,
@@ -21,12 +22,11 @@ from router.commands import (
     QueueFullError,
     Trouble,
     UnavailableTrouble,
-    cancel_decode,
-    cancel_prefill,
     prefill,
-    reserve,
+    resync_decode,
+    resync_prefill,
 )
-from router.policy import Placement, place
+from router.queue import WaitingQueue
 from router.request import Ending, Request, RequestEvent, RequestState, TokenMismatchError
 from router.workers import Workers
 
@@ -36,24 +36,41 @@ _NO_ROOM = FailureCode.FAILURE_CODE_EXHAUSTED
 class Dispatcher:
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
-        self._queue: deque[Request] = deque()
+        self._queue = WaitingQueue(config)
+        self._workers = Workers(config)
+        self._attempts = Attempts(self._workers)
         self._requests: dict[str, Request] = {}
-        self._by_key: dict[int, Request] = {}
-        self._next_key = 1
-        self._workers = Workers()
+        self._arrivals = 0
 
     # ---- what clients do
 
     def submit(self, request: Request) -> list[Command]:
-        """Raises DuplicateRequestError or QueueFullError and changes nothing."""
+        """Raises DuplicateRequestError, QueueFullError or DeadlineError, and changes nothing."""
+        now_ms = request.times.arrived_at_ms
         if request.request_id in self._requests:
             raise DuplicateRequestError(f"request id {request.request_id!r} is running already")
-        if len(self._queue) >= self._config.queue_max:
-            raise QueueFullError(f"{len(self._queue)} requests are waiting")
+        if self._queue.full:
+            raise QueueFullError(f"{len(self._queue)} requests are waiting", self._queue.all_ms())
+        request.number = self._arrivals + 1
+        if request.ttft_deadline_ms:
+            self._check_deadline(request)
+        self._arrivals += 1
         self._requests[request.request_id] = request
-        request.queued_at_ms = request.times.arrived_at_ms
-        self._queue.append(request)
-        return self._pump(request.times.arrived_at_ms)
+        request.queued_at_ms = now_ms
+        self._queue.push(request, now_ms)
+        return self._pump(now_ms)
+
+    def _check_deadline(self, request: Request) -> None:
+        """Raises DeadlineError where measured figures predict that it will be missed."""
+        prediction = self._workers.predict(request)
+        if prediction is None:
+            return
+        request.compute_ms = prediction.compute_ms
+        ttft_ms = prediction.ttft_ms + self._queue.wait_ms(request, prediction.each_ms)
+        late_ms = ttft_ms - request.ttft_deadline_ms
+        if late_ms > 0:
+            why = f"its first token would come after {ttft_ms:.0f} ms, not {{}} ms"
+            raise DeadlineError(why.format(request.ttft_deadline_ms), late_ms)
 
     def let_go(self, request: Request, now_ms: float) -> list[Command]:
         """The client has all it wants, or is gone. Nothing more is delivered.
@@ -62,7 +79,7 @@ class Dispatcher:
         """
         if self._requests.get(request.request_id) is not request:
             return []
-        commands = self._withdraw(request)
+        commands = self._attempts.withdraw(request)
         self._end(request)
         return commands + self._pump(now_ms)
 
@@ -88,8 +105,7 @@ class Dispatcher:
         """Every request that needs this worker is placed again."""
         self._workers.down(worker_id)
         commands: list[Command] = []
-        # The newest first: each goes to the head of the queue, so they keep their order.
-        for request in sorted(self._by_key.values(), key=lambda r: r.key, reverse=True):
+        for request in self._attempts.all():
             if request.decode_id == worker_id:
                 commands += self._lost(request, worker_id, "decode", now_ms)
             elif request.prefill_id == worker_id and request.state is RequestState.DECODING:
@@ -102,43 +118,48 @@ class Dispatcher:
         self, worker_id: str, event: worker_pb2.PrefillEvent, now_ms: float
     ) -> list[Command]:
         self._workers.prefill_load(worker_id, event.load, refused=event.failed.code == _NO_ROOM)
-        kind = event.WhichOneof("event")
         commands: list[Command] = []
-        request = self._by_key.get(getattr(event, kind).key) if kind else None
+        if event.HasField("blocks") and not self._workers.blocks_changed(worker_id, event.blocks):
+            commands.append(resync_prefill(worker_id))
+        kind = event.WhichOneof("event")
+        request = self._attempts.get(getattr(event, kind).key) if kind else None
         if request is not None:
             if kind == "started":
                 request.times.note_start(event.started, now_ms)
             elif kind == "first_token":
                 request.times.prefill_ms += event.first_token.prefill_ms
-                commands = self._tokens(request, 0, [event.first_token.token_id], now_ms)
+                commands += self._tokens(request, 0, [event.first_token.token_id], now_ms)
             elif kind == "handed_off":
                 request.times.note_hand_off(event.handed_off)
-                commands = self._handed_off(request)
+                self._workers.handed_off(request.key, event.handed_off.kv_exposed_ms)
+                commands += self._handed_off(request)
             elif kind == "failed" and request.state is RequestState.DECODING:
-                commands = self._handed_off(request)  # the decode worker has it all the same
+                commands += self._handed_off(request)  # the decode worker has it all the same
             elif kind == "failed":
-                commands = self._failed(request, event.failed, now_ms)
+                commands += self._failed(request, event.failed, now_ms)
         return commands + self._pump(now_ms)
 
     def on_decode_event(
         self, worker_id: str, event: worker_pb2.DecodeEvent, now_ms: float
     ) -> list[Command]:
         self._workers.decode_load(worker_id, event.load, refused=event.failed.code == _NO_ROOM)
-        kind = event.WhichOneof("event")
         commands: list[Command] = []
-        if kind == "reserved":
-            commands = self._reserved(event.reserved)
-        elif kind == "failed" and event.failed.key in self._by_key:
-            commands = self._failed(self._by_key[event.failed.key], event.failed, now_ms)
-        elif kind == "step":
+        if event.HasField("blocks") and not self._workers.blocks_changed(worker_id, event.blocks):
+            commands.append(resync_decode(worker_id))
+        kind = event.WhichOneof("event")
+        if kind == "step":
             for output in event.step.outputs:
                 commands += self._output(output, now_ms)
-        elif kind == "started" and event.started.key in self._by_key:
-            self._by_key[event.started.key].times.note_start(event.started, now_ms)
-        elif kind == "first_token" and event.first_token.key in self._by_key:
-            request = self._by_key[event.first_token.key]
-            request.times.note_computed_here(event.first_token)
-            commands = self._tokens(request, 0, [event.first_token.token_id], now_ms)
+        elif kind and (request := self._attempts.get(getattr(event, kind).key)):
+            if kind == "reserved":
+                commands += self._reserved(request, event.reserved)
+            elif kind == "started":
+                request.times.note_start(event.started, now_ms)
+            elif kind == "first_token":
+                request.times.note_computed_here(event.first_token)
+                commands += self._tokens(request, 0, [event.first_token.token_id], now_ms)
+            elif kind == "failed":
+                commands += self._failed(request, event.failed, now_ms)
         return commands + self._pump(now_ms)
 
     def expire(self, now_ms: float) -> list[Command]:
@@ -154,72 +175,55 @@ class Dispatcher:
             ):
                 why = f"{request.decode_id} did not answer Reserve"
                 commands += self._retry(request, why, now_ms)
+        self._workers.room_grew = True  # predictions may have changed without any word of room
         return commands + self._pump(now_ms)
 
     # ---- steps of one request
 
     def _pump(self, now_ms: float) -> list[Command]:
-        """Places requests from the head of the queue for as long as there is room."""
+        """Places waiting requests for as long as there is room."""
         commands: list[Command] = []
-        while self._queue:
-            request = self._queue[0]
-            if self._never_fits(request):
-                tokens = len(request.prompt) + request.sampling.max_tokens
-                most = self._workers.context_tokens_seen
-                trouble = f"prompt and answer may need {tokens} tokens, the workers hold {most}"
-                commands += self._fail(request, InvalidTrouble(trouble))
-                continue
-            placement = place(
-                self._workers.prefill_views(),
-                self._workers.decode_views(),
-                prompt_tokens=request.prompt_tokens_now,
-                max_tokens=request.max_tokens_now,
-                backlog_tokens_max=self._config.prefill_backlog_tokens,
-                colocated=not self._workers.prefill,
-                avoid=frozenset(request.failed_pairs),
-            )
-            if placement is None:
-                break
-            self._queue.popleft()
-            commands.append(self._place(request, placement, now_ms))
+        while self._workers.room_grew or self._queue.changed:
+            self._workers.room_grew = self._queue.changed = False
+            for request in self._queue.heads():
+                done = self._try(request, now_ms)
+                commands += done
+                if not done and self._holds_up_others(request, now_ms):
+                    break
         return commands
 
-    def _never_fits(self, request: Request) -> bool:
-        """Longer than anything that was ever connected.
-
-        Not than what is connected now: a larger worker that died is being replaced. Until then
-        its requests wait, and others behind them, at most queue_wait_ms. And nothing is known
-        while a role has no worker.
-        """
+    def _try(self, request: Request, now_ms: float) -> list[Command]:
+        """Places a waiting request, or ends it where that is hopeless; [] when it waits on."""
         tokens = len(request.prompt) + request.sampling.max_tokens
-        return self.context_tokens is not None and tokens > self._workers.context_tokens_seen
+        # Longer than anything that was ever connected. Not than what is connected now: a larger
+        # worker that died is being replaced. And nothing is known while there is no worker.
+        most = self._workers.context_tokens_seen
+        if self.context_tokens is not None and tokens > most:
+            trouble = f"prompt and answer may need {tokens} tokens, the workers hold {most}"
+            return self._fail(request, InvalidTrouble(trouble))
+        choice = self._workers.choose(request)
+        if choice is None or not choice.now:
+            return []
+        if ended := self._end_wait(request, now_ms):
+            return ended
+        self._queue.depart(request, now_ms)
+        return [self._attempts.begin(request, choice.placement, now_ms)]
 
-    def _place(self, request: Request, placement: Placement, now_ms: float) -> Command:
-        request.on(RequestEvent.PLACE)
-        request.attempt += 1
-        request.key, self._next_key = self._next_key, self._next_key + 1
-        request.base = len(request.answer)
-        request.prefill_id, request.decode_id = placement.prefill, placement.decode
-        request.placed_at_ms = now_ms
-        request.handed_off = request.prefill_here  # then there is nothing to hand off
-        decode = self._workers.decode[placement.decode]
-        request.name_blocks(decode.model_fingerprint, decode.block_size)
-        self._by_key[request.key] = request
-        self._workers.claim(
-            request.key, placement, request.prompt_tokens_now, request.max_tokens_now
-        )
-        return reserve(request)
+    def _holds_up_others(self, request: Request, now_ms: float) -> bool:
+        """Only while there is a worker that could hold it, were it empty."""
+        tokens = len(request.prompt) + request.sampling.max_tokens
+        holds = self.context_tokens is not None and tokens <= self.context_tokens
+        return holds and self._queue.impatient(request, now_ms)
 
-    def _reserved(self, reserved: worker_pb2.Reserved) -> list[Command]:
-        request = self._by_key.get(reserved.key)
-        if request is None or request.state is not RequestState.RESERVING:
+    def _reserved(self, request: Request, reserved: worker_pb2.Reserved) -> list[Command]:
+        if request.state is not RequestState.RESERVING:
             return []
         request.on(RequestEvent.RESERVED)
-        self._workers.reserved(request.key)
+        self._workers.reserved(request.key, reserved.ticket.first_block)
         return [] if request.prefill_here else [prefill(request, reserved.ticket)]
 
     def _output(self, output: worker_pb2.SequenceOutput, now_ms: float) -> list[Command]:
-        request = self._by_key.get(output.key)
+        request = self._attempts.get(output.key)
         if request is None:
             return []
         if request.state is RequestState.PREFILLING:
@@ -259,7 +263,9 @@ class Dispatcher:
 
     def _failed(self, request: Request, failed: worker_pb2.Failed, now_ms: float) -> list[Command]:
         if failed.code == FailureCode.FAILURE_CODE_INVALID:
-            return self._withdraw(request) + self._fail(request, InvalidTrouble(failed.message))
+            return self._attempts.withdraw(request) + self._fail(
+                request, InvalidTrouble(failed.message)
+            )
         begun = request.state is RequestState.DECODING or len(request.answer) > request.base
         if failed.code == _NO_ROOM and not begun:
             return self._refused(request, now_ms)
@@ -269,10 +275,10 @@ class Dispatcher:
 
     def _refused(self, request: Request, now_ms: float) -> list[Command]:
         """A worker had no room. Nothing has failed: no attempt is counted, the wait goes on."""
-        commands = self._withdraw(request)
+        commands = self._attempts.withdraw(request)
         request.attempt -= 1
         request.on(RequestEvent.RETRY)
-        self._queue.appendleft(request)
+        self._queue.push(request, now_ms)
         return commands + self._end_wait(request, now_ms)
 
     def _lost(self, request: Request, worker_id: str, role: str, now_ms: float) -> list[Command]:
@@ -283,7 +289,7 @@ class Dispatcher:
         return self._retry(request, f"{role} worker {worker_id} was lost", now_ms)
 
     def _retry(self, request: Request, why: str, now_ms: float) -> list[Command]:
-        commands = self._withdraw(request)
+        commands = self._attempts.withdraw(request)
         ending = request.complete()
         if ending is not None:
             self._end(request)
@@ -294,27 +300,19 @@ class Dispatcher:
         request.failed_pairs.add((request.prefill_id, request.decode_id))
         request.on(RequestEvent.RETRY)
         request.queued_at_ms = now_ms
-        self._queue.appendleft(request)
+        self._queue.push(request, now_ms)
         return commands
 
     def _end_wait(self, request: Request, now_ms: float) -> list[Command]:
-        """Fails a queued request whose time is up."""
-        if now_ms - request.queued_at_ms <= self._config.queue_wait_ms:
+        """Fails a queued request whose time is up, or that can no longer meet its deadline."""
+        trouble = ""
+        if now_ms - request.queued_at_ms > self._config.queue_wait_ms:
+            trouble = f"no worker had room for it in {self._config.queue_wait_ms / 1000:g} s"
+        elif now_ms + request.compute_ms > request.deadline_at_ms:
+            trouble = f"no worker had room for it in time for {request.ttft_deadline_ms} ms"
+        if not trouble:
             return []
-        trouble = f"no worker had room for it in {self._config.queue_wait_ms / 1000:g} s"
-        return self._fail(request, ExhaustedTrouble(trouble))
-
-    def _withdraw(self, request: Request) -> list[Command]:
-        """Takes the present attempt back from both workers."""
-        if not self._release(request):
-            return []
-        commands: list[Command] = []
-        if request.decode_id in self._workers.decode:
-            commands.append(cancel_decode(request))
-        asked_prefill = request.state is not RequestState.RESERVING
-        if asked_prefill and request.prefill_id in self._workers.prefill:
-            commands.append(cancel_prefill(request))
-        return commands
+        return self._fail(request, ExhaustedTrouble(trouble, self._queue.all_ms()))
 
     def _fail(self, request: Request, trouble: Trouble) -> list[Command]:
         self._end(request)
@@ -324,16 +322,12 @@ class Dispatcher:
         if request.state is RequestState.QUEUED:
             self._queue.remove(request)
         request.on(RequestEvent.END)
-        self._release(request)
+        self._attempts.release(request)
         del self._requests[request.request_id]
 
-    def _release(self, request: Request) -> bool:
-        """Ends the present attempt here; false when there is none."""
-        if self._by_key.pop(request.key, None) is None:
-            return False
-        self._workers.release(request.key)
-        return True
-
     def check(self) -> None:
-        """Asserts that the sums kept for each worker are those of its requests. For tests."""
-        self._workers.check(self._by_key.values())
+        """Asserts that everything that is kept is what its requests make of it. For tests."""
+        self._attempts.check()
+        self._queue.check()
+        waiting = [r for r in self._requests.values() if r.state is RequestState.QUEUED]
+        assert len(waiting) == len(self._queue)

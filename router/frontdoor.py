@@ -25,6 +25,7 @@ from router.admission import (
     check_sampling,
     check_text,
     check_token_ids,
+    check_urgency,
 )
 from router.answer_stream import AnswerStream
 from router.callers import Caller, Callers
@@ -117,6 +118,7 @@ class FrontDoor:
                 if self._draining:
                     raise Refusal(Reason.UNAVAILABLE, "the router is shutting down")
                 check_request_id(ask.request_id)
+                check_urgency(ask.priority, ask.ttft_deadline_ms)
                 self.check_model(ask.model)
                 request = self._request(ask, caller, await self._prompt(ask.prompt), arrived_at_ms)
             try:
@@ -217,6 +219,8 @@ class FrontDoor:
             sampling=sampling,
             times=Times(arrived_at_ms=arrived_at_ms),
             tenant=caller.tenant,
+            priority=ask.priority,
+            ttft_deadline_ms=ask.ttft_deadline_ms,
         )
 
     @contextlib.contextmanager

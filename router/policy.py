@@ -1,24 +1,61 @@
-"""Where a request goes. Pure: a snapshot of the workers and a request in, a placement out."""
+"""Where a request goes: a few workers as they are now and a request in, a placement out.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import product
+Pure; called by router/workers.py. All formulas of placement are here. Costs are milliseconds, from
+what workers have measured of their own steps.
+"""
+
+from collections.abc import Iterator, Sequence
+from math import ceil
+from typing import NamedTuple
 
 from kvrelay.kv.layout import blocks_for, reserved_blocks
+from kvrelay.wire import worker_pb2
+
+_STEP_TOKENS = 256  # of prompts in one step, where nothing else limits it
+_ANSWER_TOKENS_MAX = 64  # of an answer that count: most end before their limit
+_MESSAGES_MS = 2.0  # of a hand-off: what is said before and after, which no worker measures
 
 
-@dataclass(frozen=True)
-class PrefillView:
+class Rates(NamedTuple):
+    """What a worker's steps cost it."""
+
+    base_ms: float
+    prompt_token_ms: float
+    sequence_ms: float  # of a sequence that decodes
+
+
+# Of a worker that has measured nothing: a small model on a few cores. Only their proportions
+# matter, as long as all workers are alike.
+NEUTRAL = Rates(base_ms=5.0, prompt_token_ms=0.25, sequence_ms=0.5)
+NEUTRAL_BLOCK_MS = 0.1  # of handing one block over
+
+
+def rates_of(cost: worker_pb2.StepCost) -> Rates:
+    """A token of a prompt costs much what one of an answer does, until it has been measured."""
+    token, sequence = cost.ms_per_prompt_token, cost.ms_per_sequence
+    if not (cost.base_ms or token or sequence):
+        return NEUTRAL
+    return Rates(
+        cost.base_ms,
+        token or sequence or NEUTRAL.prompt_token_ms,
+        sequence or token or NEUTRAL.sequence_ms,
+    )
+
+
+class PrefillView(NamedTuple):
     """A prefill worker as the router knows it now."""
 
     worker_id: str
     queued_tokens: int
     blocks_total: int
     block_size: int
+    rates: Rates = NEUTRAL
+    block_ms: float = NEUTRAL_BLOCK_MS  # of a hand-off, that no computing hides
+    cached_blocks: int = 0  # leading ones of the prompt
+    full: bool = False  # it has just refused for want of room
 
 
-@dataclass(frozen=True)
-class DecodeView:
+class DecodeView(NamedTuple):
     """A decode worker as the router knows it now."""
 
     worker_id: str
@@ -26,49 +63,150 @@ class DecodeView:
     blocks_total: int
     sequences: int  # running and on their way
     block_size: int
+    rates: Rates = NEUTRAL
+    cached_blocks: int = 0  # leading ones of the prompt
+    queued_tokens: int = 0  # of prompts that it computes itself
+    itl_target_ms: float = 0.0  # 0: none
+    full: bool = False  # it has just refused for want of room
 
 
-@dataclass(frozen=True)
-class Placement:
+Pair = tuple[str | None, str]
+
+
+class Placement(NamedTuple):
     prefill: str | None  # None: the decode worker computes the prompt itself
     decode: str
+    predicted_ttft_ms: float  # from now
+    predicted_tpot_ms: float
+    tokens: int  # of the prompt that are not cached where it is computed
+
+    @property
+    def pair(self) -> Pair:
+        return self.prefill, self.decode
+
+
+class Wish(NamedTuple):
+    """What placement needs to know of a request.
+
+    avoid: pairs that have failed it. local: decode workers may compute the prompt themselves
+    although there are prefill workers.
+    """
+
+    prompt_tokens: int
+    max_tokens: int
+    backlog_tokens_max: int
+    avoid: frozenset[Pair] = frozenset()
+    local: bool = True
+
+
+class Choice(NamedTuple):
+    """The best placement, and whether its workers take it now; else it is better to wait."""
+
+    placement: Placement
+    now: bool
 
 
 def place(
-    prefill: Sequence[PrefillView],
-    decode: Sequence[DecodeView],
-    *,
-    prompt_tokens: int,
-    max_tokens: int,
-    backlog_tokens_max: int,
-    colocated: bool = False,
-    avoid: frozenset[tuple[str | None, str]] = frozenset(),
-) -> Placement | None:
-    """The least busy pair that can take the request now, or None: it waits in the queue.
+    prefill: Sequence[PrefillView], decode: Sequence[DecodeView], wish: Wish
+) -> Choice | None:
+    """The placement with the least cost; None when no decode worker has room.
 
-    A prefill worker that is idle takes any prompt; a busy one only up to backlog_tokens_max, so
-    that what cannot start soon stays where it can still go elsewhere. A pair (prefill, decode) in
-    `avoid` is chosen only when no other is able. colocated: there are no prefill workers, decode
-    workers compute prompts themselves.
+    The cost is the predicted TTFT, the time of the answer's tokens, and what others lose. Before
+    it count: that a pair has not failed the request, that D can compute a prompt without missing
+    its ITL target for those whose answers it writes, and that it keeps the target once it writes
+    this answer too.
+
+    A worker that has more than backlog_tokens_max of prompts to compute does not take another now:
+    what cannot start soon stays where it can still go elsewhere. An idle one takes any prompt.
     """
-    able_p = [
-        p
-        for p in prefill
-        if blocks_for(prompt_tokens, p.block_size) <= p.blocks_total
-        and (not p.queued_tokens or p.queued_tokens + prompt_tokens <= backlog_tokens_max)
-    ]
     able_d = [
         d
         for d in decode
-        if reserved_blocks(prompt_tokens, max_tokens, d.block_size) <= d.blocks_free
+        if not d.full
+        and reserved_blocks(wish.prompt_tokens, wish.max_tokens, d.block_size) <= d.blocks_free
     ]
-    if not able_d or not (able_p or colocated):
+    able_p = [p for p in prefill if blocks_for(wish.prompt_tokens, p.block_size) <= p.blocks_total]
+    best = min(_options(able_p, able_d, wish), default=None)
+    if best is None:
         return None
-    ranked_p: list[str | None] = [None]
-    if not colocated:
-        ranked_p = [
-            p.worker_id for p in sorted(able_p, key=lambda p: (p.queued_tokens, p.worker_id))
-        ]
-    ranked_d = sorted(able_d, key=lambda d: (d.sequences, -d.blocks_free, d.worker_id))
-    pairs = [(p, d.worker_id) for p, d in product(ranked_p, ranked_d)]
-    return Placement(*next((pair for pair in pairs if pair not in avoid), pairs[0]))
+    (_, _, _, _, _, decode_id, prefill_id), ttft_ms, tpot_ms, tokens, now = best
+    return Choice(Placement(prefill_id or None, decode_id, ttft_ms, tpot_ms, tokens), now)
+
+
+# In the order in which they count: the pair has failed before, a target is missed, cost in ms,
+# sequences on D, room on D, names of D and P ("": D itself).
+_Rank = tuple[bool, bool, float, int, int, str, str]
+# TTFT, TPOT, tokens left, whether it may go there now. Plain tuples, for speed.
+_Option = tuple[_Rank, float, float, int, bool]
+
+
+def _options(
+    prefill: Sequence[PrefillView], decode: Sequence[DecodeView], wish: Wish
+) -> Iterator[_Option]:
+    computing = []
+    for p in sorted(prefill):  # by name, which decides among equals
+        tokens = tokens_left(p, wish)
+        ms = prefill_ms(p, tokens) + _MESSAGES_MS
+        computing.append((ms, p.block_ms, p.worker_id, tokens, _takes(p, tokens, wish)))
+    answer_tokens = min(wish.max_tokens, _ANSWER_TOKENS_MAX)
+    for d in decode:
+        name, sequences, room = d.worker_id, d.sequences, -d.blocks_free
+        tpot_ms = d.rates.base_ms + (sequences + 1) * d.rates.sequence_ms
+        slow = 0 < d.itl_target_ms < tpot_ms
+        answer_ms = answer_tokens * tpot_ms
+        blocks = max(0, blocks_for(wish.prompt_tokens, d.block_size) - d.cached_blocks)
+        if computing:
+            # Only the best of them can win.
+            good = [c for c in computing if (c[2], name) not in wish.avoid] if wish.avoid else []
+            costs = [ms + blocks * block_ms for ms, block_ms, *_ in good or computing]
+            ttft_ms = min(costs)
+            _, _, p_name, tokens, takes = (good or computing)[costs.index(ttft_ms)]
+            failed = (p_name, name) in wish.avoid
+            rank = (failed, slow, ttft_ms + answer_ms, sequences, room, name, p_name)
+            yield rank, ttft_ms, tpot_ms, tokens, takes
+        if wish.local or not prefill:
+            tokens = tokens_left(d, wish)
+            ttft_ms, harm_ms, harmless = local_ms(d, tokens)
+            failed = (None, name) in wish.avoid
+            cost_ms = ttft_ms + answer_ms + harm_ms
+            rank = (failed, slow or not harmless, cost_ms, sequences, room, name, "")
+            yield rank, ttft_ms, tpot_ms, tokens, _takes(d, tokens, wish)
+
+
+def _takes(worker: PrefillView | DecodeView, tokens: int, wish: Wish) -> bool:
+    backlog = worker.queued_tokens
+    return not worker.full and (not backlog or backlog + tokens <= wish.backlog_tokens_max)
+
+
+# ---- the formulas
+
+
+def tokens_left(worker: PrefillView | DecodeView, wish: Wish) -> int:
+    """Of the prompt, to be computed there: all but cached blocks, at least the last token."""
+    cached = min(worker.cached_blocks, (wish.prompt_tokens - 1) // worker.block_size)
+    return wish.prompt_tokens - cached * worker.block_size
+
+
+def prefill_ms(p: PrefillView, tokens: int) -> float:
+    """Until P has computed a prompt of so many tokens, behind all that it has to compute."""
+    tokens += p.queued_tokens
+    return tokens * p.rates.prompt_token_ms + ceil(tokens / _STEP_TOKENS) * p.rates.base_ms
+
+
+def local_ms(d: DecodeView, tokens: int) -> tuple[float, float, bool]:
+    """(TTFT, harm, harmless) of a prompt that D computes itself, in chunks within its decode steps.
+
+    A chunk is what the ITL target leaves of a step. harm: each sequence waits for the whole of the
+    prompt, chunk by chunk; one more than now, for D's time is wanted by whoever comes next too.
+    harmless: the steps of running sequences have room for a block at least.
+    """
+    step_ms = d.rates.base_ms + d.sequences * d.rates.sequence_ms
+    chunk = _STEP_TOKENS
+    if d.itl_target_ms:
+        chunk = min(chunk, int((d.itl_target_ms - step_ms) / d.rates.prompt_token_ms))
+    harmless = chunk >= d.block_size or not d.sequences
+    own_ms = tokens * d.rates.prompt_token_ms
+    tokens += d.queued_tokens
+    steps = ceil(tokens / max(chunk, d.block_size))
+    ttft_ms = steps * step_ms + tokens * d.rates.prompt_token_ms
+    return ttft_ms, (d.sequences + 1) * own_ms, harmless

@@ -12,11 +12,12 @@ from router.commands import (
     DuplicateRequestError,
     ExhaustedTrouble,
     InvalidTrouble,
-    QueueFullError,
+    OverloadError,
     Trouble,
 )
 
-RETRY_HINT_MS = 1000
+RETRY_HINT_MS = 1000  # where nothing is predicted
+_RETRY_MS = (100, 60_000)  # least and most: a prediction may be far off
 
 
 class Reason(Enum):
@@ -50,10 +51,16 @@ def refusal(error: Exception) -> Refusal | None:
             return Refusal(Reason.INVALID, str(error))
         case DuplicateRequestError():
             return Refusal(Reason.DUPLICATE, str(error))
-        case QueueFullError() | ExhaustedTrouble():
-            message = f"{error}; try again in {RETRY_HINT_MS} ms"
-            return Refusal(Reason.EXHAUSTED, message, RETRY_HINT_MS)
+        case OverloadError() | ExhaustedTrouble():
+            retry_ms = _retry_ms(error.retry_ms)
+            message = f"{error}; try again in {retry_ms} ms"
+            return Refusal(Reason.EXHAUSTED, message, retry_ms)
         case Trouble():
             return Refusal(Reason.UNAVAILABLE, str(error))
         case _:
             return None
+
+
+def _retry_ms(predicted: float | None) -> int:
+    least, most = _RETRY_MS
+    return RETRY_HINT_MS if predicted is None else int(min(max(predicted, least), most))

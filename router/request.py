@@ -7,11 +7,13 @@ log can be placed again on any workers, and what a client has seen never changes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
 
 from kvrelay.kv.prefix import PrefixChain, chain_root
 from kvrelay.lifecycle import advance
 from kvrelay.wire import worker_pb2
 from router.admission import Sampling
+from router.policy import Pair, Placement
 
 
 class RequestState(Enum):
@@ -103,13 +105,19 @@ class Request:
     ending: Ending | None = None  # the decode worker's word, before all is wound up
     tenant: str = ""  # its prefixes are its own; to come from who was authenticated
     chain: PrefixChain | None = None  # over the prompt of the newest attempt
+    priority: int = 0  # lower goes first
+    ttft_deadline_ms: int = 0  # after arrival; 0: none
+
+    number: int = 0  # in the order of arrival
+    compute_ms: float = 0.0  # of its prompt, at least, as predicted at arrival; 0: nobody knows
 
     # What earlier attempts have taught
-    failed_pairs: set[tuple[str | None, str]] = field(default_factory=set)  # (prefill, decode)
+    failed_pairs: set[Pair] = field(default_factory=set)
     suspects: set[str] = field(default_factory=set)  # one of them is gone, by word of its peer
 
     # The present attempt
     attempt: int = 0
+    placement: Placement | None = None
     key: int = 0
     base: int = 0  # length of the log when the attempt began
     prefill_id: str | None = None  # None: the decode worker computes the prompt itself
@@ -117,6 +125,7 @@ class Request:
     queued_at_ms: float = 0.0
     placed_at_ms: float = 0.0
     handed_off: bool = False
+    _named: tuple[str, int, int] | None = None  # what `chain` is over
 
     @property
     def prefill_here(self) -> bool:
@@ -125,6 +134,13 @@ class Request:
 
     def on(self, event: RequestEvent) -> None:
         self.state = advance(TRANSITIONS, self.state, event)
+
+    @property
+    def deadline_at_ms(self) -> float:
+        """When its first token is due; inf when it has no deadline, or has its first token."""
+        if not self.ttft_deadline_ms or self.times.first_token_at_ms is not None:
+            return inf
+        return self.times.arrived_at_ms + self.ttft_deadline_ms
 
     @property
     def prompt_now(self) -> list[int]:
@@ -143,12 +159,17 @@ class Request:
     def min_tokens_now(self) -> int:
         return max(0, self.sampling.min_tokens - len(self.answer))
 
-    def name_blocks(self, model_fingerprint: str, block_size: int) -> None:
+    def name_blocks(self, model_fingerprint: str, block_size: int) -> PrefixChain:
         """Brings `chain` up to date with prompt_now; each token is hashed once."""
+        named = (model_fingerprint, block_size, self.prompt_tokens_now)
+        if self.chain is not None and self._named == named:
+            return self.chain
+        self._named = named
         root = chain_root(model_fingerprint, block_size, salt=self.tenant)
         if self.chain is None or self.chain.root != root:
             self.chain = PrefixChain(root, block_size)
         self.chain.extend(self.prompt_now[len(self.chain) :])
+        return self.chain
 
     def complete(self) -> Ending | None:
         """How the answer ended, if its log is a whole answer."""

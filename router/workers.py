@@ -1,103 +1,126 @@
 """Owns what the router knows of its workers: what they last told it, and what it has asked since.
 
-Pure, used by the Dispatcher alone. Sums are kept up to date claim by claim, so that a placement
-costs no look at every running request.
+Pure, used by the Dispatcher alone. Sums are kept up to date claim by claim and workers in order of
+load, so that a placement costs no look at every running request or every worker.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from kvrelay.kv.layout import reserved_blocks
+from kvrelay.config import RouterConfig
+from kvrelay.kv.layout import blocks_for, reserved_blocks
 from kvrelay.wire import worker_pb2
-from router.policy import DecodeView, Placement, PrefillView
+from router.policy import NEUTRAL, Choice, Placement, Wish, place, rates_of
 from router.request import Request, RequestState
+from router.shortlist import Shortlist
+from router.worker import DecodeWorker, PrefillWorker, Worker
 
-
-@dataclass
-class PrefillWorker:
-    block_size: int
-    blocks_total: int
-    max_model_tokens: int
-    queued_tokens: int = 0  # its own figure, which knows of other routers
-    asked_tokens: int = 0  # our prompts that are not computed yet, those under way included
-    full: bool = False  # it has just refused for want of room
-
-
-@dataclass
-class DecodeWorker:
-    model_fingerprint: str
-    block_size: int
-    blocks_total: int
-    max_model_tokens: int
-    blocks_free: int  # its own figure; what it could evict included
-    running: int = 0  # its own figure, which knows of other routers
-    queued_tokens: int = 0  # of prompts to be computed there; its own figure as well
-    asked_tokens: int = 0  # of our prompts that it is to compute itself and has not yet
-    asked_blocks: int = 0  # of our Reserves that it has not answered yet
-    sequences: int = 0  # ours, running and on their way
-    full: bool = False
+_NEWEST_SHARE = 0.2  # of a mean that the newest hand-off makes up
 
 
 @dataclass
 class _Claim:
     """What one attempt asks of its pair. Its workers may be gone: then nobody reads their sums."""
 
-    computes: PrefillWorker | DecodeWorker  # the prompt
+    computes: Worker  # the prompt
     decode: DecodeWorker
-    prompt_tokens: int
+    prompt_tokens: int  # that are to be computed
     blocks: int
+    moved_blocks: int = 0  # by the hand-off
+
+
+class Prediction(NamedTuple):
+    """For a request that comes now."""
+
+    ttft_ms: float  # at the best placement, if nobody waits before it
+    compute_ms: float  # of its prompt alone, there
+    each_ms: float  # between two such requests, were all workers as fast as the one chosen
 
 
 class Workers:
-    def __init__(self) -> None:
+    def __init__(self, config: RouterConfig) -> None:
         self.prefill: dict[str, PrefillWorker] = {}
         self.decode: dict[str, DecodeWorker] = {}
         self.context_tokens_seen = 0  # the most that context_tokens has ever been
+        self.room_grew = False  # since somebody set it to False: who waits may find a place
+        self._config = config
+        self._numbers = 0
+        self._prefill_list: Shortlist[PrefillWorker] = Shortlist()
+        self._decode_list: Shortlist[DecodeWorker] = Shortlist()
         self._claims: dict[int, _Claim] = {}  # by the attempt's key
 
     # ---- what they say
 
     def prefill_up(self, worker_id: str, info: worker_pb2.WorkerInfo) -> None:
-        self.prefill[worker_id] = PrefillWorker(
-            info.layout.block_size, info.blocks_total, info.max_model_tokens
+        self.down(worker_id)
+        worker = PrefillWorker(
+            worker_id, self._next_number(), info.layout.block_size, info.blocks_total
         )
-        self.context_tokens_seen = max(self.context_tokens_seen, self.context_tokens or 0)
+        self.prefill[worker_id] = worker
+        self._prefill_list.up(worker, self._names_max(worker))
+        self.room_grew = True
 
     def decode_up(self, worker_id: str, info: worker_pb2.WorkerInfo) -> None:
-        layout, total = info.layout, info.blocks_total
-        self.decode[worker_id] = DecodeWorker(
-            layout.model_fingerprint,
-            layout.block_size,
-            total,
+        self.down(worker_id)
+        worker = DecodeWorker(
+            worker_id,
+            self._next_number(),
+            info.layout.model_fingerprint,
+            info.layout.block_size,
+            info.blocks_total,
             info.max_model_tokens,
-            blocks_free=total,
+            info.itl_target_ms,
+            blocks_free=info.blocks_total,
         )
-        self.context_tokens_seen = max(self.context_tokens_seen, self.context_tokens or 0)
+        self.decode[worker_id] = worker
+        self._decode_list.up(worker, self._names_max(worker))
+        self.room_grew = True
+        self.context_tokens_seen = max(self.context_tokens_seen, info.max_model_tokens)
 
     def down(self, worker_id: str) -> None:
-        self.prefill.pop(worker_id, None)
-        self.decode.pop(worker_id, None)
+        if prefill := self.prefill.pop(worker_id, None):
+            self._prefill_list.down(prefill)
+        if decode := self.decode.pop(worker_id, None):
+            self._decode_list.down(decode)
 
     def prefill_load(self, worker_id: str, load: worker_pb2.PrefillLoad, *, refused: bool) -> None:
         worker = self.prefill.get(worker_id)
-        if worker is not None:
-            worker.queued_tokens = load.queued_tokens
-            worker.full = refused
+        if worker is None:
+            return
+        worker.queued_tokens = load.queued_tokens
+        worker.full = refused
+        if load.HasField("cost"):
+            worker.rates = rates_of(load.cost)
+        self._rank(worker)
 
     def decode_load(self, worker_id: str, load: worker_pb2.DecodeLoad, *, refused: bool) -> None:
         worker = self.decode.get(worker_id)
-        if worker is not None:
-            worker.blocks_free = load.blocks_free
-            worker.running = load.running
-            worker.queued_tokens = load.queued_tokens
-            worker.full = refused
+        if worker is None:
+            return
+        worker.blocks_free = load.blocks_free
+        worker.running = load.running
+        worker.queued_tokens = load.queued_tokens
+        worker.full = refused
+        if load.HasField("cost"):
+            worker.rates = rates_of(load.cost)
+        self._rank(worker)
+
+    def blocks_changed(self, worker_id: str, changes: worker_pb2.BlockChanges) -> bool:
+        """False when the worker must be asked to send everything again."""
+        if prefill := self.prefill.get(worker_id):
+            return self._prefill_list.index.change(prefill.number, changes)
+        if decode := self.decode.get(worker_id):
+            return self._decode_list.index.change(decode.number, changes)
+        return True
 
     def forget_refusals(self) -> None:
         """A worker that is asked for nothing may have no reason to say that it has room again."""
-        for prefill in self.prefill.values():
-            prefill.full = False
-        for decode in self.decode.values():
-            decode.full = False
+        workers: list[Worker] = [*self.prefill.values(), *self.decode.values()]
+        for worker in workers:
+            if worker.full:
+                worker.full = False
+                self._rank(worker)
 
     @property
     def context_tokens(self) -> int | None:
@@ -109,76 +132,129 @@ class Workers:
 
     # ---- what is asked of them
 
+    def choose(self, request: Request) -> Choice | None:
+        """The best placement of a request now; None when no decode worker has room for it.
+
+        Its cost does not grow with the number of workers, or as its logarithm.
+        """
+        d = self._decode_list.roomiest()
+        if d is None or d.full:
+            return None
+        prompt, answer = request.prompt_tokens_now, request.max_tokens_now
+        if reserved_blocks(prompt, answer, d.block_size) > d.room_blocks:
+            return None
+        hashes = request.name_blocks(d.model_fingerprint, d.block_size).hashes
+        wish = Wish(
+            prompt,
+            answer,
+            self._config.prefill_backlog_tokens,
+            frozenset(request.failed_pairs),
+            self._config.local_prefill == "auto",
+        )
+        return place(
+            [worker.view(blocks) for worker, blocks in self._prefill_list.pick(hashes)],
+            [worker.view(blocks) for worker, blocks in self._decode_list.pick(hashes)],
+            wish,
+        )
+
+    def predict(self, request: Request) -> Prediction | None:
+        """None where no worker has room, or the one chosen has measured nothing yet."""
+        choice = self.choose(request)
+        if choice is None:
+            return None
+        placement = choice.placement
+        here = placement.prefill is None
+        computes = self.decode[placement.decode] if here else self.prefill[placement.prefill or ""]
+        if computes.rates is NEUTRAL:
+            return None
+        compute_ms = computes.rates.base_ms + placement.tokens * computes.rates.prompt_token_ms
+        workers = len(self.decode if here else self.prefill)
+        return Prediction(placement.predicted_ttft_ms, compute_ms, compute_ms / workers)
+
     def claim(self, key: int, placement: Placement, prompt_tokens: int, max_tokens: int) -> None:
         decode = self.decode[placement.decode]
         computes = decode if placement.prefill is None else self.prefill[placement.prefill]
         blocks = reserved_blocks(prompt_tokens, max_tokens, decode.block_size)
-        self._claims[key] = _Claim(computes, decode, prompt_tokens, blocks)
-        computes.asked_tokens += prompt_tokens
+        moved = 0 if computes is decode else blocks_for(prompt_tokens, decode.block_size)
+        self._claims[key] = _Claim(computes, decode, placement.tokens, blocks, moved)
+        computes.asked_tokens += placement.tokens
         decode.asked_blocks += blocks
-        decode.sequences += 1
+        decode.asked += 1
+        self._rank(computes)
+        self._rank(decode)
 
-    def reserved(self, key: int) -> None:
+    def reserved(self, key: int, cached_blocks: int) -> None:
         """From now on the decode worker's own figure knows of the blocks."""
         claim = self._claims[key]
-        claim.decode.asked_blocks -= claim.blocks
-        claim.blocks = 0
+        claim.moved_blocks -= cached_blocks
+        self._give_back(claim, blocks=True)
 
     def computed(self, key: int) -> None:
         """The prompt is no backlog any more."""
+        self._give_back(self._claims[key], prompt=True)
+
+    def handed_off(self, key: int, exposed_ms: float) -> None:
+        """Notes what the hand-off cost for each block."""
         claim = self._claims[key]
-        claim.computes.asked_tokens -= claim.prompt_tokens
-        claim.prompt_tokens = 0
+        worker = claim.computes
+        if isinstance(worker, PrefillWorker) and claim.moved_blocks > 0:
+            block_ms = exposed_ms / claim.moved_blocks
+            worker.block_ms += _NEWEST_SHARE * (block_ms - worker.block_ms)
 
     def release(self, key: int) -> None:
-        self.reserved(key)
-        self.computed(key)
-        self._claims.pop(key).decode.sequences -= 1
+        claim = self._claims.pop(key)
+        claim.decode.asked -= 1
+        self._give_back(claim, blocks=True, prompt=True)
+
+    def _give_back(self, claim: _Claim, *, blocks: bool = False, prompt: bool = False) -> None:
+        if blocks:
+            claim.decode.asked_blocks -= claim.blocks
+            claim.blocks = 0
+        if prompt:
+            claim.computes.asked_tokens -= claim.prompt_tokens
+            claim.prompt_tokens = 0
+        self._rank(claim.computes)
+        self._rank(claim.decode)
+
+    # ---- their order
+
+    def _next_number(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    def _names_max(self, worker: Worker) -> int:
+        """It cannot cache more blocks than it has."""
+        return min(worker.blocks_total, self._config.index_names_max)
+
+    def _rank(self, worker: Worker) -> None:
+        """Brings the order up to date with the worker's figures; nothing if it is gone."""
+        if isinstance(worker, PrefillWorker):
+            grew = self._prefill_list.rank(worker)
+        else:
+            grew = self._decode_list.rank(worker)
+        self.room_grew |= grew
 
     def check(self, requests: Collection[Request]) -> None:
         """Asserts that the sums are those of the requests with an attempt under way."""
         assert self._claims.keys() == {r.key for r in requests}
-        for worker_id, p in self.prefill.items():
-            prompts = [
-                len(r.prompt) + r.base
-                for r in requests
-                if r.prefill_id == worker_id and not r.handed_off and len(r.answer) == r.base
-            ]
-            assert p.asked_tokens == sum(prompts), (worker_id, p, prompts)
-        for worker_id, d in self.decode.items():
-            mine = [r for r in requests if r.decode_id == worker_id]
+        for p in self.prefill.values():
+            mine = [r for r in requests if r.prefill_id == p.worker_id and not r.handed_off]
+            assert p.asked_tokens == _uncomputed(mine), (p, mine)
+            self._prefill_list.check(p)
+        for d in self.decode.values():
+            mine = [r for r in requests if r.decode_id == d.worker_id]
             blocks = [
                 reserved_blocks(len(r.prompt), r.sampling.max_tokens, d.block_size)
                 for r in mine
                 if r.state is RequestState.RESERVING
             ]
-            assert d.asked_blocks == sum(blocks), (worker_id, d, blocks)
-            assert d.sequences == len(mine), (worker_id, d, len(mine))
-            prompts = [
-                len(r.prompt) + r.base for r in mine if r.prefill_here and len(r.answer) == r.base
-            ]
-            assert d.asked_tokens == sum(prompts), (worker_id, d, prompts)
+            assert d.asked_blocks == sum(blocks), (d, blocks)
+            assert d.asked == len(mine), (d, len(mine))
+            assert d.asked_tokens == _uncomputed([r for r in mine if r.prefill_here]), (d, mine)
+            self._decode_list.check(d)
 
-    # ---- snapshots for the policy, of those that may have room
 
-    def prefill_views(self) -> list[PrefillView]:
-        return [
-            PrefillView(
-                worker_id, max(p.queued_tokens, p.asked_tokens), p.blocks_total, p.block_size
-            )
-            for worker_id, p in self.prefill.items()
-            if not p.full
-        ]
-
-    def decode_views(self) -> list[DecodeView]:
-        return [
-            DecodeView(
-                worker_id,
-                d.blocks_free - d.asked_blocks,
-                d.blocks_total,
-                max(d.sequences, d.running),
-                d.block_size,
-            )
-            for worker_id, d in self.decode.items()
-            if not d.full
-        ]
+def _uncomputed(requests: Collection[Request]) -> int:
+    """Tokens of prompts that no token of an answer has followed yet."""
+    assert all(r.placement is not None for r in requests)
+    return sum(r.placement.tokens for r in requests if r.placement and len(r.answer) == r.base)

@@ -168,6 +168,60 @@ def transport(
     _show(report, as_json, lambda: report.table("gloo"))
 
 
+@bench.command()
+@click.argument("model", default=BUILT_IN)
+@click.option("--requests", type=click.IntRange(2, 100_000), help="100; 20 with --quick.")
+@click.option(
+    "--clients",
+    type=click.IntRange(1, 1024),
+    default=4,
+    show_default=True,
+    help="Requests at a time: each client asks again as soon as it has its answer.",
+)
+@click.option(
+    "--system-tokens",
+    type=click.IntRange(16, 1 << 20),
+    default=1500,
+    show_default=True,
+    help="Tokens that all prompts begin with.",
+)
+@click.option("--prefill", type=click.IntRange(1, 64), default=2, show_default=True)
+@click.option("--decode", type=click.IntRange(1, 64), default=2, show_default=True)
+@click.option("--quantize", type=click.Choice(get_args(Quantize)), default="none")
+@click.option("--quick", is_flag=True, help="Fewer requests.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def prefix(model: str, *, requests: int | None, quick: bool, as_json: bool, **choice: Any) -> None:
+    """Measure what caching saves when all prompts to MODEL begin alike.
+
+    Two clusters get the same requests: one as in `kvrelay serve`, one that caches nothing and
+    places at random.
+    """
+    with (
+        errors_in_one_line(ModelError, BenchError),
+        contextlib.redirect_stdout(sys.stderr),
+        reporting() as on_progress,
+    ):
+        prepared = prepare(model, on_progress=on_progress)
+        from cluster.bench.prefix import BASELINE as NO_CACHE
+        from cluster.bench.prefix import PrefixBench, bench_prefix
+
+        asked = PrefixBench(requests=requests or (20 if quick else 100), **choice)
+        report = bench_prefix(prepared, asked, on_progress)
+    _show(report, as_json, lambda: report.table(NO_CACHE))
+
+
+@bench.command()
+@click.option("--quick", is_flag=True, help="Less time for each row.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def placement(*, quick: bool, as_json: bool) -> None:
+    """Measure what choosing the workers of one request costs the router, as its fleet grows."""
+    with contextlib.redirect_stdout(sys.stderr), reporting() as on_progress:
+        from cluster.bench.placement import PlacementBench, bench_placement
+
+        report = bench_placement(PlacementBench(quick=quick), on_progress)
+    _show(report, as_json, lambda: report.table("smallest"))
+
+
 @contextlib.contextmanager
 def _measuring(model: str, choice: dict[str, Any]) -> Iterator[tuple[PreparedModel, Progress]]:
     """The model, ready to load. Within, torch has the threads chosen, and whatever a library prints

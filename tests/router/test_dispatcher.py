@@ -50,8 +50,11 @@ PEER_LOST = pb.FAILURE_CODE_PEER_LOST
 def make(
     name: str = "r1", prompt: int = 8, max_tokens: int = 4, now: float = 0, **more: Any
 ) -> Request:
+    """more: of the request's urgency, or of its sampling."""
+    named = ("priority", "ttft_deadline_ms")
+    urgency = {field: more.pop(field) for field in named if field in more}
     sampling = Sampling(0.0, 0, 1.0, 0, max_tokens, (), (EOS,), **more)
-    return Request(name, list(range(prompt)), sampling, Times(now))
+    return Request(name, list(range(prompt)), sampling, Times(now), **urgency)
 
 
 def ending_of(ending: Ending | None) -> int:
@@ -70,7 +73,8 @@ class Bench:
     """A dispatcher whose commands pile up in `sent`, and whose clients note what they get."""
 
     def __init__(self, *workers: str, blocks: int = 100, **config: Any) -> None:
-        settings_ = {"attempts_max": 3, "queue_max": 4, "prefill_backlog_tokens": 50, **config}
+        settings_ = {"attempts_max": 3, "queue_max": 4, "prefill_backlog_tokens": 50}
+        settings_ |= {"local_prefill": "never", **config}
         self.dispatcher = Dispatcher(
             RouterConfig(
                 model_path=Path("none"),
@@ -494,18 +498,42 @@ def test_letting_go_of_a_request_that_was_never_accepted_changes_nothing():
     assert waiting.state is S.RESERVING
 
 
-def test_the_head_of_the_line_waits_and_nobody_overtakes_it():
-    bench = Bench(blocks=10)
+def test_a_request_without_room_is_overtaken_until_it_has_waited_long_enough():
+    bench = Bench(blocks=10, queue_patience_ms=100)
     bench.d(free=3)
     large = bench.submit("large", prompt=30, max_tokens=8)
+    bench.now = 100
     small = bench.submit("small", prompt=4, max_tokens=1)
-    assert (large.state, small.state) == (S.QUEUED, S.QUEUED)
-    bench.d(free=10)
-    assert (large.state, small.state) == (S.RESERVING, S.QUEUED)
-    bench.reserved(large, free=0)
-    assert small.state is S.QUEUED
-    bench.d(free=1)
+    assert (large.state, small.state) == (S.QUEUED, S.RESERVING)
+    bench.now = 101
+    late = bench.submit("late", prompt=4, max_tokens=1)
+    assert (large.state, late.state) == (S.QUEUED, S.QUEUED)
+    bench.d(free=11)  # one of them is on its way to `small`
+    assert (large.state, late.state) == (S.RESERVING, S.QUEUED)
+    bench.reserved(large, free=1)
+    bench.reserved(small, free=1)
+    assert late.state is S.RESERVING
+
+
+def test_only_so_many_are_tried_past_a_request_without_room():
+    bench = Bench(blocks=10, queue_lookahead=2)
+    bench.d(free=2)
+    large = [bench.submit(f"large{n}", prompt=30) for n in range(2)]
+    small = bench.submit("small", prompt=4, max_tokens=1)
+    assert {r.state for r in (*large, small)} == {S.QUEUED}
+    bench.let_go(large[0])
     assert small.state is S.RESERVING
+
+
+def test_what_no_worker_holds_any_more_holds_up_nobody_however_long_it_waits():
+    bench = Bench(queue_patience_ms=100)
+    bench.down("d1")
+    large = bench.submit("large", prompt=30)
+    bench.blocks = 4
+    bench.up("d2")
+    bench.now = 1000
+    small = bench.submit("small", prompt=4, max_tokens=1)
+    assert (large.state, small.state) == (S.QUEUED, S.RESERVING)
 
 
 def test_what_can_never_fit_fails_at_the_head_and_holds_up_nobody():
@@ -954,7 +982,7 @@ def test_letting_go_cancels_at_every_worker_that_has_it(state, told):
 
 
 def test_letting_go_in_the_queue_tells_nobody_and_lets_the_next_one_pass():
-    bench = Bench(blocks=10)
+    bench = Bench(blocks=10, queue_patience_ms=-1)
     bench.d(free=5)
     first = bench.submit("large", prompt=30)
     second = bench.submit("small")
@@ -1007,7 +1035,13 @@ class World(Bench):
     """Workers that do their work, fail and die when the dice say so."""
 
     def __init__(self, dice: random.Random) -> None:
-        super().__init__("p1", "p2", "d1", "d2", blocks=8, attempts_max=1000, queue_max=50)
+        super().__init__(
+            *("p1", "p2", "d1", "d2"),
+            blocks=8,
+            attempts_max=1000,
+            queue_max=50,
+            local_prefill=dice.choice(("auto", "never")),
+        )
         self.dice = dice
         self.alive = {"p1", "p2", "d1", "d2"}
         self.attempts: dict[int, Attempt] = {}
@@ -1068,6 +1102,7 @@ class World(Bench):
                 f"r{self.count}",
                 prompt=self.dice.randint(1, 12),
                 max_tokens=self.dice.randint(1, 9),
+                priority=self.dice.choice((-100, 0, 0, 0, 100)),
             )
 
     def kill(self) -> None:

@@ -3,43 +3,69 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvrelay.kv.layout import reserved_blocks
-from router.policy import DecodeView, Placement, PrefillView, place
+from kvrelay.wire.worker_pb2 import StepCost
+from router.policy import (
+    NEUTRAL,
+    Choice,
+    DecodeView,
+    Placement,
+    PrefillView,
+    Rates,
+    Wish,
+    local_ms,
+    place,
+    prefill_ms,
+    rates_of,
+    tokens_left,
+)
 
 
-def p(name: str = "p1", queued: int = 0, total: int = 100) -> PrefillView:
-    return PrefillView(name, queued, total, block_size=4)
+def p(name: str = "p1", queued: int = 0, total: int = 1000, **more) -> PrefillView:
+    return PrefillView(name, queued, total, block_size=4, **more)
 
 
-def d(name: str = "d1", free: int = 100, sequences: int = 0) -> DecodeView:
-    return DecodeView(name, free, 100, sequences, block_size=4)
+def d(name: str = "d1", free: int = 1000, sequences: int = 0, **more) -> DecodeView:
+    return DecodeView(name, free, 1000, sequences, block_size=4, **more)
 
 
-def placed(prefill, decode, prompt: int = 8, answer: int = 4) -> Placement | None:
-    return place(prefill, decode, prompt_tokens=prompt, max_tokens=answer, backlog_tokens_max=50)
+def wish(prompt: int = 8, answer: int = 4, *, backlog: int = 50, **more) -> Wish:
+    return Wish(prompt, answer, backlog, **{"local": False, **more})
+
+
+def chosen(prefill, decode, prompt: int = 8, answer: int = 4, **more) -> tuple | None:
+    """The pair if it takes the request now."""
+    choice = place(prefill, decode, wish(prompt, answer, **more))
+    return choice.placement.pair if choice and choice.now else None
+
+
+# ---- with prompts computed by prefill workers alone
 
 
 def test_the_least_busy_pair_is_chosen():
     prefill = [p("p1", queued=20), p("p2", queued=10)]
     decode = [d("d1", sequences=3), d("d2", sequences=2)]
-    assert placed(prefill, decode) == Placement("p2", "d2")
+    assert chosen(prefill, decode) == ("p2", "d2")
 
 
 def test_among_equally_busy_decode_workers_the_one_with_more_room_is_chosen():
-    assert placed([p()], [d("d1", free=50), d("d2", free=60)]) == Placement("p1", "d2")
+    assert chosen([p()], [d("d1", free=50), d("d2", free=60)]) == ("p1", "d2")
 
 
 def test_ties_are_broken_by_name_whatever_the_order():
     prefill, decode = [p("p2"), p("p1")], [d("d2"), d("d1")]
-    assert placed(prefill, decode) == placed(prefill[::-1], decode[::-1]) == Placement("p1", "d1")
+    assert chosen(prefill, decode) == chosen(prefill[::-1], decode[::-1]) == ("p1", "d1")
 
 
-def test_without_workers_of_either_role_nothing_is_placed():
-    assert placed([], [d()]) is None
-    assert placed([p()], []) is None
+def test_without_a_decode_worker_nothing_is_placed():
+    assert place([p()], [], wish()) is None
+
+
+def test_without_prefill_workers_decode_workers_compute_prompts():
+    assert chosen([], [d("d1", sequences=1), d("d2")]) == (None, "d2")
 
 
 @pytest.mark.parametrize(
-    ("avoid", "chosen"),
+    ("avoid", "pair"),
     [
         ({("p2", "d1")}, ("p1", "d1")),
         ({("p1", "d1")}, ("p1", "d2")),
@@ -47,40 +73,44 @@ def test_without_workers_of_either_role_nothing_is_placed():
         ({("p1", "d1"), ("p1", "d2"), ("p2", "d1"), ("p2", "d2")}, ("p1", "d1")),
     ],
 )
-def test_a_pair_to_avoid_is_the_last_resort(avoid, chosen):
-    placement = place(
-        [p("p1"), p("p2")],
-        [d("d1"), d("d2")],
-        prompt_tokens=8,
-        max_tokens=4,
-        backlog_tokens_max=50,
-        avoid=frozenset(avoid),
-    )
-    assert placement == Placement(*chosen)
+def test_a_pair_to_avoid_is_the_last_resort(avoid, pair):
+    prefill = [p("p1"), p("p2", queued=1)]
+    decode = [d("d1"), d("d2", sequences=3)]
+    if avoid == {("p1", "d1")}:
+        prefill = [p("p1"), p("p2", queued=40)]
+        decode = [d("d1"), d("d2")]
+    assert chosen(prefill, decode, avoid=frozenset(avoid)) == pair
 
 
 def test_an_idle_prefill_worker_takes_a_prompt_longer_than_the_backlog():
-    assert placed([p()], [d()], prompt=200) == Placement("p1", "d1")
+    assert chosen([p()], [d()], prompt=200) == ("p1", "d1")
 
 
-@pytest.mark.parametrize(("queued", "takes"), [(42, True), (43, False)])
-def test_a_busy_prefill_worker_takes_prompts_up_to_the_backlog(queued, takes):
-    assert (placed([p(queued=queued)], [d()], prompt=8) is not None) == takes
+@pytest.mark.parametrize(("queued", "cached", "takes"), [(42, 0, True), (43, 0, False), (46, 1, 1)])
+def test_a_busy_prefill_worker_takes_prompts_up_to_the_backlog(queued, cached, takes):
+    prefill = [p(queued=queued, cached_blocks=cached)]
+    assert (chosen(prefill, [d()], prompt=8) is not None) == takes
 
 
-@pytest.mark.parametrize(("total", "takes"), [(2, True), (1, False)])
-def test_a_prompt_goes_only_where_it_fits_the_whole_prefill_pool(total, takes):
-    assert (placed([p(total=total)], [d()], prompt=8) is not None) == takes
+def test_a_prefill_worker_that_has_just_refused_is_waited_for():
+    choice = place([p(full=True)], [d()], wish())
+    assert choice is not None
+    assert (choice.placement.pair, choice.now) == (("p1", "d1"), False)
+
+
+@pytest.mark.parametrize(("total", "pair"), [(2, ("p1", "d1")), (1, (None, "d1"))])
+def test_a_prompt_too_long_for_every_prefill_worker_is_computed_at_the_decode_worker(total, pair):
+    assert chosen([p(total=total)], [d()], prompt=8) == pair
 
 
 @pytest.mark.parametrize(("free", "takes"), [(3, True), (2, False)])
 def test_a_decode_worker_must_have_room_for_prompt_and_answer(free, takes):
-    assert (placed([p()], [d(free=free)], prompt=8, answer=5) is not None) == takes
+    assert (chosen([p()], [d(free=free)], prompt=8, answer=5) is not None) == takes
 
 
 def test_a_worker_with_room_is_preferred_to_a_less_busy_one_without():
     decode = [d("d1", free=2, sequences=0), d("d2", free=9, sequences=7)]
-    assert placed([p()], decode, prompt=8, answer=5) == Placement("p1", "d2")
+    assert chosen([p()], decode, prompt=8, answer=5) == ("p1", "d2")
 
 
 @pytest.mark.parametrize(
@@ -90,21 +120,149 @@ def test_the_last_token_of_an_answer_needs_no_room(prompt, answer, blocks):
     assert reserved_blocks(prompt, answer, 4) == blocks
 
 
+# ---- predictions
+
+
+def test_rates_that_were_not_measured_are_neutral_ones():
+    assert rates_of(StepCost()) is NEUTRAL
+    assert rates_of(StepCost(base_ms=1, ms_per_sequence=2)) == Rates(1, 2, 2)
+    assert rates_of(StepCost(base_ms=1, ms_per_prompt_token=2)) == Rates(1, 2, 2)
+    assert rates_of(StepCost(base_ms=1)) == Rates(1, NEUTRAL.prompt_token_ms, NEUTRAL.sequence_ms)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cached", "left"), [(10, 0, 10), (10, 2, 2), (8, 2, 4), (9, 9, 1), (1, 1, 1)]
+)
+def test_the_last_token_of_a_prompt_is_always_computed(prompt, cached, left):
+    assert tokens_left(p(cached_blocks=cached), wish(prompt)) == left
+
+
+def test_a_prompt_waits_for_all_that_the_prefill_worker_has_queued():
+    worker = p(queued=300, rates=Rates(10, 0.5, 0))
+    assert prefill_ms(worker, 100) == 400 * 0.5 + 2 * 10
+
+
+def test_a_faster_prefill_worker_is_worth_a_longer_queue():
+    slow, fast = p("p1", 10, rates=Rates(5, 1, 0)), p("p2", 40, rates=Rates(5, 0.1, 0))
+    assert chosen([slow, fast], [d()], backlog=500) == ("p2", "d1")
+
+
+def test_a_cached_prefix_is_worth_a_longer_queue_as_long_as_it_saves_more():
+    def pair(queued: int) -> tuple | None:
+        cached = p("p2", queued, cached_blocks=90)
+        return chosen([p("p1"), cached], [d()], prompt=400, backlog=1000)
+
+    assert pair(300) == ("p2", "d1")
+    assert pair(390) == ("p1", "d1")
+
+
+def test_blocks_that_the_decode_worker_caches_are_not_handed_over():
+    prefill = [p(block_ms=1.0)]
+    decode = [d("d1"), d("d2", cached_blocks=10)]
+    assert chosen(prefill, decode, prompt=40) == ("p1", "d2")
+    one, other = (place(prefill, [x], wish(40)) for x in decode)
+    assert one.placement.predicted_ttft_ms - other.placement.predicted_ttft_ms == 10
+
+
+def test_waiting_for_the_best_worker_may_be_better_than_any_that_takes_it_now():
+    busy = p("p2", queued=50, cached_blocks=99)
+    choice = place([p("p1"), busy], [d()], wish(400, backlog=50))
+    assert choice == Choice(Placement("p2", "d1", *choice.placement[2:4], 4), now=False)
+
+
+def test_tpot_is_that_of_the_batch_with_this_answer_in_it():
+    choice = place([p()], [d(sequences=3, rates=Rates(10, 1, 2))], wish())
+    assert choice.placement.predicted_tpot_ms == 18
+
+
+def test_a_decode_worker_that_would_miss_its_target_is_taken_only_when_all_would():
+    slow = d("d1", sequences=1, rates=Rates(19, 0.1, 1), itl_target_ms=20)
+    keeps = d("d2", sequences=1, rates=Rates(40, 4, 4), itl_target_ms=60)
+    assert chosen([p()], [slow, keeps]) == ("p1", "d2")
+    assert chosen([p()], [slow]) == ("p1", "d1")
+
+
+# ---- prompts computed at the decode worker
+
+
+def test_chunks_are_what_the_target_leaves_of_a_step():
+    worker = d(sequences=10, rates=Rates(10, 0.5, 1), itl_target_ms=40)  # 20 ms for 40 tokens
+    ttft_ms, harm_ms, harmless = local_ms(worker, 100)
+    assert (ttft_ms, harm_ms, harmless) == (3 * 20 + 100 * 0.5, 11 * 50, True)
+
+
+@pytest.mark.parametrize(("sequences", "harmless"), [(0, True), (7, True), (8, False)])
+def test_a_step_without_room_for_a_block_computes_no_prompt_unless_idle(sequences, harmless):
+    worker = d(sequences=sequences, rates=Rates(10, 1, 2), itl_target_ms=28)
+    assert local_ms(worker, 10)[2] == harmless
+
+
+def test_a_prompt_cached_but_for_its_last_block_is_computed_at_the_decode_worker():
+    decode = [d("d1"), d("d2", sequences=2, cached_blocks=374)]
+    assert chosen([p()], decode, prompt=1500, backlog=5000, local=True) == (None, "d2")
+
+
+def test_a_long_prompt_goes_to_a_prefill_worker_even_if_the_decode_worker_is_idle():
+    assert chosen([p()], [d()], prompt=1500, backlog=5000, local=True) == ("p1", "d1")
+
+
+def test_a_few_tokens_are_not_worth_a_hand_off():
+    assert chosen([p()], [d()], prompt=4, local=True) == (None, "d1")
+    assert chosen([p()], [d()], prompt=4, local=False) == ("p1", "d1")
+
+
+def test_what_running_answers_lose_counts_against_computing_beside_them():
+    def pair(sequences: int) -> tuple | None:
+        return chosen([p(queued=100)], [d(sequences=sequences)], 40, backlog=500, local=True)
+
+    assert pair(1) == (None, "d1")
+    assert pair(20) == ("p1", "d1")
+
+
+def test_no_prompt_is_computed_beside_answers_that_it_would_make_late():
+    late = d(sequences=9, rates=Rates(10, 0.01, 1), itl_target_ms=19)
+    assert chosen([p(queued=40)], [late], prompt=8, local=True) == ("p1", "d1")
+    assert chosen([], [late], prompt=8) == (None, "d1")
+
+
+def test_a_decode_worker_with_prompts_enough_is_waited_for():
+    assert place([], [d(queued_tokens=43)], wish(8)).now is False
+    assert place([], [d(queued_tokens=42)], wish(8)).now is True
+
+
 @given(
     prefill=st.lists(st.builds(p, st.sampled_from("abc"), st.integers(0, 60)), max_size=4),
     decode=st.lists(
-        st.builds(d, st.sampled_from("xyz"), st.integers(0, 9), st.integers(0, 5)), max_size=4
+        st.builds(
+            d,
+            st.sampled_from("xyz"),
+            st.integers(0, 9),
+            st.integers(0, 5),
+            cached_blocks=st.integers(0, 4),
+            itl_target_ms=st.sampled_from((0, 6, 50)),
+            full=st.booleans(),
+        ),
+        max_size=4,
     ),
     prompt=st.integers(1, 40),
     answer=st.integers(1, 40),
+    local=st.booleans(),
 )
-@settings(max_examples=100, deadline=None)
-def test_whoever_is_chosen_can_take_it_and_none_means_nobody_can(prefill, decode, prompt, answer):
-    fit_p = [x for x in prefill if not x.queued_tokens or x.queued_tokens + prompt <= 50]
-    fit_d = [x for x in decode if x.blocks_free >= reserved_blocks(prompt, answer, 4)]
-    chosen = placed(prefill, decode, prompt, answer)
-    if chosen is None:
-        assert not fit_p or not fit_d
-    else:
-        assert chosen.prefill in {x.worker_id for x in fit_p}
-        assert chosen.decode in {x.worker_id for x in fit_d}
+@settings(max_examples=200, deadline=None)
+def test_whoever_is_chosen_can_take_it_and_none_means_nobody_has_room(
+    prefill, decode, prompt, answer, local
+):
+    fit_d = [
+        x for x in decode if not x.full and x.blocks_free >= reserved_blocks(prompt, answer, 4)
+    ]
+    choice = place(prefill, decode, wish(prompt, answer, local=local))
+    assert (choice is None) == (not fit_d)
+    if choice is not None:
+        assert choice.placement.decode in {x.worker_id for x in fit_d}
+        assert 1 <= choice.placement.tokens <= prompt
+        assert choice.placement.predicted_ttft_ms > 0
+        if choice.now and choice.placement.prefill:
+            same = [x for x in prefill if x.worker_id == choice.placement.prefill]
+            assert any(not x.queued_tokens or x.queued_tokens + prompt <= 50 for x in same)
+        if choice.placement.prefill is None:
+            assert local or not prefill

@@ -1,0 +1,64 @@
+"""The attempts under way: which pair of workers has which request, and under which key.
+
+Pure, used by the Dispatcher alone. An attempt begins with a placement and ends when the request
+ends or is to be placed again; what comes under its key after that is nobody's.
+"""
+
+from router.commands import Command, cancel_decode, cancel_prefill, reserve
+from router.policy import Placement
+from router.request import Request, RequestEvent, RequestState
+from router.workers import Workers
+
+
+class Attempts:
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+        self._by_key: dict[int, Request] = {}
+        self._next_key = 1
+
+    def get(self, key: int) -> Request | None:
+        return self._by_key.get(key)
+
+    def all(self) -> list[Request]:
+        return list(self._by_key.values())
+
+    def begin(self, request: Request, placement: Placement, now_ms: float) -> Command:
+        request.on(RequestEvent.PLACE)
+        request.attempt += 1
+        request.key, self._next_key = self._next_key, self._next_key + 1
+        request.base = len(request.answer)
+        request.placement = placement
+        request.prefill_id, request.decode_id = placement.pair
+        request.placed_at_ms = now_ms
+        request.handed_off = request.prefill_here  # then there is nothing to hand off
+        decode = self._workers.decode[placement.decode]
+        request.name_blocks(decode.model_fingerprint, decode.block_size)
+        self._by_key[request.key] = request
+        self._workers.claim(
+            request.key, placement, request.prompt_tokens_now, request.max_tokens_now
+        )
+        return reserve(request)
+
+    def release(self, request: Request) -> bool:
+        """Ends the present attempt here; False when there is none."""
+        if self._by_key.pop(request.key, None) is None:
+            return False
+        self._workers.release(request.key)
+        return True
+
+    def withdraw(self, request: Request) -> list[Command]:
+        """Ends the present attempt, if any, here and at both workers."""
+        if not self.release(request):
+            return []
+        commands: list[Command] = []
+        if request.decode_id in self._workers.decode:
+            commands.append(cancel_decode(request))
+        asked_prefill = request.state is not RequestState.RESERVING
+        if asked_prefill and request.prefill_id in self._workers.prefill:
+            commands.append(cancel_prefill(request))
+        return commands
+
+    def check(self) -> None:
+        """Asserts that the sums kept for each worker are those of its requests. For tests."""
+        assert all(request.key == key for key, request in self._by_key.items())
+        self._workers.check(self._by_key.values())

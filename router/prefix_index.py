@@ -1,0 +1,152 @@
+"""Which worker caches which block, by what workers tell of their prefix caches.
+
+Pure; one for each role, used by router/shortlist.py. It is a hint: who is asked for a block that it
+has evicted since computes it again. Memory is bounded by `names_max` for each worker.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+from kvrelay.kv.prefix import split_hashes
+from kvrelay.wire import worker_pb2
+
+# A block's holders: most blocks have one, and then no set is spent on it.
+_Holders = int | set[int]
+
+
+@dataclass
+class _Told:
+    """What one worker has told."""
+
+    names_max: int
+    names: set[bytes] = field(default_factory=set)
+    number: int | None = None  # of its last BlockChanges; None: what is known has a gap
+    asked: bool = False  # to send everything again
+
+
+class PrefixIndex:
+    """Workers by number."""
+
+    def __init__(self) -> None:
+        self._holders: dict[bytes, _Holders] = {}
+        self._told: dict[int, _Told] = {}
+
+    def __len__(self) -> int:
+        """Names that anybody holds."""
+        return len(self._holders)
+
+    # ---- what workers say
+
+    def up(self, worker: int, names_max: int) -> None:
+        """names_max: names beyond it are not remembered, until others of this worker go."""
+        self._told[worker] = _Told(names_max)
+
+    def down(self, worker: int) -> None:
+        """Costs one deletion for each block that the worker held."""
+        self._forget(worker)
+        del self._told[worker]
+
+    def change(self, worker: int, changes: worker_pb2.BlockChanges) -> bool:
+        """False when the worker must be asked, once, to send everything again.
+
+        After a gap nothing is believed until everything has come.
+        """
+        told = self._told[worker]
+        follows = told.number is not None and changes.number == told.number + 1
+        try:
+            added, removed = split_hashes(changes.added), split_hashes(changes.removed)
+        except ValueError:
+            follows = False
+        else:
+            if changes.everything or follows:
+                self._apply(worker, added, removed, everything=changes.everything)
+                told.number, told.asked = changes.number, False
+                return True
+        told.number = None
+        asked, told.asked = told.asked, True
+        return asked
+
+    def _apply(
+        self, worker: int, added: Sequence[bytes], removed: Sequence[bytes], *, everything: bool
+    ) -> None:
+        if everything:
+            self._forget(worker)
+        told = self._told[worker]
+        for name in removed:
+            if name in told.names:
+                told.names.remove(name)
+                self._remove(name, worker)
+        for name in added[: told.names_max]:
+            if name not in told.names and len(told.names) < told.names_max:
+                told.names.add(name)
+                self._add(name, worker)
+
+    def _add(self, name: bytes, worker: int) -> None:
+        held = self._holders.get(name)
+        if held is None:
+            self._holders[name] = worker
+        elif isinstance(held, set):
+            held.add(worker)
+        else:
+            self._holders[name] = {held, worker}
+
+    def _remove(self, name: bytes, worker: int) -> None:
+        held = self._holders[name]
+        if isinstance(held, set) and len(held) > 2:
+            held.remove(worker)
+        elif isinstance(held, set):
+            (self._holders[name],) = held - {worker}
+        else:
+            del self._holders[name]
+
+    def _forget(self, worker: int) -> None:
+        told = self._told[worker]
+        for name in told.names:
+            self._remove(name, worker)
+        told.names = set()
+
+    # ---- what placement asks
+
+    def holders(self, name: bytes) -> Collection[int]:
+        held = self._holders.get(name, ())
+        return (held,) if isinstance(held, int) else held
+
+    def longest(self, chain: Sequence[bytes], holders_min: int = 1) -> int:
+        """Leading blocks of `chain` that at least so many workers hold.
+
+        Whoever holds a block nearly always holds those before it, so a bisection finds it. Where
+        that is not so the number may be any that fits; nothing is wrong but the prediction.
+        """
+
+        def held(block: int) -> bool:
+            return len(self.holders(chain[block])) >= holders_min
+
+        return _bisect(held, len(chain))
+
+    def depth(self, worker: int, chain: Sequence[bytes], longest: int) -> int:
+        """Leading blocks of `chain` that the worker holds, found as in `longest`, which is given:
+        nobody holds more."""
+        names = self._told[worker].names
+        return _bisect(lambda block: chain[block] in names, longest)
+
+    def check(self) -> None:
+        """Asserts that the holders are those who told so. For tests."""
+        pairs = {(name, w) for w, told in self._told.items() for name in told.names}
+        assert pairs == {(name, w) for name in self._holders for w in self.holders(name)}
+
+
+def _bisect(held: Callable[[int], bool], blocks: int) -> int:
+    """How many leading blocks are held, when held ones come before all others."""
+    # Most prompts are new from their first block on, or known to the last.
+    if not blocks or not held(0):
+        return 0
+    if held(blocks - 1):
+        return blocks
+    low, high = 1, blocks - 1  # the first `low` are held, the one at `high` is not
+    while low < high:
+        middle = (low + high) // 2
+        if held(middle):
+            low = middle + 1
+        else:
+            high = middle
+    return low

@@ -1,0 +1,98 @@
+"""Requests that wait for a worker: who is next, who has waited long enough, how long it will take.
+
+Pure, used by the Dispatcher alone; each call costs O(log n).
+
+Order. Those who were placed before and lost their place come first. Then level by level: a level is
+the priority, and each period of `queue_aging_ms` that somebody came earlier is worth one step of
+it. So whoever has waited for as many periods as priorities lie between two requests goes before the
+other, and nobody starves. Within a level the earliest deadline goes first, then who came first.
+
+Room. A request that finds no room does not hold up others at once: the first `queue_lookahead`
+requests are tried. But one that has waited for `queue_patience_ms` is overtaken by nobody, or the
+room for a large request would always go to small ones.
+"""
+
+from itertools import islice
+
+from sortedcontainers import SortedDict
+
+from kvrelay.config import RouterConfig
+from router.request import Request
+
+_NEWEST_SHARE = 0.1  # of the mean time between two departures that the newest makes up
+
+# Not placed before; level; deadline; number of arrival.
+_Key = tuple[bool, int, float, int]
+
+
+class WaitingQueue:
+    def __init__(self, config: RouterConfig) -> None:
+        self.changed = False  # since somebody set it to False
+        self._config = config
+        self._order = SortedDict()  # of _Key to Request
+        self._keys: dict[Request, _Key] = {}
+        self._departure_ms: float | None = None  # mean time between two, while others wait
+        self._since_ms = 0.0  # the last departure, or arrival after emptiness
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    @property
+    def full(self) -> bool:
+        return len(self) >= self._config.queue_max
+
+    # ---- who comes and goes
+
+    def push(self, request: Request, now_ms: float) -> None:
+        if not self._keys:
+            self._since_ms = now_ms
+        key = self._key(request)
+        self._keys[request] = key
+        self._order[key] = request
+        self.changed = True
+
+    def remove(self, request: Request) -> None:
+        del self._order[self._keys.pop(request)]
+        self.changed = True
+
+    def depart(self, request: Request, now_ms: float) -> None:
+        """It has found a place."""
+        self.remove(request)
+        if now_ms <= request.queued_at_ms:
+            return  # it did not wait, so this says nothing of how long others will
+        taken_ms, self._since_ms = now_ms - self._since_ms, now_ms
+        if self._departure_ms is None:
+            self._departure_ms = taken_ms
+        else:
+            self._departure_ms += _NEWEST_SHARE * (taken_ms - self._departure_ms)
+
+    # ---- who is next
+
+    def heads(self) -> list[Request]:
+        """Those to be tried for room, in order."""
+        return list(islice(self._order.values(), self._config.queue_lookahead))
+
+    def impatient(self, request: Request, now_ms: float) -> bool:
+        """It has waited for so long that nobody may overtake it."""
+        return now_ms - request.queued_at_ms > self._config.queue_patience_ms
+
+    def wait_ms(self, request: Request, each_ms: float) -> float:
+        """Predicted wait of a request that comes now: for all who would be before it.
+
+        each_ms: how long one takes, for as long as nobody has waited here and been seen to leave.
+        """
+        ahead = self._order.bisect_left(self._key(request))
+        return ahead * (each_ms if self._departure_ms is None else self._departure_ms)
+
+    def all_ms(self) -> float | None:
+        """Predicted time until all who wait now are gone; None when nobody can tell."""
+        return None if self._departure_ms is None else len(self) * self._departure_ms
+
+    def _key(self, request: Request) -> _Key:
+        arrived_at_ms = request.times.arrived_at_ms
+        level = request.priority + int(arrived_at_ms // self._config.queue_aging_ms)
+        return (request.key == 0, level, request.deadline_at_ms, request.number)
+
+    def check(self) -> None:
+        """Asserts that everybody waits once. For tests."""
+        assert {r: k for k, r in self._order.items()} == self._keys

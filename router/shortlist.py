@@ -1,0 +1,85 @@
+"""The few workers of one role that are worth a look for a prompt, whatever the size of the fleet.
+
+Pure; one for each role, used by router/workers.py.
+"""
+
+from collections.abc import Sequence
+from math import inf
+from typing import Generic, TypeVar
+
+from router.prefix_index import PrefixIndex
+from router.ranking import Ranking
+from router.worker import NO_ROOM, DecodeWorker, PrefillWorker
+
+_LEAST_BUSY = 2
+_HOLDERS = 2  # of each prefix
+
+W = TypeVar("W", PrefillWorker, DecodeWorker)
+
+
+class Shortlist(Generic[W]):
+    """Workers in order of load and of room, and by the blocks they cache."""
+
+    def __init__(self) -> None:
+        self.index = PrefixIndex()
+        self._workers: dict[int, W] = {}  # by number
+        self._by_load = Ranking()
+        self._by_room = Ranking()
+
+    def up(self, worker: W, names_max: int) -> None:
+        """names_max: cached blocks of the worker that are remembered."""
+        self._workers[worker.number] = worker
+        self.index.up(worker.number, names_max)
+        self.rank(worker)
+
+    def down(self, worker: W) -> None:
+        del self._workers[worker.number]
+        self.index.down(worker.number)
+        self._by_load.drop(worker.number)
+        self._by_room.drop(worker.number)
+
+    def rank(self, worker: W) -> bool:
+        """Brings the order up to date with the worker's figures, if it is here.
+
+        Whether it has become able to take what it could not take before.
+        """
+        if self._workers.get(worker.number) is not worker:
+            return False
+        self._by_load.put(worker.number, inf if worker.full else worker.load_ms)
+        standing = NO_ROOM if worker.full else (worker.backlog_tokens, -worker.room_blocks)
+        self._by_room.put(worker.number, standing[1])
+        before, worker.standing = worker.standing, standing
+        return standing[0] < before[0] or standing[1] < before[1]
+
+    def roomiest(self) -> W | None:
+        """Whoever has the most room; without room for a request there, nobody has it."""
+        first = self._by_room.first(1)
+        return self._workers[first[0]] if first else None
+
+    def pick(self, chain: Sequence[bytes]) -> list[tuple[W, int]]:
+        """Workers, each with the number of leading blocks of `chain` that it caches.
+
+        The least busy, the one with the most room, and the least busy holders of two prefixes: the
+        longest that anybody caches, and the longest that several do, for its holder may be busy.
+        """
+        picked: dict[int, int | None] = dict.fromkeys(self._by_load.first(_LEAST_BUSY))
+        picked.update(dict.fromkeys(self._by_room.first(1)))
+        longest = self.index.longest(chain)
+        if longest:
+            holders = self.index.holders(chain[longest - 1])
+            picked.update(dict.fromkeys(self._by_load.first_of(holders, _HOLDERS), longest))
+            if len(holders) < _HOLDERS and (shared := self.index.longest(chain, _HOLDERS)):
+                holders = self.index.holders(chain[shared - 1])
+                others = self._by_load.first_of(holders, _HOLDERS)
+                picked.update(dict.fromkeys(n for n in others if n not in picked))
+        return [
+            (self._workers[n], self.index.depth(n, chain, longest) if known is None else known)
+            for n, known in picked.items()
+        ]
+
+    def check(self, worker: W) -> None:
+        """Asserts that a worker stands where its figures put it. For tests."""
+        before = worker.standing
+        assert not self.rank(worker)
+        assert worker.standing == before
+        self.index.check()

@@ -1,0 +1,104 @@
+"""One worker as the router knows it: what it last told, and what it was asked since.
+
+Plain records, kept up to date by router/workers.py.
+"""
+
+from dataclasses import dataclass
+from math import inf
+
+from router.policy import NEUTRAL, NEUTRAL_BLOCK_MS, DecodeView, PrefillView, Rates
+
+_Standing = tuple[float, float]  # backlog in tokens, blocks that are lacking: less is better
+NO_ROOM: _Standing = (inf, inf)
+
+
+@dataclass
+class PrefillWorker:
+    worker_id: str
+    number: int  # in the order of coming; never used twice
+    block_size: int
+    blocks_total: int
+    rates: Rates = NEUTRAL
+    block_ms: float = NEUTRAL_BLOCK_MS  # of a hand-off, that no computing hides; a moving mean
+    queued_tokens: int = 0  # its own figure, which knows of other routers
+    asked_tokens: int = 0  # our prompts that are not computed yet, those under way included
+    full: bool = False  # it has just refused for want of room
+    standing: _Standing = NO_ROOM
+
+    @property
+    def room_blocks(self) -> int:
+        return self.blocks_total
+
+    @property
+    def load_ms(self) -> float:
+        return self.backlog_tokens * self.rates.prompt_token_ms
+
+    @property
+    def backlog_tokens(self) -> int:
+        return max(self.queued_tokens, self.asked_tokens)
+
+    def view(self, cached_blocks: int) -> PrefillView:
+        return PrefillView(
+            self.worker_id,
+            self.backlog_tokens,
+            self.blocks_total,
+            self.block_size,
+            self.rates,
+            self.block_ms,
+            cached_blocks,
+            self.full,
+        )
+
+
+@dataclass
+class DecodeWorker:
+    worker_id: str
+    number: int
+    model_fingerprint: str
+    block_size: int
+    blocks_total: int
+    max_model_tokens: int
+    itl_target_ms: int
+    blocks_free: int  # its own figure; what it could evict included
+    rates: Rates = NEUTRAL
+    running: int = 0  # its own figure, which knows of other routers
+    queued_tokens: int = 0  # of prompts to be computed there; its own figure as well
+    asked_tokens: int = 0  # of our prompts that it is to compute itself and has not yet
+    asked_blocks: int = 0  # of our Reserves that it has not answered yet
+    asked: int = 0  # sequences of ours, running and on their way
+    full: bool = False
+    standing: _Standing = NO_ROOM
+
+    @property
+    def room_blocks(self) -> int:
+        return self.blocks_free - self.asked_blocks
+
+    @property
+    def load_ms(self) -> float:
+        step_ms = self.rates.base_ms + self.sequences * self.rates.sequence_ms
+        return step_ms + self.backlog_tokens * self.rates.prompt_token_ms
+
+    @property
+    def backlog_tokens(self) -> int:
+        return max(self.queued_tokens, self.asked_tokens)
+
+    @property
+    def sequences(self) -> int:
+        return max(self.running, self.asked)
+
+    def view(self, cached_blocks: int) -> DecodeView:
+        return DecodeView(
+            self.worker_id,
+            self.room_blocks,
+            self.blocks_total,
+            self.sequences,
+            self.block_size,
+            self.rates,
+            cached_blocks,
+            self.backlog_tokens,
+            self.itl_target_ms,
+            self.full,
+        )
+
+
+Worker = PrefillWorker | DecodeWorker

@@ -1,0 +1,145 @@
+import itertools
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvrelay.config import RouterConfig
+from router.admission import Sampling
+from router.queue import WaitingQueue
+from router.request import Request, Times
+
+AGING_MS = 100
+_SAMPLING = Sampling(0.0, 0, 1.0, 0, 4, (), ())
+_numbers = itertools.count(1)
+
+
+def request(
+    priority: int = 0, arrived_at_ms: float = 0, deadline_ms: int = 0, key: int = 0
+) -> Request:
+    made = Request(
+        "r",
+        [1],
+        _SAMPLING,
+        Times(arrived_at_ms),
+        priority=priority,
+        ttft_deadline_ms=deadline_ms,
+        number=next(_numbers),
+        key=key,
+    )
+    made.queued_at_ms = arrived_at_ms
+    return made
+
+
+def queue_of(*requests: Request, **config: Any) -> WaitingQueue:
+    queue = WaitingQueue(
+        RouterConfig(
+            model_path=Path("none"),
+            model_name="tiny",
+            cluster_key="k" * 16,
+            control_socket=Path("none"),
+            **{"queue_aging_ms": AGING_MS, "queue_lookahead": 1000, **config},
+        )
+    )
+    for one in requests:
+        queue.push(one, one.times.arrived_at_ms)
+    return queue
+
+
+def test_lower_priorities_go_first_then_earlier_deadlines_then_who_came_first():
+    late, first, second = request(1), request(), request()
+    due, sooner = request(deadline_ms=50), request(deadline_ms=40)
+    queue = queue_of(late, first, second, due, sooner)
+    assert queue.heads() == [sooner, due, first, second, late]
+    queue.check()
+
+
+def test_who_was_placed_before_goes_before_everybody():
+    again, urgent = request(priority=100, key=7), request(priority=-100)
+    assert queue_of(urgent, again).heads() == [again, urgent]
+
+
+def test_a_period_of_waiting_is_worth_a_step_of_priority():
+    waited = request(priority=3, arrived_at_ms=50)
+    for arrived_at_ms, before in ((250, True), (350, False), (450, False)):
+        new = request(arrived_at_ms=arrived_at_ms)
+        assert (queue_of(waited, new).heads()[0] is new) == before
+
+
+def test_a_deadline_counts_no_more_once_the_first_token_is_there():
+    due = request(deadline_ms=50)
+    assert due.deadline_at_ms == 50
+    due.times.first_token_at_ms = 20
+    assert due.deadline_at_ms == inf
+
+
+def test_only_the_first_few_are_tried():
+    requests = [request() for _ in range(5)]
+    assert queue_of(*requests, queue_lookahead=2).heads() == requests[:2]
+
+
+def test_a_wait_is_what_those_ahead_have_been_seen_to_take():
+    requests = [request() for _ in range(4)]
+    queue = queue_of(*requests)
+    new, urgent = request(arrived_at_ms=90), request(priority=-1, arrived_at_ms=90)
+    assert (queue.wait_ms(new, 7.0), queue.all_ms()) == (28.0, None), "nobody has left yet"
+    assert queue.wait_ms(urgent, 7.0) == 0
+    queue.depart(requests[0], 50)
+    queue.depart(requests[1], 100)
+    assert (queue.wait_ms(new, 7.0), queue.all_ms()) == (100.0, 100.0)
+
+
+def test_who_does_not_wait_says_nothing_of_how_long_others_will():
+    one, other = request(), request()
+    queue = queue_of(one, other)
+    queue.depart(one, 0)
+    assert queue.all_ms() is None
+
+
+def test_changes_are_noticed():
+    queue = queue_of()
+    for change in (queue.push, queue.depart):
+        queue.changed = False
+        change(request_ := request() if change == queue.push else request_, 1.0)
+        assert queue.changed
+
+
+requests_ = st.lists(
+    st.builds(
+        request,
+        st.integers(-100, 100),
+        st.integers(0, 5000).map(float),
+        st.sampled_from((0, 0, 100, 1000)),
+    ),
+    max_size=30,
+)
+
+
+@given(requests=requests_)
+@settings(deadline=None)
+def test_nobody_is_lost_or_doubled_and_equals_keep_their_order(requests):
+    requests.sort(key=lambda r: r.times.arrived_at_ms)
+    for number, one in enumerate(requests):
+        one.number = number
+    queue = queue_of(*requests)
+    order = []
+    while queue.heads():
+        order.append(queue.heads()[0])
+        queue.depart(order[-1], 1e9)
+        queue.check()
+    assert len(order) == len(requests)
+    assert set(order) == set(requests)
+    for one, other in itertools.combinations(order, 2):
+        if one.priority == other.priority and one.deadline_at_ms == other.deadline_at_ms:
+            assert one.number < other.number
+
+
+@given(requests=requests_)
+@settings(deadline=None)
+def test_nobody_is_overtaken_by_who_came_more_periods_later_than_their_priorities_differ(requests):
+    order = queue_of(*requests).heads()
+    for one, other in itertools.combinations(order, 2):
+        periods = (one.times.arrived_at_ms - other.times.arrived_at_ms) / AGING_MS
+        assert periods < other.priority - one.priority + 1
