@@ -5,20 +5,22 @@ it, and both workers send it to routers, which predict with it.
 
 The model is linear: step_ms = base_ms + ms_per_prompt_token * prompt tokens + ms_per_sequence *
 sequences that decode. Attention is not: a token far into a long prompt costs more than one at its
-beginning. The fit follows the steps of late, so it is the cost at about their contexts.
+beginning. The fit is the cost at about the contexts of late; who must keep to a time now asks
+`prompt_tokens_within`, which also goes by how far off the very last steps were.
 """
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from statistics import median_low
+from statistics import median, median_low
 
 _KEPT = 16  # steps of each kind
 _HALF_LIFE_STEPS = 512  # a kind of steps that was not seen for as many counts half
 _WEIGHT_MIN = 1e-3  # but it is not forgotten: nobody else may know what prompts cost
 _RIDGE = 1e-9  # of the trace: decides where the steps leave it open, and nothing else
 _REFIT_STEPS = 8  # a fit takes up to 0.5 ms, so not after every step
+_PACED = 5  # steps with prompts that say how far off the fit is at present
 _GROWTH = 2  # a step's prompt tokens, against the most that was ever measured
 
 
@@ -61,6 +63,7 @@ class StepFit:
         self._kinds: dict[tuple[int, int], _Kind] = {}
         self._measured = 0
         self._prompt_tokens_most = 0
+        self._paces: deque[float] = deque(maxlen=_PACED)  # time measured, in that predicted
 
     def measured(self, prompt_tokens: int, sequences: int, step_ms: float) -> None:
         """A step that ended: tokens of prompts, sequences that decoded, time."""
@@ -70,6 +73,9 @@ class StepFit:
         self._prompt_tokens_most = max(self._prompt_tokens_most, prompt_tokens)
         name = (prompt_tokens.bit_length(), sequences.bit_length())
         is_new = name not in self._kinds
+        predicted_ms = self.cost.predict_ms(prompt_tokens, sequences)
+        if prompt_tokens and predicted_ms and not is_new:
+            self._paces.append(step_ms / predicted_ms)
         kind = self._kinds.setdefault(name, _Kind())
         kind.steps.append((prompt_tokens, sequences, step_ms))
         kind.newest = self._measured
@@ -78,9 +84,11 @@ class StepFit:
 
     def prompt_tokens_within(self, step_ms: float, sequences: int) -> int:
         """As many prompt tokens as a step with these sequences may have to be predicted to take at
-        most step_ms; at most twice as many as any step had that was measured."""
+        most step_ms, at the pace of the last steps with prompts where that is slower than the fit;
+        at most twice as many as any step had that was measured."""
         known = _GROWTH * self._prompt_tokens_most
-        left_ms = step_ms - self.cost.predict_ms(0, sequences)
+        pace = max(1.0, median(self._paces)) if self._paces else 1.0
+        left_ms = step_ms / pace - self.cost.predict_ms(0, sequences)
         per_token_ms = self.cost.ms_per_prompt_token
         if left_ms <= 0:
             return 0

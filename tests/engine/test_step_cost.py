@@ -119,6 +119,26 @@ def test_as_many_prompt_tokens_as_the_time_allows():
     assert fit.prompt_tokens_within(5, 8) == 0
 
 
+def test_less_while_steps_with_prompts_take_longer_than_the_fit_says():
+    """As they do far into a long prompt."""
+    fit = fitted(TRUE, times=20)
+    before = fit.prompt_tokens_within(150, 8)
+    for _ in range(3):
+        fit.measured(64, 8, 2 * TRUE.predict_ms(64, 8))
+    assert fit.cost.ms_per_prompt_token == pytest.approx(2.0, rel=0.05)
+    assert fit.prompt_tokens_within(150, 8) == pytest.approx((75 - 14) / 2, abs=2)
+    for _ in range(3):
+        fit.measured(64, 8, TRUE.predict_ms(64, 8))
+    assert fit.prompt_tokens_within(150, 8) == pytest.approx(before, abs=2)
+
+
+def test_a_machine_that_is_faster_for_a_moment_is_not_counted_on():
+    fit = fitted(TRUE, times=20)
+    for _ in range(3):
+        fit.measured(64, 8, 0.2 * TRUE.predict_ms(64, 8))
+    assert fit.prompt_tokens_within(150, 8) <= (150 - 14) / 2 * 1.05
+
+
 def test_no_more_than_twice_of_what_was_measured():
     fit = fitted(TRUE, [(0, 1), (0, 8), (16, 2)])
     assert fit.prompt_tokens_within(10_000, 2) == 32
