@@ -19,7 +19,8 @@ from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
 from kvrelay.kv.prefix import PrefixChain, split_hashes
-from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session
+from kvrelay.membership import MembershipDoor
+from kvrelay.rpc import RouterSession, listen, make_server, serve_session
 from kvrelay.transport.listener import Listener
 from kvrelay.transport.nccl_link import find_nccl
 from kvrelay.wire import transfer_pb2, worker_pb2, worker_pb2_grpc
@@ -60,6 +61,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         book = _Book(self, self._handoff)
         self._listener = Listener(config, self.instance_id, engine.pool, book, find_nccl(config))
         self._server = make_server()
+        self._door: MembershipDoor
         self._sessions: set[RouterSession[DecodeEvent]] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -69,8 +71,9 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         service = cls(config, await EngineHost.load(config, shared_pool=True))
         await service._listener.start()
         worker_pb2_grpc.add_DecodeWorkerServicer_to_server(service, service._server)
-        port = service._server.add_insecure_port(f"{config.host}:0")
+        port = listen(service._server, f"{config.host}:0", config.certificates)
         service.address = f"{config.host}:{port}"
+        service._door = MembershipDoor(config.cluster_key, service.address)
         await service._server.start()
         service._tasks = [
             asyncio.create_task(service._decode()),
@@ -94,7 +97,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     # ---- the router's side
 
     async def Session(self, request_iterator: AsyncIterator[DecodeCommand], context: Any) -> None:
-        await require_cluster_key(context, self._config.cluster_key)
+        await self._door.admit(context)
         session: RouterSession[DecodeEvent] = RouterSession(self._config.session_events_max)
         self._sessions.add(session)
         self._send(session, DecodeEvent(info=self._engine.info(self.instance_id)))

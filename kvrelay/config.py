@@ -76,10 +76,15 @@ class RouterConfig(_Frozen):
     control_socket: Path
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65_535)
+    api_keys: Path | None = None  # file of router/keys.py; None: anybody may call
+    certificates: Path | None = None  # folder of tls.py: TLS on the public ports and to workers
+    insecure: bool = False  # other addresses than loopback without what makes them safe
 
+    keys_check_ms: int = Field(default=2_000, ge=1)  # between two looks at the file of API keys
     rpcs_max: int = Field(default=4096, ge=1)  # calls at once, before any of their work is done
     queue_max: int = 1024  # requests waiting for a worker
     queue_wait_ms: int = 120_000
+    worker_proof_ms: int = 10_000  # a worker's answer that it holds the cluster's key
     reserve_ms: int = 10_000  # a decode worker's answer to Reserve
     attempts_max: int = 3  # placements of one request that failed; no room is no failure
     prefill_backlog_tokens: int = 4096  # a prefill worker with more waiting gets no new request

@@ -27,11 +27,12 @@ from router.admission import (
     check_token_ids,
 )
 from router.answer_stream import AnswerStream
-from router.callers import Caller, Callers
+from router.callers import ANYBODY, Caller, Callers
 from router.chat import ChatTemplate
 from router.detokenize import Detokenizer
 from router.fleet import Answer, Fleet, now_ms
 from router.model_files import ModelFiles
+from router.quotas import Lease, Quotas
 from router.refusals import Reason, Refusal, refusal
 from router.request import Request, Times
 
@@ -94,6 +95,7 @@ class FrontDoor:
         self.files = files
         self.callers = callers
         self._fleet = fleet
+        self._quotas = Quotas()
         self._detokenizer = Detokenizer(files.tokenizer)
         self._template = (
             ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
@@ -112,13 +114,14 @@ class FrontDoor:
             Refusal: it is not served.
         """
         arrived_at_ms = now_ms()
-        with self._counted():
+        with self._counted(), self._leased(caller, arrived_at_ms) as leased:
             with refusals():
                 if self._draining:
                     raise Refusal(Reason.UNAVAILABLE, "the router is shutting down")
                 check_request_id(ask.request_id)
                 self.check_model(ask.model)
                 request = self._request(ask, caller, await self._prompt(ask.prompt), arrived_at_ms)
+                leased.reserve(request)
             try:
                 with refusals():
                     answer = self._fleet.submit(request)
@@ -126,9 +129,9 @@ class FrontDoor:
             finally:
                 self._fleet.let_go(request)
 
-    async def tokenize(self, model: str, text: str) -> list[int]:
-        """The ids of `text` as a prompt; raises Refusal."""
-        with refusals():
+    async def tokenize(self, model: str, text: str, caller: Caller = ANYBODY) -> list[int]:
+        """The ids of `text` as a prompt, a request of the caller's quota; raises Refusal."""
+        with self._leased(caller, now_ms()), refusals():
             self.check_model(model)
             return await self._tokenize(text, add_special_tokens=True)
 
@@ -219,6 +222,17 @@ class FrontDoor:
         )
 
     @contextlib.contextmanager
+    def _leased(self, caller: Caller, arrived_at_ms: float) -> "Iterator[_Leased]":
+        """A request's part of its caller's quota, given back at the end; raises Refusal."""
+        with refusals():
+            lease = self._quotas.enter(caller.name, caller.quota, arrived_at_ms)
+        leased = _Leased(self._quotas, lease)
+        try:
+            yield leased
+        finally:
+            self._quotas.end(lease, leased.used_tokens, now_ms())
+
+    @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
         """Whatever happens inside, `drain` waits for its end and no longer."""
         self._running += 1
@@ -229,6 +243,29 @@ class FrontDoor:
             self._running -= 1
             if not self._running:
                 self._idle.set()
+
+
+class _Leased:
+    """A lease, and the request whose tokens are reserved in it."""
+
+    def __init__(self, quotas: Quotas, lease: Lease) -> None:
+        self._quotas = quotas
+        self._lease = lease
+        self._request: Request | None = None
+
+    def reserve(self, request: Request) -> None:
+        """Raises QuotaExceededError or BeyondQuotaError."""
+        tokens = len(request.prompt), request.sampling.max_tokens
+        self._quotas.reserve(self._lease, *tokens, now_ms())
+        self._request = request
+
+    @property
+    def used_tokens(self) -> int:
+        """A request that no worker has begun has used none."""
+        request = self._request
+        if request is None or request.times.prefill_began_at_ms is None:
+            return 0
+        return request.prompt_tokens_now
 
 
 @contextlib.contextmanager

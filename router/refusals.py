@@ -15,6 +15,7 @@ from router.commands import (
     QueueFullError,
     Trouble,
 )
+from router.quotas import BeyondQuotaError, QuotaExceededError
 
 RETRY_HINT_MS = 1000
 
@@ -46,14 +47,19 @@ def refusal(error: Exception) -> Refusal | None:
     match error:
         case Refusal():
             return error
-        case InvalidRequest() | ChatTemplateError() | InvalidTrouble():
+        case InvalidRequest() | ChatTemplateError() | InvalidTrouble() | BeyondQuotaError():
             return Refusal(Reason.INVALID, str(error))
         case DuplicateRequestError():
             return Refusal(Reason.DUPLICATE, str(error))
         case QueueFullError() | ExhaustedTrouble():
-            message = f"{error}; try again in {RETRY_HINT_MS} ms"
-            return Refusal(Reason.EXHAUSTED, message, RETRY_HINT_MS)
+            return _exhausted(error, RETRY_HINT_MS)
+        case QuotaExceededError():
+            return _exhausted(error, RETRY_HINT_MS if error.retry_ms is None else error.retry_ms)
         case Trouble():
             return Refusal(Reason.UNAVAILABLE, str(error))
         case _:
             return None
+
+
+def _exhausted(error: Exception, retry_ms: int) -> Refusal:
+    return Refusal(Reason.EXHAUSTED, f"{error}; try again in {retry_ms} ms", retry_ms)

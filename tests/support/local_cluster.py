@@ -13,7 +13,7 @@ from typing import Any
 from decode_worker.service import DecodeService
 from kvrelay.client import AsyncClient
 from kvrelay.config import RouterConfig, WorkerConfig
-from kvrelay.rpc import new_cluster_key
+from kvrelay.membership import new_cluster_key
 from prefill_worker.service import PrefillService
 from router.main import Router
 
