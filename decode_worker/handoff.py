@@ -5,12 +5,13 @@ from its event loop and carries out what it answers. It is the only caller of th
 of the block ledger under it.
 """
 
-import secrets
+import hmac
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from decode_worker.tickets import TicketSigner
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.layout import KVLayout, reserved_blocks
 from kvrelay.kv.ledger import BlockEvent, BlockLedger, OutOfBlocksError
@@ -18,6 +19,7 @@ from kvrelay.kv.prefix import PrefixChain
 from kvrelay.kv.prefix_cache import PrefixCache
 from kvrelay.lifecycle import IllegalTransitionError, advance
 from kvrelay.transport.errors import RefusedError, Rejection
+from kvrelay.wire.transfer_pb2 import Ticket
 
 
 class ReservationState(Enum):
@@ -66,7 +68,6 @@ class Reservation:
 
     key: Key
     transfer_id: int
-    secret: bytes
     prompt_tokens: int
     sampling: SamplingParams
     prompt_blocks: list[int]  # written by the prefill worker: the ticket's
@@ -78,6 +79,7 @@ class Reservation:
     resends: Counter[int] = field(default_factory=Counter)  # asked for, by index
     cached_blocks: list[int] = field(default_factory=list)  # shared, the first of the prompt
     chain: PrefixChain | None = None  # over the prompt; None: nothing of it is cached
+    signature: bytes = b""  # of its ticket
 
     @property
     def blocks(self) -> list[int]:
@@ -112,6 +114,7 @@ class HandOff:
         self._by_key: dict[Key, Reservation] = {}
         self._by_transfer: dict[int, Reservation] = {}
         self._next_transfer_id = 1
+        self._signer = TicketSigner()
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -151,7 +154,6 @@ class HandOff:
         reservation = Reservation(
             key=key,
             transfer_id=self._next_transfer_id,
-            secret=secrets.token_bytes(16),
             prompt_tokens=prompt_tokens,
             sampling=sampling,
             prompt_blocks=blocks[:prompt_blocks],
@@ -164,16 +166,29 @@ class HandOff:
         self._by_key[key] = self._by_transfer[reservation.transfer_id] = reservation
         return reservation
 
-    def begin(self, transfer_id: int, secret: bytes, now_ms: float) -> None:
+    def sign(self, reservation: Reservation, ticket: Ticket) -> Ticket:
+        """`ticket` with what this reservation gives leave for, signed as a whole."""
+        ticket.transfer_id = reservation.transfer_id
+        ticket.first_block = len(reservation.cached_blocks)
+        ticket.block_ids[:] = reservation.prompt_blocks
+        ticket.expires_ms = int(reservation.lease_end_ms)
+        reservation.signature = ticket.signature = self._signer.signature(ticket)
+        return ticket
+
+    def begin(self, ticket: Ticket, now_ms: float) -> None:
         """Gives the holder of the ticket leave to write, once."""
-        reservation = self._by_transfer.get(transfer_id)
+        reservation = self._by_transfer.get(ticket.transfer_id)
+        if not self._signer.is_ours(ticket):
+            given = b"" if reservation is None else reservation.signature
+            if given and hmac.compare_digest(given, ticket.signature):
+                raise RefusedError(Rejection.ALTERED, "the ticket is not as it was given")
+            raise RefusedError(Rejection.FORGED, "the ticket's signature is wrong")
+        if reservation is not None and reservation.state is not ReservationState.RESERVED:
+            raise RefusedError(Rejection.REPLAYED, "the ticket has been used")
+        if ticket.expires_ms <= now_ms:
+            raise RefusedError(Rejection.EXPIRED, "the ticket has expired")
         if reservation is None:
-            text = "no such transfer: it ended, or its lease ran out"
-            raise RefusedError(Rejection.STALE, text)
-        if not secrets.compare_digest(secret, reservation.secret):
-            raise RefusedError(Rejection.SECRET, "the ticket's secret is wrong")
-        if reservation.state is not ReservationState.RESERVED:
-            raise RefusedError(Rejection.DUPLICATE, "the ticket has been used")
+            raise RefusedError(Rejection.STALE, "no such transfer: it has ended")
         reservation.on(ReservationEvent.BEGIN)
         self.ledger.move(reservation.key, reservation.prompt_blocks, BlockEvent.BEGIN)
         reservation.lease_end_ms = now_ms + self._lease_ms

@@ -134,14 +134,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             request_id=reserve.request_id,
             attempt=reserve.attempt,
             decode_instance_id=self.instance_id,
-            transfer_id=reservation.transfer_id,
-            secret=reservation.secret,
-            first_block=len(reservation.cached_blocks),
-            block_ids=reservation.prompt_blocks,
             layout=self._layout.to_wire(),
             endpoints=self._listener.endpoints,
             lease_ms=self._config.lease_ms,
         )
+        self._handoff.sign(reservation, ticket)
         reserved = worker_pb2.Reserved(key=reserve.key, ticket=ticket)
         self._send(session, DecodeEvent(reserved=reserved))
 
@@ -289,8 +286,8 @@ class _Book:
         self.lost = service.writer_lost
         self.commit = service.committed
 
-    def begin(self, transfer_id: int, secret: bytes) -> None:
-        self._handoff.begin(transfer_id, secret, _now_ms())
+    def begin(self, ticket: transfer_pb2.Ticket) -> None:
+        self._handoff.begin(ticket, _now_ms())
 
     def received(self, transfer_id: int, first_index: int, count: int, bad: Sequence[int]) -> None:
         self._handoff.received(transfer_id, first_index, count, bad, _now_ms())

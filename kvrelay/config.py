@@ -84,6 +84,7 @@ class RouterConfig(_Frozen):
     rpcs_max: int = Field(default=4096, ge=1)  # calls at once, before any of their work is done
     queue_max: int = 1024  # requests waiting for a worker
     queue_wait_ms: int = 120_000
+    template_ms: int = Field(default=1_000, ge=1)  # to render one chat
     worker_proof_ms: int = 10_000  # a worker's answer that it holds the cluster's key
     reserve_ms: int = 10_000  # a decode worker's answer to Reserve
     attempts_max: int = 3  # placements of one request that failed; no room is no failure

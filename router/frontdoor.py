@@ -28,13 +28,13 @@ from router.admission import (
 )
 from router.answer_stream import AnswerStream
 from router.callers import ANYBODY, Caller, Callers
-from router.chat import ChatTemplate
 from router.detokenize import Detokenizer
 from router.fleet import Answer, Fleet, now_ms
 from router.model_files import ModelFiles
 from router.quotas import Lease, Quotas
 from router.refusals import Reason, Refusal, refusal
 from router.request import Request, Times
+from router.template_process import TemplateLimits, TemplateProcess
 
 # Shorter texts are tokenized faster than a thread could be told to.
 _INLINE_CHARS = 4096
@@ -91,14 +91,22 @@ class Served:
 
 
 class FrontDoor:
-    def __init__(self, files: ModelFiles, fleet: Fleet, callers: Callers) -> None:
+    def __init__(
+        self,
+        files: ModelFiles,
+        fleet: Fleet,
+        callers: Callers,
+        template_limits: TemplateLimits = TemplateLimits(),  # noqa: B008  # frozen
+    ) -> None:
         self.files = files
         self.callers = callers
         self._fleet = fleet
         self._quotas = Quotas()
         self._detokenizer = Detokenizer(files.tokenizer)
         self._template = (
-            ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
+            TemplateProcess(files.chat_template, files.special_tokens, template_limits)
+            if files.chat_template
+            else None
         )
         self._texts = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="texts")
         self._draining = False
@@ -158,7 +166,14 @@ class FrontDoor:
         self._draining = True
         await self._idle.wait()
 
-    def close(self) -> None:
+    async def open(self) -> None:
+        """Raises ChatTemplateError for a template that is none."""
+        if self._template is not None:
+            await self._template.start()
+
+    async def close(self) -> None:
+        if self._template is not None:
+            await self._template.close()
         self._texts.shutdown(wait=False, cancel_futures=True)
 
     # ---- from words to tokens
@@ -178,8 +193,7 @@ class FrontDoor:
                 "(Generate, /v1/completions)",
             )
         check_messages(prompt.messages, DEFAULT_LIMITS)
-        size = sum(len(role) + len(content) for role, content in prompt.messages)
-        text = await self._off_loop(size, self._template.render, prompt.messages)
+        text = await self._template.render(prompt.messages)
         # The template writes the special tokens itself.
         return await self._tokenize(text, add_special_tokens=False)
 

@@ -29,6 +29,7 @@ from router.key_watch import KeyWatch
 from router.malformed import MalformedRequests
 from router.model_files import ModelFiles
 from router.service import InferenceService
+from router.template_process import TemplateLimits
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -49,7 +50,8 @@ class Router:
         self.key_watch: KeyWatch | None = None
         if config.api_keys is not None:
             self.key_watch = KeyWatch(config.api_keys, self._callers, config.keys_check_ms)
-        self._door = FrontDoor(files, self.fleet, self._callers)
+        limits = TemplateLimits(template_ms=config.template_ms)
+        self._door = FrontDoor(files, self.fleet, self._callers, limits)
         self._health = health.aio.HealthServicer()
         self._public = make_server(
             interceptors=(KeyGuard(self._callers), MalformedRequests()),
@@ -70,6 +72,7 @@ class Router:
         )
         files = await asyncio.to_thread(ModelFiles.load, config.model_path, config.model_name)
         router = cls(config, files)
+        await router._door.open()
         await router._start_public()
         control = ControlService(router.fleet, router.address)
         control_pb2_grpc.add_RouterControlServicer_to_server(control, router._control)
@@ -107,7 +110,7 @@ class Router:
                 await self._door.drain()
         # What is open now, a health watch for one, would stay open for ever.
         await self._public.stop(grace=_GOODBYE_S)
-        self._door.close()
+        await self._door.close()
         await self.fleet.close()
         await self._control.stop(grace=None)
         self._config.control_socket.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from router.commands import (
     Trouble,
 )
 from router.quotas import BeyondQuotaError, QuotaExceededError
+from router.template_process import TemplateBusyError
 
 RETRY_HINT_MS = 1000
 
@@ -51,7 +52,7 @@ def refusal(error: Exception) -> Refusal | None:
             return Refusal(Reason.INVALID, str(error))
         case DuplicateRequestError():
             return Refusal(Reason.DUPLICATE, str(error))
-        case QueueFullError() | ExhaustedTrouble():
+        case QueueFullError() | ExhaustedTrouble() | TemplateBusyError():
             return _exhausted(error, RETRY_HINT_MS)
         case QuotaExceededError():
             return _exhausted(error, RETRY_HINT_MS if error.retry_ms is None else error.retry_ms)

@@ -53,8 +53,8 @@ class DecodeEnd:
 
     # ---- TransferBook
 
-    def begin(self, transfer_id: int, secret: bytes) -> None:
-        self.handoff.begin(transfer_id, secret, now_ms())
+    def begin(self, ticket: Ticket) -> None:
+        self.handoff.begin(ticket, now_ms())
 
     def expect(
         self, transfer_id: int, first_index: int, count: int, *, again: bool
@@ -108,13 +108,11 @@ class DecodeEnd:
             request_id=f"r{self._numbers}",
             attempt=1,
             decode_instance_id=self.name,
-            transfer_id=made.transfer_id,
-            secret=made.secret,
-            block_ids=made.prompt_blocks,
             endpoints=self.listener.endpoints,
             layout=self.layout.to_wire(),
             lease_ms=self.config.lease_ms,
         )
+        self.handoff.sign(made, ticket)
         self._endings[made.transfer_id] = asyncio.get_running_loop().create_future()
         self._keys[made.transfer_id] = key
         text = base64.b64encode(ticket.SerializeToString()).decode()
