@@ -19,7 +19,7 @@ from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.ledger import BlockLedger, BlockState
 from kvrelay.kv.pool import KVPool
 from kvrelay.transport.listener import Listener
-from kvrelay.wire.transfer_pb2 import Ticket
+from kvrelay.wire.transfer_pb2 import Endpoint, Ticket
 
 _ROUTER = "router"
 
@@ -92,7 +92,8 @@ class DecodeEnd:
     async def do_address(self) -> dict[str, Any]:
         return {"address": self.listener.endpoints[0].address}
 
-    async def do_reserve(self, count: int) -> dict[str, Any]:
+    async def do_reserve(self, count: int, at: Sequence[str] = ()) -> dict[str, Any]:
+        """at: transport and address of the one endpoint that the ticket names; else D's own."""
         self._numbers += 1
         key = (_ROUTER, self._numbers)
         room = SamplingParams(
@@ -104,11 +105,12 @@ class DecodeEnd:
             eos_token_ids=frozenset(),
         )
         made = self.handoff.reserve(key, count * self.layout.block_size, room, now_ms())
+        own = self.listener.endpoints
         ticket = Ticket(
             request_id=f"r{self._numbers}",
             attempt=1,
             decode_instance_id=self.name,
-            endpoints=self.listener.endpoints,
+            endpoints=[Endpoint(transport=at[0], address=at[1])] if at else own,
             layout=self.layout.to_wire(),
             lease_ms=self.config.lease_ms,
         )

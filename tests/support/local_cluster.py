@@ -24,8 +24,8 @@ class LocalCluster:
     decode: list[DecodeService]
     router: Router
 
-    def client(self) -> AsyncClient:
-        return AsyncClient(self.router.address)
+    def client(self, **credentials: Any) -> AsyncClient:
+        return AsyncClient(self.router.address, **credentials)
 
     def all_free(self) -> bool:
         """Every block is free, or cached and nobody's."""
