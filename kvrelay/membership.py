@@ -7,11 +7,10 @@ second call, which is the session. A proof also covers the worker's address: nob
 one worker what a router said to another.
 """
 
-import asyncio
 import hmac
 import secrets
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -83,7 +82,7 @@ async def prove(
         grpc.aio.AioRpcError: it cannot be reached, or has not answered within timeout_s.
     """
     nonce = secrets.token_hex(_NONCE_CHARS // 2)
-    call = session(_silence(), metadata=[(_NONCE, nonce)], timeout=timeout_s)
+    call = session(metadata=[(_NONCE, nonce)], timeout=timeout_s)
     answer: dict[str, Any] = {}
     try:
         async for _ in call:
@@ -104,9 +103,3 @@ async def prove(
 
 async def _refuse(context: Any, message: str, trailing: tuple[tuple[str, str], ...] = ()) -> None:
     await context.abort(grpc.StatusCode.UNAUTHENTICATED, message, trailing)
-
-
-async def _silence() -> AsyncIterator[Any]:
-    """A stream of commands on which none comes."""
-    await asyncio.get_running_loop().create_future()
-    yield  # pragma: no cover  # makes it a stream

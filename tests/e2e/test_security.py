@@ -19,11 +19,13 @@ from tiny_models import make_endless
 from waiting import until
 
 from kvrelay.client import AsyncClient, KvrelayError
+from kvrelay.config import RouterConfig
 from kvrelay.membership import prove
 from kvrelay.rpc import dial
 from kvrelay.transport.errors import LinkError, Rejection
 from kvrelay.wire import inference_pb2 as pb
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
+from router.fleet import Fleet
 from router.keys import new_key
 from router.main import SERVICE
 
@@ -275,8 +277,7 @@ def certificates(tmp_path_factory) -> dict[str, Path]:
 
 
 def over_tls(model: Path, folder: Path, **router: Any) -> Any:
-    worker = {"certificates": folder, "transport": "tcp"}
-    return local_cluster(model, worker=worker, router={"certificates": folder, **router})
+    return local_cluster(model, worker={"certificates": folder, "transport": "tcp"}, router=router)
 
 
 async def test_with_certificates_all_is_over_tls_and_clients_show_one(model, certificates):
@@ -285,9 +286,8 @@ async def test_with_certificates_all_is_over_tls_and_clients_show_one(model, cer
         async with client(cluster, certificates=own) as asking:
             done = await asking.generate(TEXT, max_tokens=4).result()
             assert done.timings.transport == "tcp"
-        refused = [{}] + [{"certificates": certificates[n]} for n in ("strangers", "ca alone")]
-        for credentials in refused:
-            async with client(cluster, **credentials) as asking:
+        for folder in (None, certificates["strangers"], certificates["ca alone"]):
+            async with client(cluster, certificates=folder) as asking:
                 assert (await refusal(asking.models())).code is grpc.StatusCode.UNAVAILABLE
         for role, address in (
             ("prefill", cluster.prefill[0].address),
@@ -311,16 +311,8 @@ async def test_with_keys_clients_need_no_certificate(model, certificates, keys):
             assert (await asking.generate(TEXT, max_tokens=4).result()).completion_tokens == 4
         async with client(cluster, certificates=own) as asking:
             assert (await refusal(asking.models())).code is UNAUTHENTICATED
-        async with client(cluster, api_key=key) as asking:
+        async with client(cluster, api_key=key, certificates=None) as asking:
             assert (await refusal(asking.models())).code is grpc.StatusCode.UNAVAILABLE
-
-
-async def test_a_router_calls_no_worker_in_clear_text(model, certificates):
-    """Its workers have no certificates: they are never connected, and hear no proof."""
-    folder = certificates["cluster"]
-    with pytest.raises(TimeoutError):
-        async with asyncio.timeout(2), local_cluster(model, router={"certificates": folder}):
-            raise AssertionError("connected")
 
 
 # ---- workers
@@ -329,37 +321,65 @@ async def test_a_router_calls_no_worker_in_clear_text(model, certificates):
 class FakeWorker(worker_pb2_grpc.DecodeWorkerServicer):
     """Says that it is a worker, and keeps what it hears."""
 
-    def __init__(self, info: worker_pb2.WorkerInfo) -> None:
-        self.info = info
+    def __init__(self) -> None:
+        self.address = ""
+        self.info = worker_pb2.WorkerInfo()
         self.heard: list[Any] = []
-        self.asked = asyncio.Event()
 
     async def Session(self, commands: Any, context: Any) -> None:
         self.heard.append(context.invocation_metadata())
-        self.asked.set()
         await context.write(worker_pb2.DecodeEvent(info=self.info))
         async for command in commands:
             self.heard.append(command)
 
 
-async def test_a_worker_without_the_cluster_key_is_not_believed(cluster, keys, caplog):
-    real = cluster.decode[0]
-    fake = FakeWorker(real._engine.info("decode-fake"))
+@contextlib.asynccontextmanager
+async def fake_worker() -> AsyncIterator[FakeWorker]:
+    fake = FakeWorker()
     server = grpc.aio.server()
     worker_pb2_grpc.add_DecodeWorkerServicer_to_server(fake, server)
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    fake.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
-    fleet, prefill = cluster.router.fleet, [p.address for p in cluster.prefill]
-    fleet.set_workers(prefill, [real.address, address])
     try:
-        await until(lambda: "does not hold the cluster's key" in caplog.text, within_s=DEADLINE_S)
-        assert fleet.connected("decode") == 1
-        assert (await ask(cluster, keys.keys["alice"])).completion_tokens == 4
+        yield fake
     finally:
-        fleet.set_workers(prefill, [real.address])
         await server.stop(None)
+
+
+async def test_a_worker_without_the_cluster_key_is_not_believed(cluster, keys, caplog):
+    real, fleet = cluster.decode[0], cluster.router.fleet
+    prefill = [worker.address for worker in cluster.prefill]
+    async with fake_worker() as fake:
+        fake.info.CopyFrom(real._engine.info("decode-fake"))
+        fleet.set_workers(prefill, [real.address, fake.address])
+        try:
+            await until(
+                lambda: "does not hold the cluster's key" in caplog.text, within_s=DEADLINE_S
+            )
+            assert fleet.connected("decode") == 1
+            assert (await ask(cluster, keys.keys["alice"])).completion_tokens == 4
+        finally:
+            fleet.set_workers(prefill, [real.address])
     assert real._config.cluster_key not in str(fake.heard)
     assert not any(isinstance(heard, worker_pb2.DecodeCommand) for heard in fake.heard)
+
+
+async def test_a_router_with_certificates_calls_no_worker_in_clear_text(
+    model, certificates, tmp_path, caplog
+):
+    config = RouterConfig(
+        model_path=model,
+        model_name="endless",
+        cluster_key="k" * 64,
+        control_socket=tmp_path / "control.sock",
+        certificates=certificates["cluster"],
+    )
+    fleet = Fleet(config)
+    async with fake_worker() as fake:
+        fleet.set_workers([], [fake.address])
+        await until(lambda: f"decode {fake.address} ended" in caplog.text, within_s=DEADLINE_S)
+        await fleet.close()
+    assert fake.heard == []
 
 
 # ---- tickets

@@ -25,7 +25,9 @@ class LocalCluster:
     router: Router
 
     def client(self, **credentials: Any) -> AsyncClient:
-        return AsyncClient(self.router.address, **credentials)
+        """With the cluster's certificates, unless told otherwise."""
+        own = {"certificates": self.router._config.certificates}
+        return AsyncClient(self.router.address, **{**own, **credentials})
 
     def all_free(self) -> bool:
         """Every block is free, or cached and nobody's."""
@@ -63,7 +65,11 @@ async def local_cluster(
             cluster_key=key,
             control_socket=run_dir / "control.sock",
             port=0,
-            **{"drain_ms": 0, **(router or {})},
+            **{
+                "drain_ms": 0,
+                "certificates": settings.get("certificates"),
+                **(router or {}),
+            },
         )
         async with contextlib.AsyncExitStack() as stack:
             prefills = [await PrefillService.start(config) for _ in range(prefill)]
