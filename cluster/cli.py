@@ -13,6 +13,7 @@ from cluster.bench.commands import bench  # noqa: E402
 
 # Before whatever else loads gRPC: it quiets gRPC's own log lines.
 from cluster.client_commands import chat, generate  # noqa: E402
+from cluster.key_commands import keys  # noqa: E402
 from cluster.serve_commands import demo, serve  # noqa: E402
 
 signal.signal(signal.SIGINT, _before)
@@ -24,5 +25,5 @@ def main() -> None:
     """Serve large language models with prefill and decode on separate workers."""
 
 
-for command in (serve, demo, generate, chat, bench):
+for command in (serve, demo, generate, chat, keys, bench):
     main.add_command(command)

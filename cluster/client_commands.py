@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Unpack
 
 import click
@@ -44,6 +45,20 @@ _REQUEST_OPTIONS: tuple[_Decorator, ...] = (
         show_envvar=True,
         metavar="HOST:PORT",
         help="Where the server listens.",
+    ),
+    click.option(
+        "--api-key",
+        envvar="KVRELAY_API_KEY",
+        show_envvar=True,
+        metavar="KEY",
+        help="For a server that asks for one; others can see what is on a command line.",
+    ),
+    click.option(
+        "--certificates",
+        type=click.Path(path_type=Path, exists=True, file_okay=False),
+        envvar="KVRELAY_CERTIFICATES",
+        show_envvar=True,
+        help="Folder with ca.pem, and cert.pem and key.pem if the server asks for them: TLS.",
     ),
     click.option("--max-tokens", type=click.IntRange(1, 2**31 - 1), help="Answer length limit."),
     click.option("--temperature", type=click.FloatRange(0, 2), help="0 is greedy."),
@@ -96,13 +111,15 @@ def _request_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def generate(
     prompt: str,
     address: str,
+    api_key: str | None,
+    certificates: Path | None,
     raw: bool,
     as_json: bool,
     timings: bool,
     **options: Unpack[RequestOptions],
 ) -> None:
     """Answer PROMPT, streaming to standard output; - reads it from standard input, as it is."""
-    with _exit_codes(), Client(address) as client:
+    with _exit_codes(), Client(address, api_key=api_key, certificates=certificates) as client:
         text = _standard_input() if prompt == "-" else prompt
         with client.generate(text, **options) if raw else client.chat(text, **options) as stream:
             if not as_json:
@@ -117,7 +134,13 @@ def generate(
 @click.command()
 @_request_options
 @click.option("--system", metavar="TEXT", help="A system message to begin with.")
-def chat(address: str, system: str | None, **options: Unpack[RequestOptions]) -> None:
+def chat(
+    address: str,
+    api_key: str | None,
+    certificates: Path | None,
+    system: str | None,
+    **options: Unpack[RequestOptions],
+) -> None:
     """Talk with the model; it is told the conversation so far each time.
 
     Ctrl-C stops an answer, /reset forgets the conversation, /exit or Ctrl-D leaves.
@@ -126,7 +149,7 @@ def chat(address: str, system: str | None, **options: Unpack[RequestOptions]) ->
         import readline  # noqa: F401  # its import gives input() line editing
     start = [{"role": "system", "content": system}] if system else []
     history = list(start)
-    with _exit_codes(), Client(address) as client:
+    with _exit_codes(), Client(address, api_key=api_key, certificates=certificates) as client:
         while (line := _read_line()) is not None:
             if line == "/exit":
                 break

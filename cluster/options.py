@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvrelay.config import Device, Dtype, KvDtype, Quantize, Transport, WireCodec
-from kvrelay.tls import CertificatesError, server_context
+from kvrelay.tls import CertificatesError, member_name
+from router.exposure import ExposureError, check_exposure
+from router.keys import KeysError, KeySet
 
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
@@ -39,6 +41,8 @@ class ServeOptions:
     wire_codec: WireCodec = "asis"
     checksums: bool = True
     certificates: Path | None = None
+    api_keys: Path | None = None
+    insecure: bool = False
     threads: int = 0
     kv_gib: float = 1.0
     chunk_tokens: int = 256
@@ -57,14 +61,30 @@ class ServeOptions:
             raise ServeError("--transport nccl moves KV between GPUs: add --device cuda")
         if self.certificates:
             try:
-                server_context(self.certificates)
+                member_name(self.certificates)
             except CertificatesError as error:
                 raise ServeError(f"--certificates: {error}") from None
+        self._check_callers()
         if self.quantize == "int8" and self.dtype != "float32":
             raise ServeError(
                 "--quantize int8 computes the rest in float32:"
                 f" drop it, or drop --dtype {self.dtype}"
             )
+
+    def _check_callers(self) -> None:
+        try:
+            if self.api_keys:
+                KeySet.load(self.api_keys)
+            check_exposure(
+                self.host,
+                api_keys=self.api_keys is not None,
+                certificates=self.certificates is not None,
+                insecure=self.insecure,
+            )
+        except KeysError as error:
+            raise ServeError(f"--api-keys: {error}") from None
+        except ExposureError as error:
+            raise ServeError(f"--host: {error}") from None
 
     @property
     def log_level(self) -> str:

@@ -53,6 +53,11 @@ class _Finite(click.FloatRange):
 )
 @click.option("--decode", type=click.IntRange(1, 64), default=1, help="Decode workers.")
 @click.option(
+    "--host",
+    default="127.0.0.1",
+    help="Address to listen on; others than loopback need --certificates.",
+)
+@click.option(
     "--port", type=click.IntRange(0, 65535), default=50051, help="gRPC; 0 picks a free one."
 )
 @click.option(
@@ -101,7 +106,19 @@ class _Finite(click.FloatRange):
 @click.option(
     "--certificates",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder with ca.pem, cert.pem, key.pem: KV travels over TLS on tcp.",
+    help="Folder with ca.pem, cert.pem, key.pem: TLS for clients, between router and workers, and"
+    " for KV on tcp. Clients show a certificate of the same CA, or with --api-keys a key.",
+)
+@click.option(
+    "--api-keys",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="File of the API keys that may call, and their quotas; read again when it changes."
+    " `kvrelay keys new` makes keys.",
+)
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help="Let strangers in, or keys travel in clear text, where --host is not loopback.",
 )
 @click.option(
     "--threads", type=click.IntRange(0, 1024), default=0, help="Per worker; 0 shares the cores out."

@@ -32,7 +32,7 @@ from cluster.pools import Pools
 from cluster.preparation import Progress
 from kvrelay.cache import default_cache
 from kvrelay.config import RouterConfig, WorkerConfig
-from kvrelay.rpc import new_cluster_key
+from kvrelay.membership import new_cluster_key
 from kvrelay.wire import control_pb2, control_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -202,6 +202,9 @@ def _configs(
         port=options.port,
         http_port=options.http_port,
         drain_ms=int(options.drain_s * 1000),
+        api_keys=options.api_keys.absolute() if options.api_keys else None,
+        certificates=options.certificates,
+        insecure=options.insecure,
     )
     worker = WorkerConfig(
         model_path=model.path,

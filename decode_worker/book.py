@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from decode_worker.handoff import HandOff
+from kvrelay.wire.transfer_pb2 import Ticket
 
 
 class Book:
@@ -23,8 +24,8 @@ class Book:
         self.commit = commit
         self.lost = lost
 
-    def begin(self, transfer_id: int, secret: bytes) -> None:
-        self._handoff.begin(transfer_id, secret, self._now_ms())
+    def begin(self, ticket: Ticket) -> None:
+        self._handoff.begin(ticket, self._now_ms())
 
     def received(self, transfer_id: int, first_index: int, count: int, bad: Sequence[int]) -> None:
         self._handoff.received(transfer_id, first_index, count, bad, self._now_ms())

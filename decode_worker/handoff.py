@@ -5,8 +5,8 @@ from its event loop and carries out what it answers. It is the only caller of th
 of the block ledger under it.
 """
 
+import hmac
 import math
-import secrets
 from collections.abc import Sequence
 
 from decode_worker.reservation import (
@@ -16,6 +16,7 @@ from decode_worker.reservation import (
     ReservationEvent,
     ReservationState,
 )
+from decode_worker.tickets import TicketSigner
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.layout import KVLayout, reserved_blocks
 from kvrelay.kv.ledger import BlockEvent, BlockLedger, OutOfBlocksError
@@ -23,6 +24,7 @@ from kvrelay.kv.prefix import PrefixChain
 from kvrelay.kv.prefix_cache import PrefixCache
 from kvrelay.lifecycle import IllegalTransitionError
 from kvrelay.transport.errors import RefusedError, Rejection
+from kvrelay.wire.transfer_pb2 import Ticket
 
 
 class HandOff:
@@ -47,6 +49,7 @@ class HandOff:
         self._by_transfer: dict[int, Reservation] = {}
         self._next_transfer_id = 1
         self._engine_lease_end_ms = 0.0
+        self._signer = TicketSigner()
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -93,7 +96,6 @@ class HandOff:
         reservation = Reservation(
             key=key,
             transfer_id=self._next_transfer_id,
-            secret=secrets.token_bytes(16),
             prompt_tokens=prompt_tokens,
             sampling=sampling,
             prompt_blocks=blocks[:prompt_blocks],
@@ -106,16 +108,29 @@ class HandOff:
         self._by_key[key] = self._by_transfer[reservation.transfer_id] = reservation
         return reservation
 
-    def begin(self, transfer_id: int, secret: bytes, now_ms: float) -> None:
+    def sign(self, reservation: Reservation, ticket: Ticket) -> Ticket:
+        """`ticket` with what this reservation gives leave for, signed as a whole."""
+        ticket.transfer_id = reservation.transfer_id
+        ticket.first_block = len(reservation.cached_blocks)
+        ticket.block_ids[:] = reservation.prompt_blocks
+        ticket.expires_ms = int(reservation.lease_end_ms)
+        reservation.signature = ticket.signature = self._signer.signature(ticket)
+        return ticket
+
+    def begin(self, ticket: Ticket, now_ms: float) -> None:
         """Gives the holder of the ticket leave to write, once."""
-        reservation = self._by_transfer.get(transfer_id)
+        reservation = self._by_transfer.get(ticket.transfer_id)
+        if not self._signer.is_ours(ticket):
+            given = b"" if reservation is None else reservation.signature
+            if given and hmac.compare_digest(given, ticket.signature):
+                raise RefusedError(Rejection.ALTERED, "the ticket is not as it was given")
+            raise RefusedError(Rejection.FORGED, "the ticket's signature is wrong")
+        if reservation is not None and reservation.state is not ReservationState.RESERVED:
+            raise RefusedError(Rejection.REPLAYED, "the ticket has been used")
+        if ticket.expires_ms <= now_ms:
+            raise RefusedError(Rejection.EXPIRED, "the ticket has expired")
         if reservation is None:
-            text = "no such transfer: it ended, or its lease ran out"
-            raise RefusedError(Rejection.STALE, text)
-        if not secrets.compare_digest(secret, reservation.secret):
-            raise RefusedError(Rejection.SECRET, "the ticket's secret is wrong")
-        if reservation.state is not ReservationState.RESERVED:
-            raise RefusedError(Rejection.DUPLICATE, "the ticket has been used")
+            raise RefusedError(Rejection.STALE, "no such transfer: it has ended")
         reservation.on(ReservationEvent.BEGIN)
         self.ledger.move(reservation.key, reservation.prompt_blocks, BlockEvent.BEGIN)
         reservation.lease_end_ms = now_ms + self._lease_ms

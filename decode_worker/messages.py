@@ -66,22 +66,17 @@ def local_prompt(
 
 def ticket(
     reserve: worker_pb2.Reserve,
-    reservation: Reservation,
     *,
     instance_id: str,
     layout: transfer_pb2.KvLayout,
     endpoints: Sequence[transfer_pb2.Endpoint],
     lease_ms: int,
 ) -> transfer_pb2.Ticket:
-    """Leave to write the reservation's blocks, once."""
+    """What the hand-off completes and signs (`HandOff.sign`)."""
     return transfer_pb2.Ticket(
         request_id=reserve.request_id,
         attempt=reserve.attempt,
         decode_instance_id=instance_id,
-        transfer_id=reservation.transfer_id,
-        secret=reservation.secret,
-        first_block=len(reservation.cached_blocks),
-        block_ids=reservation.prompt_blocks,
         layout=layout,
         endpoints=endpoints,
         lease_ms=lease_ms,

@@ -65,7 +65,6 @@ class Reservation:
 
     key: Key
     transfer_id: int
-    secret: bytes
     prompt_tokens: int
     sampling: SamplingParams
     prompt_blocks: list[int]  # to be written: by the prefill worker, whose ticket has them, or here
@@ -77,6 +76,7 @@ class Reservation:
     resends: Counter[int] = field(default_factory=Counter)  # asked for, by index
     cached_blocks: list[int] = field(default_factory=list)  # shared, the first of the prompt
     chain: PrefixChain | None = None  # over the prompt; None: nothing of it is cached
+    signature: bytes = b""  # of its ticket
     history: TokenHistory | None = None  # what sampling has to know of the prompt
 
     @property

@@ -26,7 +26,8 @@ from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
 from kvrelay.engine.step import CancelFlag, StepCancelledError
 from kvrelay.engine.turns import Chunk
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
-from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session
+from kvrelay.membership import MembershipDoor
+from kvrelay.rpc import RouterSession, listen, make_server, serve_session
 from kvrelay.transport.listener import Listener
 from kvrelay.transport.nccl_link import find_nccl
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
@@ -69,6 +70,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         book = Book(self._handoff, _now_ms, self._committed, self._writer_lost)
         self._listener = Listener(config, self.instance_id, engine.pool, book, find_nccl(config))
         self._server = make_server()
+        self._door: MembershipDoor
         self._sessions: set[RouterSession[DecodeEvent]] = set()
         self._announcer = Announcer(config, self._handoff.cache.journal, self._announce)
         self._tasks: list[asyncio.Task[None]] = []
@@ -79,8 +81,9 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         service = cls(config, await EngineHost.load(config, shared_pool=True))
         await service._listener.start()
         worker_pb2_grpc.add_DecodeWorkerServicer_to_server(service, service._server)
-        port = service._server.add_insecure_port(f"{config.host}:0")
+        port = listen(service._server, f"{config.host}:0", config.certificates)
         service.address = f"{config.host}:{port}"
+        service._door = MembershipDoor(config.cluster_key, service.address)
         await service._server.start()
         service._tasks = [
             asyncio.create_task(service._decode()),
@@ -106,7 +109,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     # ---- the router's side
 
     async def Session(self, request_iterator: AsyncIterator[DecodeCommand], context: Any) -> None:
-        await require_cluster_key(context, self._config.cluster_key)
+        await self._door.admit(context)
         session: RouterSession[DecodeEvent] = RouterSession(self._config.session_events_max)
         self._sessions.add(session)
         info = self._engine.info(self.instance_id)
@@ -150,13 +153,12 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         else:
             ticket = messages.ticket(
                 reserve,
-                reservation,
                 instance_id=self.instance_id,
                 layout=self._layout.to_wire(),
                 endpoints=self._listener.endpoints,
                 lease_ms=self._config.lease_ms,
             )
-            reserved.ticket.CopyFrom(ticket)
+            reserved.ticket.CopyFrom(self._handoff.sign(reservation, ticket))
         self._send(session, DecodeEvent(reserved=reserved))
 
     def _reservation(self, key: Key, reserve: worker_pb2.Reserve) -> Reservation:

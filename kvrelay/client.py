@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Generic, Self, TypeVar, Unpack
 
 import grpc
@@ -25,6 +26,7 @@ from kvrelay.answer import (
     models_from,
     tokens_from,
 )
+from kvrelay.credentials import authorization, channel_credentials
 from kvrelay.peer import KvrelayError, Peer, checked_address
 from kvrelay.request import (
     RequestOptions,
@@ -76,11 +78,19 @@ class _BaseClient(Generic[_StreamT]):
         self,
         address: str,
         timeout_s: float,
-        open_channel: Callable[..., Any],
+        api_key: str | None,
+        certificates: Path | None,
+        channels: Any,  # grpc or grpc.aio
         stream: Callable[[Any, Peer], _StreamT],
     ) -> None:
         self._peer = Peer(checked_address(address), timeout_s)
-        self._channel = open_channel(address, options=_CHANNEL_OPTIONS)
+        self._metadata = authorization(api_key)
+        if certificates is None:
+            self._channel = channels.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        else:
+            self._channel = channels.secure_channel(
+                address, channel_credentials(certificates), options=_CHANNEL_OPTIONS
+            )
         self._stub = InferenceStub(self._channel)
         self._stream = stream
 
@@ -106,33 +116,43 @@ class _BaseClient(Generic[_StreamT]):
 
     def _ask(self, method: Any, request: Any, timeout_s: float | None) -> _StreamT:
         peer = self._peer.within(timeout_s)
-        return self._stream(method(request, timeout=peer.timeout_s), peer)
+        return self._stream(self._call(method, request, peer), peer)
+
+    def _call(self, method: Any, request: Any, peer: Peer | None = None) -> Any:
+        timeout_s = (peer or self._peer).timeout_s
+        return method(request, timeout=timeout_s, metadata=self._metadata)
 
 
 class Client(_BaseClient["Stream"]):
     """A blocking client of one server, safe to use from several threads.
 
     `timeout_s` limits each request from sending to its last token, unless the request names its
-    own. Every method, and every stream while it is read, raises KvrelayError.
+    own. `api_key` goes with every request. `certificates` is a folder with the ca.pem that the
+    server's certificate is from, and with a cert.pem and key.pem to show if the server asks for
+    them; without it nothing is encrypted. Every method, and every stream while it is read, raises
+    KvrelayError.
     """
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, timeout_s: float = DEFAULT_TIMEOUT_S
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        api_key: str | None = None,
+        certificates: Path | None = None,
     ) -> None:
-        super().__init__(address, timeout_s, grpc.insecure_channel, Stream)
+        super().__init__(address, timeout_s, api_key, certificates, grpc, Stream)
 
     def tokenize(self, text: str, *, model: str = "") -> Tokens:
         """Cuts `text` into the model's tokens, with no chat template around it."""
         request = tokenize_request(text, model)
         with self._peer.explaining():
-            return tokens_from(self._stub.Tokenize(request, timeout=self._peer.timeout_s))
+            return tokens_from(self._call(self._stub.Tokenize, request))
 
     def models(self) -> tuple[Model, ...]:
         """The models that the server serves."""
         with self._peer.explaining():
-            return models_from(
-                self._stub.ListModels(pb.ListModelsRequest(), timeout=self._peer.timeout_s)
-            )
+            return models_from(self._call(self._stub.ListModels, pb.ListModelsRequest()))
 
     def close(self) -> None:
         """Cancels what is running and hangs up."""
@@ -149,22 +169,25 @@ class AsyncClient(_BaseClient["AsyncStream"]):
     """`Client` for asyncio; make it where the event loop runs. Same arguments, same errors."""
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, timeout_s: float = DEFAULT_TIMEOUT_S
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        api_key: str | None = None,
+        certificates: Path | None = None,
     ) -> None:
-        super().__init__(address, timeout_s, grpc.aio.insecure_channel, AsyncStream)
+        super().__init__(address, timeout_s, api_key, certificates, grpc.aio, AsyncStream)
 
     async def tokenize(self, text: str, *, model: str = "") -> Tokens:
         """Cuts `text` into the model's tokens, with no chat template around it."""
         request = tokenize_request(text, model)
         with self._peer.explaining():
-            return tokens_from(await self._stub.Tokenize(request, timeout=self._peer.timeout_s))
+            return tokens_from(await self._call(self._stub.Tokenize, request))
 
     async def models(self) -> tuple[Model, ...]:
         """The models that the server serves."""
         with self._peer.explaining():
-            return models_from(
-                await self._stub.ListModels(pb.ListModelsRequest(), timeout=self._peer.timeout_s)
-            )
+            return models_from(await self._call(self._stub.ListModels, pb.ListModelsRequest()))
 
     async def close(self) -> None:
         """Cancels what is running and hangs up."""

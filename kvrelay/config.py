@@ -82,13 +82,19 @@ class RouterConfig(_Frozen):
     control_socket: Path
     host: str = "127.0.0.1"
     port: int = Field(default=50051, ge=0, le=65_535)
+    api_keys: Path | None = None  # file of router/keys.py; None: anybody may call
+    certificates: Path | None = None  # folder of tls.py: TLS on the public ports and to workers
+    insecure: bool = False  # other addresses than loopback without what makes them safe
 
+    keys_check_ms: int = Field(default=2_000, ge=1)  # between two looks at the file of API keys
     rpcs_max: int = Field(default=4096, ge=1)  # calls at once, before any of their work is done
     queue_max: int = 1024  # requests waiting for a worker
     queue_wait_ms: int = 120_000
     queue_aging_ms: int = Field(default=500, ge=1)  # of waiting, for one step of priority
     queue_lookahead: int = Field(default=8, ge=1)  # requests that may be tried when room comes
     queue_patience_ms: int = 2_000  # who has waited longer for room is overtaken by nobody
+    template_ms: int = Field(default=1_000, ge=1)  # to render one chat
+    worker_proof_ms: int = 10_000  # a worker's answer that it holds the cluster's key
     reserve_ms: int = 10_000  # a decode worker's answer to Reserve
     attempts_max: int = 3  # placements of one request that failed; no room is no failure
     prefill_backlog_tokens: int = 4096  # a worker with more waiting gets no new prompt

@@ -1,22 +1,23 @@
-"""gRPC between router and workers: channels, servers, the cluster key, and the session stream.
+"""gRPC between router and workers: channels, servers and the session stream.
 
 Both worker services serve their one bidirectional stream with `serve_session`; the router dials
-with `dial`. The cluster key is a secret that only the processes of one cluster hold.
+with `dial`. Who may have a session is for membership.py.
 """
 
 import asyncio
-import hmac
 import logging
-import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import grpc
 
+from kvrelay.tls import grpc_channel, grpc_server, member_name
+
 log = logging.getLogger(__name__)
 
-CLUSTER_KEY_HEADER = "kvrelay-cluster-key"
 MESSAGE_BYTES_MAX = 32 << 20
+METADATA_BYTES_MAX = 8 << 10  # of one call
 
 # Pings find a peer that is gone without a word, on an idle stream too.
 _KEEPALIVE = [
@@ -26,44 +27,69 @@ _KEEPALIVE = [
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
 ]
-_SIZES = [
-    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-]
 
 Event = TypeVar("Event")
 Command = TypeVar("Command")
 
 
-def new_cluster_key() -> str:
-    return secrets.token_hex(32)
-
-
-def make_server(interceptors: Sequence[Any] = (), rpcs_max: int | None = None) -> grpc.aio.Server:
+def make_server(
+    interceptors: Sequence[Any] = (),
+    rpcs_max: int | None = None,
+    request_bytes_max: int = MESSAGE_BYTES_MAX,
+) -> grpc.aio.Server:
     """More than rpcs_max calls at once are refused with RESOURCE_EXHAUSTED."""
-    # Without SO_REUSEPORT a port in use is an error, not a silent share of somebody's traffic.
-    options = [*_KEEPALIVE, *_SIZES, ("grpc.so_reuseport", 0)]
+    options = [
+        *_KEEPALIVE,
+        *_sizes(request_bytes_max),
+        ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+        ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
+        # Without SO_REUSEPORT a port in use is an error, not a silent share of somebody's traffic.
+        ("grpc.so_reuseport", 0),
+    ]
     return grpc.aio.server(
         interceptors=interceptors, options=options, maximum_concurrent_rpcs=rpcs_max
     )
 
 
-def dial(address: str) -> grpc.aio.Channel:
+def listen(
+    server: grpc.aio.Server,
+    address: str,
+    certificates: Path | None,
+    *,
+    client_certificates: bool = True,
+) -> int:
+    """The port that `server` serves on from here. With certificates over TLS alone, and clients
+    show one too, unless told otherwise.
+
+    Raises:
+        RuntimeError: the port is taken.
+        CertificatesError: the folder cannot be used.
+    """
+    if certificates is None:
+        return server.add_insecure_port(address)
+    shown = grpc_server(certificates, client_certificates=client_certificates)
+    return server.add_secure_port(address, shown)
+
+
+def dial(address: str, certificates: Path | None = None) -> grpc.aio.Channel:
+    """To a worker. With certificates over TLS alone, to one that shows a member's."""
     # A pool of its own, so that closing this channel closes this connection.
-    options = [*_KEEPALIVE, *_SIZES, ("grpc.use_local_subchannel_pool", 1)]
-    return grpc.aio.insecure_channel(address, options=options)
+    options: list[tuple[str, Any]] = [
+        *_KEEPALIVE,
+        *_sizes(MESSAGE_BYTES_MAX),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    if certificates is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    options.append(("grpc.ssl_target_name_override", member_name(certificates)))
+    return grpc.aio.secure_channel(address, grpc_channel(certificates), options=options)
 
 
-def credentials(cluster_key: str) -> list[tuple[str, str]]:
-    """The metadata that `serve_session` asks for."""
-    return [(CLUSTER_KEY_HEADER, cluster_key)]
-
-
-async def require_cluster_key(context: Any, cluster_key: str) -> None:
-    """Ends the call with UNAUTHENTICATED unless the caller holds the cluster's key."""
-    given = dict(context.invocation_metadata() or ()).get(CLUSTER_KEY_HEADER, "")
-    if not hmac.compare_digest(str(given).encode(), cluster_key.encode()):
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster key is missing or wrong")
+def _sizes(receive_bytes_max: int) -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", receive_bytes_max),
+        ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+    ]
 
 
 class RouterSession(Generic[Event]):

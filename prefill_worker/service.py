@@ -22,7 +22,8 @@ from kvrelay.engine.turns import Chunk
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockLedger
 from kvrelay.kv.prefix import split_hashes
-from kvrelay.rpc import RouterSession, make_server, require_cluster_key, serve_session
+from kvrelay.membership import MembershipDoor
+from kvrelay.rpc import RouterSession, listen, make_server, serve_session
 from kvrelay.transport.channel import to_end
 from kvrelay.transport.errors import LinkError
 from kvrelay.transport.nccl_link import find_nccl
@@ -58,6 +59,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         self._step_cancelled = CancelFlag()
         self._running: dict[Job, _Progress] = {}
         self._server = make_server()
+        self._door: MembershipDoor
         self._sessions: set[RouterSession[PrefillEvent]] = set()
         self._announcer = Announcer(config, self._schedule.cache.journal, self._announce)
         self._tasks: list[asyncio.Task[None]] = []
@@ -67,8 +69,9 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         """Loads the model and listens; raises UnsupportedModelError when that cannot be."""
         service = cls(config, await EngineHost.load(config, shared_pool=False))
         worker_pb2_grpc.add_PrefillWorkerServicer_to_server(service, service._server)
-        port = service._server.add_insecure_port(f"{config.host}:0")
+        port = listen(service._server, f"{config.host}:0", config.certificates)
         service.address = f"{config.host}:{port}"
+        service._door = MembershipDoor(config.cluster_key, service.address)
         await service._server.start()
         service._tasks = [
             asyncio.create_task(service._compute()),
@@ -95,7 +98,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     # ---- the router's side
 
     async def Session(self, request_iterator: AsyncIterator[PrefillCommand], context: Any) -> None:
-        await require_cluster_key(context, self._config.cluster_key)
+        await self._door.admit(context)
         session: RouterSession[PrefillEvent] = RouterSession(self._config.session_events_max)
         self._sessions.add(session)
         self._send(session, PrefillEvent(info=self._engine.info(self.instance_id)))

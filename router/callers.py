@@ -4,7 +4,16 @@ Both protocols ask `Callers` before anything else is done for a call. What a Cal
 whose prefixes it shares, follows from it, never from what a client says of itself.
 """
 
+import hashlib
+import hmac
 from dataclasses import dataclass
+
+from router.keys import KeySet
+from router.quotas import UNLIMITED, Quota
+from router.refusals import Reason, Refusal
+
+AUTHORIZATION_BYTES_MAX = 256  # of the header; a key has 77
+_TENANT = "kvrelay tenant 1"
 
 
 @dataclass(frozen=True)
@@ -13,13 +22,32 @@ class Caller:
 
     name: str
     tenant: str
+    quota: Quota = UNLIMITED
 
 
 ANYBODY = Caller("anybody", "")
 
 
 class Callers:
-    """All who may call."""
+    """All who may call. Without keys that is anybody.
+
+    cluster_key: makes the salt of a tenant, equal at every router of a cluster, one that nobody
+    outside of it can work out from the tenant's name.
+    """
+
+    def __init__(self, keys: KeySet | None = None, cluster_key: str = "") -> None:
+        self._keys = keys
+        self._cluster_key = cluster_key.encode()
+        self._anybody = Caller(ANYBODY.name, self._salt(""))
+
+    @property
+    def need_keys(self) -> bool:
+        return self._keys is not None
+
+    def replace(self, keys: KeySet) -> None:
+        """From now on these keys are good. What runs with one that was removed goes on to its end:
+        its answer is paid for, and who wants to end it at once restarts the router."""
+        self._keys = keys
 
     def identify(self, authorization: str | None) -> Caller:
         """authorization: the header's value, "Bearer KEY".
@@ -27,4 +55,18 @@ class Callers:
         Raises:
             Refusal: UNAUTHENTICATED, for a key that is missing or wrong.
         """
-        return ANYBODY
+        if self._keys is None:
+            return self._anybody
+        if not authorization:
+            raise Refusal(
+                Reason.UNAUTHENTICATED, "an API key is needed: send `authorization: Bearer KEY`"
+            )
+        scheme, _, key = authorization[:AUTHORIZATION_BYTES_MAX].partition(" ")
+        entry = self._keys.find(key.strip()) if scheme.lower() == "bearer" else None
+        if entry is None:
+            raise Refusal(Reason.UNAUTHENTICATED, "the API key is wrong")
+        return Caller(entry.name, self._salt(entry.tenant_name), entry.quota)
+
+    def _salt(self, tenant: str) -> str:
+        message = f"{_TENANT}\0{tenant}".encode()
+        return hmac.new(self._cluster_key, message, hashlib.sha256).hexdigest()

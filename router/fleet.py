@@ -15,7 +15,8 @@ import grpc
 
 from kvrelay.config import PROTOCOL_VERSION, RouterConfig
 from kvrelay.kv.layout import KVLayout
-from kvrelay.rpc import credentials, dial
+from kvrelay.membership import prove
+from kvrelay.rpc import dial
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
 from router.commands import (
     Command,
@@ -235,11 +236,13 @@ class _Worker:
 
     async def _session(self) -> None:
         self._outbox = asyncio.Queue()
-        async with dial(self._address) as channel:
-            handle = self._handler()
-            call = self._open(channel)(
-                _drain(self._outbox), metadata=credentials(self._config.cluster_key)
+        config = self._config
+        async with dial(self._address, config.certificates) as channel:
+            handle, session = self._handler(), self._open(channel)
+            proof = await prove(
+                session, self._address, config.cluster_key, config.worker_proof_ms / 1000
             )
+            call = session(_drain(self._outbox), metadata=proof)
             with contextlib.closing(_Cancel(call)):
                 async for event in call:
                     if event.WhichOneof("event") == "info":

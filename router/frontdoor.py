@@ -28,14 +28,15 @@ from router.admission import (
     check_urgency,
 )
 from router.answer_stream import AnswerStream
-from router.callers import Caller, Callers
-from router.chat import ChatTemplate
+from router.callers import ANYBODY, Caller, Callers
 from router.detokenize import Detokenizer
 from router.fleet import Answer, Fleet, now_ms
 from router.metrics import Metrics
 from router.model_files import ModelFiles
+from router.quotas import Lease, Quotas
 from router.refusals import Reason, Refusal, refusal
 from router.request import Request, Times
+from router.template_process import TemplateLimits, TemplateProcess
 
 # Shorter texts are tokenized faster than a thread could be told to.
 _INLINE_CHARS = 4096
@@ -109,14 +110,23 @@ class Served:
 
 
 class FrontDoor:
-    def __init__(self, files: ModelFiles, fleet: Fleet, callers: Callers) -> None:
+    def __init__(
+        self,
+        files: ModelFiles,
+        fleet: Fleet,
+        callers: Callers,
+        template_limits: TemplateLimits = TemplateLimits(),  # noqa: B008  # frozen
+    ) -> None:
         self.files = files
         self.callers = callers
         self.metrics = fleet.metrics
         self._fleet = fleet
+        self._quotas = Quotas()
         self._detokenizer = Detokenizer(files.tokenizer)
         self._template = (
-            ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
+            TemplateProcess(files.chat_template, files.special_tokens, template_limits)
+            if files.chat_template
+            else None
         )
         self._texts = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="texts")
         self._draining = False
@@ -132,8 +142,11 @@ class FrontDoor:
             Refusal: it is not served.
         """
         arrived_at_ms = now_ms()
-        with self._counted():
-            request = await self._checked(ask, caller, arrived_at_ms)
+        with self._counted(), contextlib.ExitStack() as stack:
+            with self._refusals_counted(ask.protocol):
+                leased = stack.enter_context(self._leased(caller, arrived_at_ms))
+                request = await self._checked(ask, caller, arrived_at_ms)
+                leased.reserve(request)
             outcome: Reason | Finished | None = None
             try:
                 with refusals():
@@ -149,22 +162,27 @@ class FrontDoor:
                 self.metrics.ended(ask.protocol, outcome, request)
 
     async def _checked(self, ask: Ask, caller: Caller, arrived_at_ms: float) -> Request:
-        """The request that `ask` makes; raises Refusal."""
+        """The request that `ask` makes."""
+        if self._draining:
+            raise Refusal(Reason.UNAVAILABLE, SHUTTING_DOWN)
+        check_request_id(ask.request_id)
+        check_urgency(ask.priority, ask.ttft_deadline_ms)
+        self.check_model(ask.model)
+        return self._request(ask, caller, await self._prompt(ask.prompt), arrived_at_ms)
+
+    @contextlib.contextmanager
+    def _refusals_counted(self, protocol: str) -> Iterator[None]:
+        """Refusals of what has not become a request; those of requests are counted at their end."""
         try:
             with refusals():
-                if self._draining:
-                    raise Refusal(Reason.UNAVAILABLE, SHUTTING_DOWN)
-                check_request_id(ask.request_id)
-                check_urgency(ask.priority, ask.ttft_deadline_ms)
-                self.check_model(ask.model)
-                return self._request(ask, caller, await self._prompt(ask.prompt), arrived_at_ms)
+                yield
         except Refusal as error:
-            self.metrics.refused(ask.protocol, error.reason)
+            self.metrics.refused(protocol, error.reason)
             raise
 
-    async def tokenize(self, model: str, text: str) -> list[int]:
-        """The ids of `text` as a prompt; raises Refusal."""
-        with refusals():
+    async def tokenize(self, model: str, text: str, caller: Caller = ANYBODY) -> list[int]:
+        """The ids of `text` as a prompt, a request of the caller's quota; raises Refusal."""
+        with self._leased(caller, now_ms()), refusals():
             self.check_model(model)
             return await self._tokenize(text, add_special_tokens=True)
 
@@ -196,7 +214,14 @@ class FrontDoor:
         self._draining = True
         await self._idle.wait()
 
-    def close(self) -> None:
+    async def open(self) -> None:
+        """Raises ChatTemplateError for a template that is none."""
+        if self._template is not None:
+            await self._template.start()
+
+    async def close(self) -> None:
+        if self._template is not None:
+            await self._template.close()
         self._texts.shutdown(wait=False, cancel_futures=True)
 
     # ---- from words to tokens
@@ -216,8 +241,7 @@ class FrontDoor:
                 "(Generate, /v1/completions)",
             )
         check_messages(prompt.messages, DEFAULT_LIMITS)
-        size = sum(len(role) + len(content) for role, content in prompt.messages)
-        text = await self._off_loop(size, self._template.render, prompt.messages)
+        text = await self._template.render(prompt.messages)
         # The template writes the special tokens itself.
         return await self._tokenize(text, add_special_tokens=False)
 
@@ -263,6 +287,17 @@ class FrontDoor:
         )
 
     @contextlib.contextmanager
+    def _leased(self, caller: Caller, arrived_at_ms: float) -> "Iterator[_Leased]":
+        """A request's part of its caller's quota, given back at the end; raises Refusal."""
+        with refusals():
+            lease = self._quotas.enter(caller.name, caller.quota, arrived_at_ms)
+        leased = _Leased(self._quotas, lease)
+        try:
+            yield leased
+        finally:
+            self._quotas.end(lease, leased.used_tokens, now_ms())
+
+    @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
         """Whatever happens inside, `drain` waits for its end and no longer."""
         self._running += 1
@@ -273,6 +308,29 @@ class FrontDoor:
             self._running -= 1
             if not self._running:
                 self._idle.set()
+
+
+class _Leased:
+    """A lease, and the request whose tokens are reserved in it."""
+
+    def __init__(self, quotas: Quotas, lease: Lease) -> None:
+        self._quotas = quotas
+        self._lease = lease
+        self._request: Request | None = None
+
+    def reserve(self, request: Request) -> None:
+        """Raises QuotaExceededError or BeyondQuotaError."""
+        tokens = len(request.prompt), request.sampling.max_tokens
+        self._quotas.reserve(self._lease, *tokens, now_ms())
+        self._request = request
+
+    @property
+    def used_tokens(self) -> int:
+        """A request that no worker has begun has used none."""
+        request = self._request
+        if request is None or request.times.prefill_began_at_ms is None:
+            return 0
+        return request.prompt_tokens_now
 
 
 @contextlib.contextmanager

@@ -17,22 +17,29 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import disable_created_metrics
 
 from kvrelay.config import RouterConfig
-from kvrelay.rpc import make_server
+from kvrelay.rpc import listen, make_server
 from kvrelay.wire import control_pb2_grpc, inference_pb2, inference_pb2_grpc
+from router.admission import DEFAULT_LIMITS
 from router.callers import Callers
 from router.control import ControlService
+from router.exposure import check_exposure, client_certificates_needed, listen_address
 from router.fleet import Fleet
 from router.frontdoor import FrontDoor
+from router.guard import KeyGuard
 from router.http.app import make_app
 from router.http.server import HttpServer
+from router.key_watch import KeyWatch
 from router.malformed import MalformedRequests
 from router.metrics import Metrics
 from router.model_files import ModelFiles
 from router.service import InferenceService
+from router.template_process import TemplateLimits
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _GOODBYE_S = 0.2  # for the last status messages to leave
+# A prompt of the longest allowed, and room to say what is wrong with one that is longer.
+REQUEST_BYTES_MAX = 2 * DEFAULT_LIMITS.prompt_bytes_max
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
 
 
@@ -44,9 +51,18 @@ class Router:
         self._config = config
         self.fleet = Fleet(config, Metrics())
         self.fleet.metrics.watch(self.fleet)
-        self._door = FrontDoor(files, self.fleet, Callers())
+        self._callers = Callers(cluster_key=config.cluster_key)
+        self.key_watch: KeyWatch | None = None
+        if config.api_keys is not None:
+            self.key_watch = KeyWatch(config.api_keys, self._callers, config.keys_check_ms)
+        limits = TemplateLimits(template_ms=config.template_ms)
+        self._door = FrontDoor(files, self.fleet, self._callers, limits)
         self._health = health.aio.HealthServicer()
-        self._public = make_server(interceptors=(MalformedRequests(),), rpcs_max=config.rpcs_max)
+        self._public = make_server(
+            interceptors=(KeyGuard(self._callers), MalformedRequests()),
+            rpcs_max=config.rpcs_max,
+            request_bytes_max=REQUEST_BYTES_MAX,
+        )
         self._http = HttpServer(make_app(self._door, self.fleet.metrics, config), config)
         self._control = make_server()
 
@@ -56,9 +72,18 @@ class Router:
 
     @classmethod
     async def start(cls, config: RouterConfig) -> "Router":
-        """Raises ValueError for a broken model folder, RuntimeError or OSError for a taken port."""
+        """Raises ValueError for a broken model folder, for files of keys and certificates that
+        cannot be used and a host that needs them; RuntimeError or OSError when a port is
+        taken."""
+        check_exposure(
+            config.host,
+            api_keys=config.api_keys is not None,
+            certificates=config.certificates is not None,
+            insecure=config.insecure,
+        )
         files = await asyncio.to_thread(ModelFiles.load, config.model_path, config.model_name)
         router = cls(config, files)
+        await router._door.open()
         await router._http.start()
         await router._start_public()
         control = ControlService(router.fleet, router.address, router.http_address)
@@ -74,21 +99,30 @@ class Router:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._public)
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._public)
-        port = self._public.add_insecure_port(f"{self._config.host}:{self._config.port}")
-        self.address = f"{self._config.host}:{port}"
+        config = self._config
+        port = listen(
+            self._public,
+            listen_address(config.host, config.port),
+            config.certificates,
+            client_certificates=client_certificates_needed(api_keys=self._callers.need_keys),
+        )
+        self.address = listen_address(config.host, port)
         await self._public.start()
-        self._health_task = asyncio.create_task(self._keep_health())
+        self._tasks = [asyncio.create_task(self._keep_health())]
+        if self.key_watch is not None:
+            self._tasks.append(asyncio.create_task(self.key_watch.run()))
 
     async def stop(self) -> None:
         """Finishes what runs, at most drain_ms, and closes."""
-        self._health_task.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._set_health(_NOT_SERVING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_ms / 1000):
                 await self._door.drain()
         # What is open now, a health watch for one, would stay open for ever.
         await asyncio.gather(self._public.stop(grace=_GOODBYE_S), self._http.stop())
-        self._door.close()
+        await self._door.close()
         await self.fleet.close()
         await self._control.stop(grace=None)
         self._config.control_socket.unlink(missing_ok=True)
@@ -112,6 +146,8 @@ async def serve(config: RouterConfig) -> None:
         loop.add_signal_handler(number, stopping.set)
     loop.add_reader(sys.stdin.fileno(), _watch_parent, stopping)
     router = await Router.start(config)
+    if router.key_watch is not None:
+        loop.add_signal_handler(signal.SIGHUP, router.key_watch.look)
     print(f"router grpc={router.address} http={router.http_address}", flush=True)
     await stopping.wait()
     loop.remove_reader(sys.stdin.fileno())

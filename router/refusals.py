@@ -15,6 +15,8 @@ from router.commands import (
     OverloadError,
     Trouble,
 )
+from router.quotas import BeyondQuotaError, QuotaExceededError
+from router.template_process import TemplateBusyError
 
 RETRY_HINT_MS = 1000  # where nothing is predicted
 _RETRY_MS = (100, 60_000)  # least and most: a prediction may be far off
@@ -47,20 +49,26 @@ def refusal(error: Exception) -> Refusal | None:
     match error:
         case Refusal():
             return error
-        case InvalidRequest() | ChatTemplateError() | InvalidTrouble():
+        case InvalidRequest() | ChatTemplateError() | InvalidTrouble() | BeyondQuotaError():
             return Refusal(Reason.INVALID, str(error))
         case DuplicateRequestError():
             return Refusal(Reason.DUPLICATE, str(error))
         case OverloadError() | ExhaustedTrouble():
-            retry_ms = _retry_ms(error.retry_ms)
-            message = f"{error}; try again in {retry_ms} ms"
-            return Refusal(Reason.EXHAUSTED, message, retry_ms)
+            return _exhausted(error, _predicted(error.retry_ms))
+        case TemplateBusyError():
+            return _exhausted(error, RETRY_HINT_MS)
+        case QuotaExceededError():
+            return _exhausted(error, RETRY_HINT_MS if error.retry_ms is None else error.retry_ms)
         case Trouble():
             return Refusal(Reason.UNAVAILABLE, str(error))
         case _:
             return None
 
 
-def _retry_ms(predicted: float | None) -> int:
+def _predicted(retry_ms: float | None) -> int:
     least, most = _RETRY_MS
-    return RETRY_HINT_MS if predicted is None else int(min(max(predicted, least), most))
+    return RETRY_HINT_MS if retry_ms is None else int(min(max(retry_ms, least), most))
+
+
+def _exhausted(error: Exception, retry_ms: int) -> Refusal:
+    return Refusal(Reason.EXHAUSTED, f"{error}; try again in {retry_ms} ms", retry_ms)

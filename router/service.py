@@ -45,8 +45,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.TokenizeRequest, context: Any
     ) -> inference_pb2.TokenizeResponse:
         try:
-            self._caller(context)
-            ids = await self._door.tokenize(request.model, request.text)
+            ids = await self._door.tokenize(request.model, request.text, self._caller(context))
         except Refusal as error:
             await _abort(context, error)
         tokens = [self._door.files.tokenizer.id_to_token(token) or "" for token in ids]

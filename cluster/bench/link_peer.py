@@ -50,18 +50,16 @@ class _Book:
         self._transfers += 1
         key = ("bench", self._transfers)
         reservation = self.handoff.reserve(key, count * LAYOUT.block_size, _SAMPLING, 0)
-        return Ticket(
+        ticket = Ticket(
             decode_instance_id=PEER,
-            transfer_id=reservation.transfer_id,
-            secret=reservation.secret,
-            block_ids=reservation.prompt_blocks,
             endpoints=self.listener.endpoints,
             layout=LAYOUT.to_wire(),
             lease_ms=_LEASE_MS,
         )
+        return self.handoff.sign(reservation, ticket)
 
-    def begin(self, transfer_id: int, secret: bytes) -> None:
-        self.handoff.begin(transfer_id, secret, 0)
+    def begin(self, ticket: Ticket) -> None:
+        self.handoff.begin(ticket, 0)
 
     def received(self, transfer_id: int, first_index: int, count: int, bad: Sequence[int]) -> None:
         self.handoff.received(transfer_id, first_index, count, bad, 0)

@@ -10,9 +10,12 @@ class Rejection(Enum):
     MALFORMED = "malformed"  # not a frame, or one that has no place there
     OVERSIZED = "oversized"  # a frame beyond its limit, or blocks beyond the ticket
     TRUNCATED = "truncated"  # the link ended inside a frame
-    SECRET = "secret"
+    FORGED = "forged"  # a ticket that we did not sign, or none at all
+    ALTERED = "altered"  # one that we signed, with something else in it
+    EXPIRED = "expired"  # one whose time is over
+    REPLAYED = "replayed"  # one that has been used
     STALE = "stale"  # of a transfer that has ended, or never was
-    DUPLICATE = "duplicate"  # a ticket or a block that has been used
+    DUPLICATE = "duplicate"  # a block that has come, a transfer that has begun
     REORDERED = "reordered"  # blocks before their turn
     INCOMPLETE = "incomplete"  # a commit while blocks are missing
     CHECKSUM = "checksum"

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class TransferBook(Protocol):
     """Decides over transfers. Every method but `lost` raises RefusedError to refuse."""
 
-    def begin(self, transfer_id: int, secret: bytes) -> None: ...
+    def begin(self, ticket: transfer_pb2.Ticket) -> None: ...
 
     def expect(
         self, transfer_id: int, first_index: int, count: int, *, again: bool
@@ -85,7 +85,7 @@ class ReaderLink:
             transfer_id = getattr(frame, kind).transfer_id
             self._end(transfer_id, frame.abort.reason or "the prefill worker let go")
         elif kind in ("pair_open", "pair_ended") and not self.proven:
-            raise ProtocolError(Rejection.SECRET, f"{kind} before any ticket")
+            raise ProtocolError(Rejection.FORGED, f"{kind} before any ticket")
         else:
             await self._receiver.on_frame(frame)
 
@@ -114,11 +114,11 @@ class ReaderLink:
         self.transfers.discard(transfer_id)
 
     async def _begin(self, begin: transfer_pb2.Begin) -> None:
-        transfer_id = begin.transfer_id
+        transfer_id = begin.ticket.transfer_id
         if transfer_id in self.transfers:
             raise ProtocolError(Rejection.DUPLICATE, "a second Begin of one transfer")
         try:
-            self._book.begin(transfer_id, begin.secret)
+            self._book.begin(begin.ticket)
         except RefusedError as error:
             await self._refuse(transfer_id, error)
             return

@@ -152,8 +152,7 @@ class WriterLink:
         begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._transfers[transfer_id], self._begun[transfer_id] = transfer, begun
         try:
-            frame = transfer_pb2.Begin(transfer_id=transfer_id, secret=ticket.secret)
-            await self.send(Frame(begin=frame))
+            await self.send(Frame(begin=transfer_pb2.Begin(ticket=ticket)))
             await _answer_within(begun, timeout_s, "Begin")
         except BaseException:
             # Leave may have been given without our knowing: take it back.

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkvrelay/wire/transfer.proto\x12\x13kvrelay.internal.v1\"|\n\x08KvLayout\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x0e\n\x06layers\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x10\n\x08kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\"\x89\x02\n\x06Ticket\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x1a\n\x12\x64\x65\x63ode_instance_id\x18\x03 \x01(\t\x12\x13\n\x0btransfer_id\x18\x04 \x01(\x04\x12\x0e\n\x06secret\x18\x05 \x01(\x0c\x12\x11\n\tblock_ids\x18\x06 \x03(\r\x12-\n\x06layout\x18\x07 \x01(\x0b\x32\x1d.kvrelay.internal.v1.KvLayout\x12\x30\n\tendpoints\x18\x08 \x03(\x0b\x32\x1d.kvrelay.internal.v1.Endpoint\x12\x10\n\x08lease_ms\x18\t \x01(\r\x12\x13\n\x0b\x66irst_block\x18\n \x01(\r\".\n\x08\x45ndpoint\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\x82\x05\n\x05\x46rame\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.kvrelay.internal.v1.HelloH\x00\x12/\n\x07welcome\x18\x02 \x01(\x0b\x32\x1c.kvrelay.internal.v1.WelcomeH\x00\x12/\n\x07refused\x18\x03 \x01(\x0b\x32\x1c.kvrelay.internal.v1.RefusedH\x00\x12+\n\x05\x62\x65gin\x18\x04 \x01(\x0b\x32\x1a.kvrelay.internal.v1.BeginH\x00\x12+\n\x05\x62\x65gun\x18\x05 \x01(\x0b\x32\x1a.kvrelay.internal.v1.BegunH\x00\x12-\n\x06\x62locks\x18\x06 \x01(\x0b\x32\x1b.kvrelay.internal.v1.BlocksH\x00\x12-\n\x06\x63ommit\x18\x07 \x01(\x0b\x32\x1b.kvrelay.internal.v1.CommitH\x00\x12\x33\n\tcommitted\x18\x08 \x01(\x0b\x32\x1e.kvrelay.internal.v1.CommittedH\x00\x12+\n\x05\x61\x62ort\x18\t \x01(\x0b\x32\x1a.kvrelay.internal.v1.AbortH\x00\x12/\n\x07\x61\x62orted\x18\n \x01(\x0b\x32\x1c.kvrelay.internal.v1.AbortedH\x00\x12-\n\x06resend\x18\x0b \x01(\x0b\x32\x1b.kvrelay.internal.v1.ResendH\x00\x12\x32\n\tpair_open\x18\x0c \x01(\x0b\x32\x1d.kvrelay.internal.v1.PairOpenH\x00\x12\x34\n\npair_ended\x18\r \x01(\x0b\x32\x1e.kvrelay.internal.v1.PairEndedH\x00\x42\x06\n\x04\x62ody\"\x87\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12-\n\x06layout\x18\x03 \x01(\x0b\x32\x1d.kvrelay.internal.v1.KvLayout\x12\r\n\x05\x63odec\x18\x04 \x01(\t\x12\x11\n\tchecksums\x18\x05 \x01(\x08\"Y\n\x07Welcome\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x12\n\npool_bytes\x18\x02 \x01(\x04\x12\x12\n\nwire_dtype\x18\x03 \x01(\t\x12\x11\n\tchecksums\x18\x04 \x01(\x08\"\x19\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\",\n\x05\x42\x65gin\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\"\x1c\n\x05\x42\x65gun\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\"w\n\x06\x42locks\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x11\n\tchecksums\x18\x03 \x03(\x06\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\r\n\x05\x61gain\x18\x05 \x01(\x08\x12\x12\n\npair_epoch\x18\x06 \x01(\x04\".\n\x06Resend\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0f\n\x07indexes\x18\x02 \x03(\r\",\n\x08PairOpen\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tunique_id\x18\x02 \x01(\x0c\"*\n\tPairEnded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"E\n\x06\x43ommit\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\x16\n\x0e\x66irst_token_id\x18\x03 \x01(\r\" \n\tCommitted\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\",\n\x05\x41\x62ort\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x1e\n\x07\x41\x62orted\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkvrelay/wire/transfer.proto\x12\x13kvrelay.internal.v1\"|\n\x08KvLayout\x12\x19\n\x11model_fingerprint\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x0e\n\x06layers\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x10\n\x08kv_heads\x18\x05 \x01(\r\x12\x10\n\x08head_dim\x18\x06 \x01(\r\"\xa0\x02\n\x06Ticket\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x1a\n\x12\x64\x65\x63ode_instance_id\x18\x03 \x01(\t\x12\x13\n\x0btransfer_id\x18\x04 \x01(\x04\x12\x11\n\tsignature\x18\x05 \x01(\x0c\x12\x11\n\tblock_ids\x18\x06 \x03(\r\x12-\n\x06layout\x18\x07 \x01(\x0b\x32\x1d.kvrelay.internal.v1.KvLayout\x12\x30\n\tendpoints\x18\x08 \x03(\x0b\x32\x1d.kvrelay.internal.v1.Endpoint\x12\x10\n\x08lease_ms\x18\t \x01(\r\x12\x13\n\x0b\x66irst_block\x18\n \x01(\r\x12\x12\n\nexpires_ms\x18\x0b \x01(\x04\".\n\x08\x45ndpoint\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\x82\x05\n\x05\x46rame\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.kvrelay.internal.v1.HelloH\x00\x12/\n\x07welcome\x18\x02 \x01(\x0b\x32\x1c.kvrelay.internal.v1.WelcomeH\x00\x12/\n\x07refused\x18\x03 \x01(\x0b\x32\x1c.kvrelay.internal.v1.RefusedH\x00\x12+\n\x05\x62\x65gin\x18\x04 \x01(\x0b\x32\x1a.kvrelay.internal.v1.BeginH\x00\x12+\n\x05\x62\x65gun\x18\x05 \x01(\x0b\x32\x1a.kvrelay.internal.v1.BegunH\x00\x12-\n\x06\x62locks\x18\x06 \x01(\x0b\x32\x1b.kvrelay.internal.v1.BlocksH\x00\x12-\n\x06\x63ommit\x18\x07 \x01(\x0b\x32\x1b.kvrelay.internal.v1.CommitH\x00\x12\x33\n\tcommitted\x18\x08 \x01(\x0b\x32\x1e.kvrelay.internal.v1.CommittedH\x00\x12+\n\x05\x61\x62ort\x18\t \x01(\x0b\x32\x1a.kvrelay.internal.v1.AbortH\x00\x12/\n\x07\x61\x62orted\x18\n \x01(\x0b\x32\x1c.kvrelay.internal.v1.AbortedH\x00\x12-\n\x06resend\x18\x0b \x01(\x0b\x32\x1b.kvrelay.internal.v1.ResendH\x00\x12\x32\n\tpair_open\x18\x0c \x01(\x0b\x32\x1d.kvrelay.internal.v1.PairOpenH\x00\x12\x34\n\npair_ended\x18\r \x01(\x0b\x32\x1e.kvrelay.internal.v1.PairEndedH\x00\x42\x06\n\x04\x62ody\"\x87\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12-\n\x06layout\x18\x03 \x01(\x0b\x32\x1d.kvrelay.internal.v1.KvLayout\x12\r\n\x05\x63odec\x18\x04 \x01(\t\x12\x11\n\tchecksums\x18\x05 \x01(\x08\"Y\n\x07Welcome\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x12\n\npool_bytes\x18\x02 \x01(\x04\x12\x12\n\nwire_dtype\x18\x03 \x01(\t\x12\x11\n\tchecksums\x18\x04 \x01(\x08\"\x19\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\"4\n\x05\x42\x65gin\x12+\n\x06ticket\x18\x01 \x01(\x0b\x32\x1b.kvrelay.internal.v1.Ticket\"\x1c\n\x05\x42\x65gun\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\"w\n\x06\x42locks\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x11\n\tchecksums\x18\x03 \x03(\x06\x12\r\n\x05\x63ount\x18\x04 \x01(\r\x12\r\n\x05\x61gain\x18\x05 \x01(\x08\x12\x12\n\npair_epoch\x18\x06 \x01(\x04\".\n\x06Resend\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0f\n\x07indexes\x18\x02 \x03(\r\",\n\x08PairOpen\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x11\n\tunique_id\x18\x02 \x01(\x0c\"*\n\tPairEnded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"E\n\x06\x43ommit\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\x16\n\x0e\x66irst_token_id\x18\x03 \x01(\r\" \n\tCommitted\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\",\n\x05\x41\x62ort\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x1e\n\x07\x41\x62orted\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,35 +34,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_KVLAYOUT']._serialized_start=52
   _globals['_KVLAYOUT']._serialized_end=176
   _globals['_TICKET']._serialized_start=179
-  _globals['_TICKET']._serialized_end=444
-  _globals['_ENDPOINT']._serialized_start=446
-  _globals['_ENDPOINT']._serialized_end=492
-  _globals['_FRAME']._serialized_start=495
-  _globals['_FRAME']._serialized_end=1137
-  _globals['_HELLO']._serialized_start=1140
-  _globals['_HELLO']._serialized_end=1275
-  _globals['_WELCOME']._serialized_start=1277
-  _globals['_WELCOME']._serialized_end=1366
-  _globals['_REFUSED']._serialized_start=1368
-  _globals['_REFUSED']._serialized_end=1393
-  _globals['_BEGIN']._serialized_start=1395
-  _globals['_BEGIN']._serialized_end=1439
-  _globals['_BEGUN']._serialized_start=1441
-  _globals['_BEGUN']._serialized_end=1469
-  _globals['_BLOCKS']._serialized_start=1471
-  _globals['_BLOCKS']._serialized_end=1590
-  _globals['_RESEND']._serialized_start=1592
-  _globals['_RESEND']._serialized_end=1638
-  _globals['_PAIROPEN']._serialized_start=1640
-  _globals['_PAIROPEN']._serialized_end=1684
-  _globals['_PAIRENDED']._serialized_start=1686
-  _globals['_PAIRENDED']._serialized_end=1728
-  _globals['_COMMIT']._serialized_start=1730
-  _globals['_COMMIT']._serialized_end=1799
-  _globals['_COMMITTED']._serialized_start=1801
-  _globals['_COMMITTED']._serialized_end=1833
-  _globals['_ABORT']._serialized_start=1835
-  _globals['_ABORT']._serialized_end=1879
-  _globals['_ABORTED']._serialized_start=1881
-  _globals['_ABORTED']._serialized_end=1911
+  _globals['_TICKET']._serialized_end=467
+  _globals['_ENDPOINT']._serialized_start=469
+  _globals['_ENDPOINT']._serialized_end=515
+  _globals['_FRAME']._serialized_start=518
+  _globals['_FRAME']._serialized_end=1160
+  _globals['_HELLO']._serialized_start=1163
+  _globals['_HELLO']._serialized_end=1298
+  _globals['_WELCOME']._serialized_start=1300
+  _globals['_WELCOME']._serialized_end=1389
+  _globals['_REFUSED']._serialized_start=1391
+  _globals['_REFUSED']._serialized_end=1416
+  _globals['_BEGIN']._serialized_start=1418
+  _globals['_BEGIN']._serialized_end=1470
+  _globals['_BEGUN']._serialized_start=1472
+  _globals['_BEGUN']._serialized_end=1500
+  _globals['_BLOCKS']._serialized_start=1502
+  _globals['_BLOCKS']._serialized_end=1621
+  _globals['_RESEND']._serialized_start=1623
+  _globals['_RESEND']._serialized_end=1669
+  _globals['_PAIROPEN']._serialized_start=1671
+  _globals['_PAIROPEN']._serialized_end=1715
+  _globals['_PAIRENDED']._serialized_start=1717
+  _globals['_PAIRENDED']._serialized_end=1759
+  _globals['_COMMIT']._serialized_start=1761
+  _globals['_COMMIT']._serialized_end=1830
+  _globals['_COMMITTED']._serialized_start=1832
+  _globals['_COMMITTED']._serialized_end=1864
+  _globals['_ABORT']._serialized_start=1866
+  _globals['_ABORT']._serialized_end=1910
+  _globals['_ABORTED']._serialized_start=1912
+  _globals['_ABORTED']._serialized_end=1942
 # @@protoc_insertion_point(module_scope)

@@ -23,28 +23,30 @@ class KvLayout(_message.Message):
     def __init__(self, model_fingerprint: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., block_size: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ...) -> None: ...
 
 class Ticket(_message.Message):
-    __slots__ = ("request_id", "attempt", "decode_instance_id", "transfer_id", "secret", "block_ids", "layout", "endpoints", "lease_ms", "first_block")
+    __slots__ = ("request_id", "attempt", "decode_instance_id", "transfer_id", "signature", "block_ids", "layout", "endpoints", "lease_ms", "first_block", "expires_ms")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     DECODE_INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
-    SECRET_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_MS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     decode_instance_id: str
     transfer_id: int
-    secret: bytes
+    signature: bytes
     block_ids: _containers.RepeatedScalarFieldContainer[int]
     layout: KvLayout
     endpoints: _containers.RepeatedCompositeFieldContainer[Endpoint]
     lease_ms: int
     first_block: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_instance_id: _Optional[str] = ..., transfer_id: _Optional[int] = ..., secret: _Optional[bytes] = ..., block_ids: _Optional[_Iterable[int]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., endpoints: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ..., lease_ms: _Optional[int] = ..., first_block: _Optional[int] = ...) -> None: ...
+    expires_ms: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_instance_id: _Optional[str] = ..., transfer_id: _Optional[int] = ..., signature: _Optional[bytes] = ..., block_ids: _Optional[_Iterable[int]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., endpoints: _Optional[_Iterable[_Union[Endpoint, _Mapping]]] = ..., lease_ms: _Optional[int] = ..., first_block: _Optional[int] = ..., expires_ms: _Optional[int] = ...) -> None: ...
 
 class Endpoint(_message.Message):
     __slots__ = ("transport", "address")
@@ -117,12 +119,10 @@ class Refused(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class Begin(_message.Message):
-    __slots__ = ("transfer_id", "secret")
-    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
-    SECRET_FIELD_NUMBER: _ClassVar[int]
-    transfer_id: int
-    secret: bytes
-    def __init__(self, transfer_id: _Optional[int] = ..., secret: _Optional[bytes] = ...) -> None: ...
+    __slots__ = ("ticket",)
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    ticket: Ticket
+    def __init__(self, ticket: _Optional[_Union[Ticket, _Mapping]] = ...) -> None: ...
 
 class Begun(_message.Message):
     __slots__ = ("transfer_id",)

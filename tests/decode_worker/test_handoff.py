@@ -21,6 +21,7 @@ from kvrelay.kv.ledger import BlockLedger, BlockState, OutOfBlocksError
 from kvrelay.kv.prefix import PrefixChain, chain_root
 from kvrelay.lifecycle import IllegalTransitionError
 from kvrelay.transport.errors import RefusedError, Rejection
+from kvrelay.wire.transfer_pb2 import Endpoint, Ticket
 
 S, E, B = ReservationState, ReservationEvent, BlockState
 TOTAL = 8
@@ -59,7 +60,7 @@ def reserve(handoff: HandOff, number: int = 1, prompt: int = PROMPT, answer: int
 
 
 def begin(handoff: HandOff, reservation: Reservation, now: float = 0) -> None:
-    handoff.begin(reservation.transfer_id, reservation.secret, now)
+    handoff.begin(handoff.sign(reservation, Ticket()), now)
 
 
 def receive(handoff: HandOff, reservation: Reservation, now: float = 0) -> None:
@@ -98,7 +99,7 @@ def names(value: object) -> str:
 
 @pytest.mark.parametrize(("state", "event"), list(itertools.product(S, E)), ids=names)
 def test_every_event_in_every_state_is_in_the_table_or_raises(state, event):
-    reservation = Reservation(KEY, 1, b"", 4, sampling(), [0], [], 0.0, state)
+    reservation = Reservation(KEY, 1, 4, sampling(), [0], [], 0.0, state)
     before = copy.copy(reservation)
     if (state, event) in TRANSITIONS:
         reservation.on(event)
@@ -167,24 +168,85 @@ def test_begin_gives_leave_to_write_the_prompts_blocks_only(handoff):
     assert counts(handoff) == {B.FREE: 5, B.RESERVED: 1, B.WRITING: 2}
 
 
-def test_a_wrong_secret_is_refused_and_the_right_one_still_works(handoff):
+def refused(handoff: HandOff, ticket: Ticket, now: float = 0) -> Rejection:
+    with pytest.raises(RefusedError) as caught:
+        handoff.begin(ticket, now)
+    return caught.value.rejection
+
+
+def a_ticket(handoff: HandOff, reservation: Reservation) -> Ticket:
+    """With something in every field."""
+    ticket = Ticket(
+        request_id="r",
+        attempt=1,
+        decode_instance_id="d",
+        layout=LAYOUT.to_wire(),
+        endpoints=[Endpoint(transport="tcp", address="127.0.0.1:1")],
+        lease_ms=LEASE_MS,
+    )
+    return handoff.sign(reservation, ticket)
+
+
+def test_a_wrong_signature_is_refused_and_the_right_one_still_works(handoff):
     reservation = reserve(handoff)
-    for secret in (b"", b"\0" * 16, reservation.secret[:-1], reservation.secret + b"\0"):
-        with pytest.raises(RefusedError, match="secret is wrong"):
-            handoff.begin(reservation.transfer_id, secret, 0)
+    ticket = a_ticket(handoff, reservation)
+    right = ticket.signature
+    for signature in (b"", b"\0" * 32, right[:-1], right + b"\0"):
+        ticket.signature = signature
+        assert refused(handoff, ticket) is Rejection.FORGED
     assert reservation.state is S.RESERVED
-    begin(handoff, reservation)
+    ticket.signature = right
+    handoff.begin(ticket, 0)
 
 
-def test_secrets_of_two_tickets_differ(handoff):
-    one, other = reserve(handoff, 1, prompt=1), reserve(handoff, 2, prompt=1)
-    with pytest.raises(RefusedError, match="secret is wrong"):
-        handoff.begin(one.transfer_id, other.secret, 0)
+@pytest.mark.parametrize("field", [f.name for f in Ticket.DESCRIPTOR.fields])
+def test_a_ticket_with_any_field_altered_is_refused(handoff, field):
+    ticket = a_ticket(handoff, reserve(handoff))
+    what = Ticket.DESCRIPTOR.fields_by_name[field]
+    if what.message_type is not None:
+        ticket.ClearField(field)
+    elif isinstance(getattr(ticket, field), str | bytes):
+        setattr(ticket, field, getattr(ticket, field)[:-1])
+    elif field == "block_ids":
+        ticket.block_ids[0] += 1
+    else:
+        setattr(ticket, field, getattr(ticket, field) + 1)
+    elsewhere = field in ("signature", "transfer_id")
+    assert refused(handoff, ticket) is (Rejection.FORGED if elsewhere else Rejection.ALTERED)
+
+
+def test_what_an_unknown_field_says_is_signed_too(handoff):
+    ticket = a_ticket(handoff, reserve(handoff))
+    more = Ticket.FromString(ticket.SerializeToString() + b"\xf8\x07\x01")
+    assert refused(handoff, more) is Rejection.ALTERED
+
+
+def test_the_signature_of_one_ticket_is_no_good_for_another(handoff):
+    one, other = (a_ticket(handoff, reserve(handoff, n, prompt=1)) for n in (1, 2))
+    one.signature = other.signature
+    assert refused(handoff, one) is Rejection.FORGED
+
+
+def test_another_workers_ticket_is_forged(handoff):
+    other = HandOff(
+        LAYOUT, BlockLedger(TOTAL), lease_ms=LEASE_MS, reservations_max=4, resends_max=RESENDS_MAX
+    )
+    reserve(handoff)
+    assert refused(handoff, a_ticket(other, reserve(other))) is Rejection.FORGED
+
+
+def test_a_ticket_expires(handoff):
+    reservation = reserve(handoff)
+    ticket = a_ticket(handoff, reservation)
+    assert ticket.expires_ms == LEASE_MS
+    assert refused(handoff, ticket, LEASE_MS) is Rejection.EXPIRED
+    handoff.abort(reservation.key)
+    assert refused(handoff, ticket, LEASE_MS) is Rejection.EXPIRED
+    assert refused(handoff, ticket, LEASE_MS - 1) is Rejection.STALE
 
 
 def test_an_unknown_transfer_is_refused(handoff):
-    with pytest.raises(RefusedError, match="no such transfer"):
-        handoff.begin(7, b"", 0)
+    assert refused(handoff, Ticket(transfer_id=7)) is Rejection.FORGED
 
 
 @pytest.mark.parametrize("state", [S.RECEIVING, S.ABORTING])
@@ -798,7 +860,7 @@ class HandOffMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def begin(self, data: st.DataObject) -> None:
         if r := self.pick(data, S.RESERVED):
-            self.handoff.begin(r.transfer_id, r.secret, self.now)
+            begin(self.handoff, r, self.now)
             self.writing[r.transfer_id] = r
 
     @precondition(lambda self: bool(self.writing))
@@ -848,7 +910,7 @@ class HandOffMachine(RuleBasedStateMachine):
     def hand_over(self, data: st.DataObject) -> None:
         """A transfer from its begin to its commit, with nothing in between."""
         if r := self.pick(data, S.RESERVED):
-            self.handoff.begin(r.transfer_id, r.secret, self.now)
+            begin(self.handoff, r, self.now)
             self.writing[r.transfer_id] = r
             if r.prompt_blocks:
                 self.receive(r, len(r.prompt_blocks))

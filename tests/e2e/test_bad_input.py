@@ -13,7 +13,6 @@ import pytest_asyncio
 from local_cluster import LocalCluster, local_cluster
 from tiny_models import make_endless
 
-from kvrelay.rpc import CLUSTER_KEY_HEADER
 from kvrelay.wire import control_pb2, control_pb2_grpc, worker_pb2_grpc
 from kvrelay.wire import inference_pb2 as pb
 from kvrelay.wire.inference_pb2_grpc import InferenceStub
@@ -346,7 +345,7 @@ async def test_bytes_that_are_no_message(channel, bystander, method, data):
 
 async def test_a_message_over_the_size_limit(stub, bystander):
     call = stub.Generate(generate("x" * (40 << 20)))
-    await assert_refused(call, grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max", "33554432")
+    await assert_refused(call, grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max", "8388608")
 
 
 async def test_a_method_that_is_not_there(channel, bystander):
@@ -499,11 +498,12 @@ async def test_a_wait_that_takes_too_long(model):
 # ---- doors that are not the client's
 
 
-@pytest.mark.parametrize("key", [None, "", "wrong", "x" * 64])
+@pytest.mark.parametrize("key", [None, "", "wrong", "x" * 65])
+@pytest.mark.parametrize("headers", [["kvrelay-nonce"], ["kvrelay-challenge", "kvrelay-proof"]])
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-async def test_a_worker_asks_for_the_cluster_key(cluster, bystander, role, key):
+async def test_a_worker_asks_for_the_cluster_key(cluster, bystander, role, headers, key):
     [worker] = getattr(cluster, role)
-    metadata = None if key is None else [(CLUSTER_KEY_HEADER, key)]
+    metadata = None if key is None else [(header, key) for header in headers]
     kind = {
         "prefill": worker_pb2_grpc.PrefillWorkerStub,
         "decode": worker_pb2_grpc.DecodeWorkerStub,

@@ -5,7 +5,8 @@ import asyncio
 from local_cluster import local_cluster
 from tiny_models import make_tiny
 
-from kvrelay.rpc import credentials, dial
+from kvrelay.membership import prove
+from kvrelay.rpc import dial
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
 
 
@@ -53,7 +54,8 @@ async def first_failure(service, command):
     key = service._config.cluster_key
     async with dial(service.address) as channel, asyncio.timeout(30):
         stub = worker_pb2_grpc.PrefillWorkerStub(channel)
-        call = stub.Session(commands(), metadata=credentials(key))
+        proof = await prove(stub.Session, service.address, key, 30)
+        call = stub.Session(commands(), metadata=proof)
         async for event in call:
             if event.WhichOneof("event") == "failed":
                 call.cancel()

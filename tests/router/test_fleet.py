@@ -118,6 +118,11 @@ async def test_only_a_worker_that_was_up_is_called_again_at_once(monkeypatch, ve
     # Whoever comes to the wait for ever is never called again.
     refused = version != PROTOCOL_VERSION
     monkeypatch.setattr(fleet_module, "_RECONNECT_S", (3600.0, 0.0) if refused else (0.0, 3600.0))
+
+    async def proven(*_: Any) -> list[tuple[str, str]]:
+        return []
+
+    monkeypatch.setattr(fleet_module, "prove", proven)
     monkeypatch.setattr(fleet_module._Worker, "_open", lambda *_: session)
     async with a_fleet(monkeypatch) as fleet, asyncio.timeout(DEADLINE_S):
         fleet.set_workers([], ["127.0.0.1:1"])

@@ -14,6 +14,7 @@ from tokenizers import normalizers
 
 from kvrelay.config import RouterConfig
 from kvrelay.wire import inference_pb2 as pb
+from router import frontdoor
 from router.callers import Callers
 from router.fleet import Fleet
 from router.frontdoor import FrontDoor
@@ -69,7 +70,7 @@ async def service_of(**config: Any) -> AsyncIterator[tuple[InferenceService, Fro
     )
     door = FrontDoor(files, fleet, Callers())
     yield InferenceService(door), door
-    door.close()
+    await door.close()
     await fleet.close()
 
 
@@ -125,20 +126,18 @@ async def test_a_text_of_which_no_token_comes_is_the_clients_mistake(method):
         assert context.details == "text: no token comes of it"
 
 
-@pytest.mark.parametrize(("role", "on_loop"), [("user", True), ("u" * 5000, False)])
-async def test_long_texts_and_roles_are_rendered_off_the_loop(role, on_loop):
-    async with service_of() as (service, door):
+@pytest.mark.parametrize(("length", "on_loop"), [(1, True), (5000, False)])
+async def test_long_texts_are_tokenized_off_the_loop(monkeypatch, length, on_loop):
+    async with service_of() as (service, _):
         threads = []
 
-        class Template:
-            def render(self, messages: list[tuple[str, str]]) -> str:
-                threads.append(threading.current_thread().name)
-                return ""
+        def encode(*_: Any) -> list[int]:
+            threads.append(threading.current_thread().name)
+            return []
 
-        door._template = Template()
-        message = pb.ChatRequest(messages=[pb.ChatMessage(role=role, content="a")])
+        monkeypatch.setattr(frontdoor, "_encode", encode)
         with pytest.raises(Aborted):
-            await service.Chat(message, Context())
+            await service.Generate(pb.GenerateRequest(text="a" * length), Context())
         [name] = threads
         assert (threading.current_thread().name == name) == on_loop
         assert name.startswith("texts") != on_loop

@@ -6,20 +6,25 @@ from pathlib import Path
 _NEW_KEY = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
 
 
-def make_certificates(folder: Path) -> Path:
-    """A new CA with one certificate: ca.pem, cert.pem and key.pem as kvrelay/tls.py wants them."""
+def make_certificates(folder: Path, name: str = "kvrelay.test") -> Path:
+    """A new CA with one certificate: ca.pem, cert.pem and key.pem as kvrelay/tls.py wants them.
+
+    The certificate is for `name`, and for this host.
+    """
     folder.mkdir()
     authority, request = folder / "ca.key", folder / "request.pem"
     _openssl(
         *("req", "-x509", *_NEW_KEY, "-days", "2", "-subj", f"/CN={folder.name} CA"),
         *("-keyout", authority, "-out", folder / "ca.pem"),
     )
+    (folder / "names").write_text(f"subjectAltName=DNS:{name},DNS:localhost,IP:127.0.0.1")
     _openssl(
         *("req", *_NEW_KEY, "-subj", f"/CN={folder.name} worker"),
         *("-keyout", folder / "key.pem", "-out", request),
     )
     _openssl(
         *("x509", "-req", "-days", "2", "-in", request, "-set_serial", "1"),
+        *("-extfile", folder / "names"),
         *("-CA", folder / "ca.pem", "-CAkey", authority, "-out", folder / "cert.pem"),
     )
     return folder

@@ -56,14 +56,15 @@ class Book:
     def __init__(self, handoff: HandOff) -> None:
         self.handoff = handoff
         self.events: list[tuple[Any, ...]] = []
+        self.now_ms = 0
         self.expect = handoff.expect
         self.awaits_again = handoff.awaits_again
         self.committed: Callable[[int], None]
         self._changed = asyncio.Event()
 
-    def begin(self, transfer_id: int, secret: bytes) -> None:
-        self.handoff.begin(transfer_id, secret, 0)
-        self._note("begin", transfer_id)
+    def begin(self, ticket: Ticket) -> None:
+        self.handoff.begin(ticket, self.now_ms)
+        self._note("begin", ticket.transfer_id)
 
     def received(self, transfer_id: int, first_index: int, count: int, bad: Sequence[int]) -> None:
         self.handoff.received(transfer_id, first_index, count, bad, 0)
@@ -106,7 +107,10 @@ class DecodeEnd:
     _keys: int = 0
 
     def ticket(self, blocks: int, **changes: Any) -> Ticket:
-        """Reserves so many blocks under a new key ("router", 1), ("router", 2) ..."""
+        """Reserves so many blocks under a new key ("router", 1), ("router", 2) ...
+
+        changes: of what is signed; but a `signature` takes the right one's place.
+        """
         self._keys += 1
         key = ("router", self._keys)
         reservation = self.handoff.reserve(
@@ -114,12 +118,13 @@ class DecodeEnd:
         )
         fields: dict[str, Any] = {
             "decode_instance_id": self.instance_id,
-            "transfer_id": reservation.transfer_id,
-            "secret": reservation.secret,
-            "block_ids": reservation.prompt_blocks,
             "endpoints": self.listener.endpoints,
         }
-        return Ticket(**{**fields, **changes})
+        signature = changes.pop("signature", None)
+        ticket = self.handoff.sign(reservation, Ticket(**{**fields, **changes}))
+        if signature is not None:
+            ticket.signature = signature
+        return ticket
 
     def address(self, transport: str) -> str:
         return next(e.address for e in self.listener.endpoints if e.transport == transport)

@@ -1,7 +1,6 @@
 """One P and one D in processes of their own, with a proxy between them: made, made anew, ended."""
 
 import asyncio
-import base64
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
@@ -11,8 +10,6 @@ from typing import Any, TypeVar
 from link_process import End, Nursery
 from link_proxy import Proxy
 from link_settings import layout
-
-from kvrelay.wire.transfer_pb2 import Ticket
 
 T = TypeVar("T")
 
@@ -125,17 +122,10 @@ class Couple:
         if self.prefill.alive:
             await self.within(self.prefill.ask("unlinked"), self.reply_s + NCCL_ABORT_S, "unlinked")
 
-    def through_proxy(self, text: str) -> str:
-        ticket = Ticket.FromString(base64.b64decode(text))
-        endpoint = next(e for e in ticket.endpoints if e.transport == self._transport)
-        endpoint.address = self.proxy.address
-        del ticket.endpoints[:]
-        ticket.endpoints.append(endpoint)
-        return base64.b64encode(ticket.SerializeToString()).decode()
-
     @property
-    def _transport(self) -> str:
-        return "tcp" if self.link == "tls" else self.link
+    def proxy_endpoint(self) -> tuple[str, str]:
+        """What D's tickets are to name, signed as they are: transport and address."""
+        return "tcp" if self.link == "tls" else self.link, self.proxy.address
 
     async def within(self, work: Awaitable[T], deadline_s: float, what: str) -> T:
         """Its result; AssertionError when it does not come within the deadline and a second."""

@@ -19,7 +19,7 @@ from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.ledger import BlockLedger, BlockState
 from kvrelay.kv.pool import KVPool
 from kvrelay.transport.listener import Listener
-from kvrelay.wire.transfer_pb2 import Ticket
+from kvrelay.wire.transfer_pb2 import Endpoint, Ticket
 
 _ROUTER = "router"
 
@@ -53,8 +53,8 @@ class DecodeEnd:
 
     # ---- TransferBook
 
-    def begin(self, transfer_id: int, secret: bytes) -> None:
-        self.handoff.begin(transfer_id, secret, now_ms())
+    def begin(self, ticket: Ticket) -> None:
+        self.handoff.begin(ticket, now_ms())
 
     def expect(
         self, transfer_id: int, first_index: int, count: int, *, again: bool
@@ -92,7 +92,8 @@ class DecodeEnd:
     async def do_address(self) -> dict[str, Any]:
         return {"address": self.listener.endpoints[0].address}
 
-    async def do_reserve(self, count: int) -> dict[str, Any]:
+    async def do_reserve(self, count: int, at: Sequence[str] = ()) -> dict[str, Any]:
+        """at: transport and address of the one endpoint that the ticket names; else D's own."""
         self._numbers += 1
         key = (_ROUTER, self._numbers)
         room = SamplingParams(
@@ -104,17 +105,16 @@ class DecodeEnd:
             eos_token_ids=frozenset(),
         )
         made = self.handoff.reserve(key, count * self.layout.block_size, room, now_ms())
+        own = self.listener.endpoints
         ticket = Ticket(
             request_id=f"r{self._numbers}",
             attempt=1,
             decode_instance_id=self.name,
-            transfer_id=made.transfer_id,
-            secret=made.secret,
-            block_ids=made.prompt_blocks,
-            endpoints=self.listener.endpoints,
+            endpoints=[Endpoint(transport=at[0], address=at[1])] if at else own,
             layout=self.layout.to_wire(),
             lease_ms=self.config.lease_ms,
         )
+        self.handoff.sign(made, ticket)
         self._endings[made.transfer_id] = asyncio.get_running_loop().create_future()
         self._keys[made.transfer_id] = key
         text = base64.b64encode(ticket.SerializeToString()).decode()

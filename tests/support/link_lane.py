@@ -66,10 +66,9 @@ class Lane:
 
     async def _reserve(self, plan: Plan, count: int) -> "_Transfer":
         began_s, late_s = time.monotonic(), self.ends.witness.late_s  # before its lease begins
-        asked = self.ends.decode.ask("reserve", count=count)
+        asked = self.ends.decode.ask("reserve", count=count, at=self.ends.proxy_endpoint)
         reserved = await self.ends.within(asked, CONTROL_S, "reserve")
-        ticket = self.ends.through_proxy(reserved["ticket"])
-        return _Transfer(plan, reserved["transfer"], ticket, began_s, late_s)
+        return _Transfer(plan, reserved["transfer"], reserved["ticket"], began_s, late_s)
 
     # ---- one transfer
 

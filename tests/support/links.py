@@ -109,8 +109,7 @@ async def by_hand(
 
 
 async def begun_by_hand(frames: FrameSocket, ticket: Ticket) -> None:
-    begin = Begin(transfer_id=ticket.transfer_id, secret=ticket.secret)
-    await frames.send(Frame(begin=begin))
+    await frames.send(Frame(begin=Begin(ticket=ticket)))
     assert (await frames.receive()).begun.transfer_id == ticket.transfer_id
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from decode_worker.service import DecodeService
 from kvrelay.client import AsyncClient
 from kvrelay.config import RouterConfig, WorkerConfig
-from kvrelay.rpc import new_cluster_key
+from kvrelay.membership import new_cluster_key
 from prefill_worker.service import PrefillService
 from router.main import Router
 
@@ -24,8 +24,10 @@ class LocalCluster:
     decode: list[DecodeService]
     router: Router
 
-    def client(self) -> AsyncClient:
-        return AsyncClient(self.router.address)
+    def client(self, **credentials: Any) -> AsyncClient:
+        """With the cluster's certificates, unless told otherwise."""
+        own = {"certificates": self.router._config.certificates}
+        return AsyncClient(self.router.address, **{**own, **credentials})
 
     def all_free(self) -> bool:
         """Every block is free, or cached and nobody's."""
@@ -64,7 +66,11 @@ async def local_cluster(
             control_socket=run_dir / "control.sock",
             port=0,
             http_port=0,
-            **{"drain_ms": 0, **(router or {})},
+            **{
+                "drain_ms": 0,
+                "certificates": settings.get("certificates"),
+                **(router or {}),
+            },
         )
         async with contextlib.AsyncExitStack() as stack:
             prefills = [await PrefillService.start(config) for _ in range(prefill)]

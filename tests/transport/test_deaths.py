@@ -168,7 +168,7 @@ async def test_a_writer_that_moves_a_little_at_a_time_is_kept():
         decode_end(transport="tcp", link_reply_ms=150) as end,
         by_hand(end, "tcp") as frames,
     ):
-        body = Frame(begin=Begin(transfer_id=77)).SerializeToString()
+        body = Frame(begin=Begin(ticket={"transfer_id": 77})).SerializeToString()
         for byte in raw(len(body), body):
             await frames.channel.write([memoryview(bytes([byte]))])
             await asyncio.sleep(0.04)  # longer than the deadline in all

@@ -35,6 +35,7 @@ from kvrelay.wire.transfer_pb2 import (
     PairOpen,
     Refused,
     Resend,
+    Ticket,
     Welcome,
 )
 
@@ -74,7 +75,16 @@ _MESSAGES = {
         checksums=st.booleans(),
         instance_id=_text,
     ),
-    "begin": st.builds(Begin, secret=st.binary(max_size=40)),
+    "begin": st.builds(
+        Begin,
+        ticket=st.builds(
+            Ticket,
+            transfer_id=_u64,
+            signature=st.binary(max_size=40),
+            block_ids=st.lists(_u32, max_size=9),
+            expires_ms=_u64,
+        ),
+    ),
     "blocks": st.builds(
         Blocks,
         first_index=_u32,
@@ -160,6 +170,8 @@ def words_of(pieces, transfer_id):
         (frame, number), way = piece
         frame = Frame.FromString(frame.SerializeToString())
         body = getattr(frame, frame.WhichOneof("body"))
+        if isinstance(body, Begin):
+            body = body.ticket
         if "transfer_id" in body.DESCRIPTOR.fields_by_name:
             body.transfer_id = transfer_id if number is _THIS else number
         whole += way(frame.SerializeToString())

@@ -14,7 +14,7 @@ from links import (
 
 from kvrelay.config import PROTOCOL_VERSION
 from kvrelay.transport import writer_pool
-from kvrelay.transport.errors import LinkError
+from kvrelay.transport.errors import LinkError, Rejection
 
 
 async def test_layouts_that_differ_are_refused_with_both_sides_told(decode, transport):
@@ -40,9 +40,9 @@ async def test_another_worker_at_the_address_is_not_written_to(decode, prefill):
     assert decode.book.events == []
 
 
-async def test_a_wrong_secret_is_refused_and_the_link_lives(decode, prefill):
-    with pytest.raises(LinkError, match="secret is wrong"):
-        await prefill.begin(decode.ticket(1, secret=b"x" * 16))
+async def test_a_wrong_signature_is_refused_and_the_link_lives(decode, prefill):
+    with pytest.raises(LinkError, match="signature is wrong"):
+        await prefill.begin(decode.ticket(1, signature=b"x" * 32))
     await hand_over(decode, prefill)
 
 
@@ -64,6 +64,7 @@ async def test_a_ticket_used_twice_from_two_workers_is_refused_to_the_second(
     async with prefill_end(name="prefill-2", transport=transport) as other:
         with pytest.raises(LinkError, match="has been used"):
             await other.begin(ticket)
+    assert decode.listener.rejected[Rejection.REPLAYED] == 1
     await transfer.push([0, 1])
     await transfer.commit(1, REPLY_S)
     assert decode.book.lost_transfers() == []

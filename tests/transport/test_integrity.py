@@ -162,7 +162,7 @@ async def test_a_refused_transfer_may_be_refused_for_one_block_only_once(transpo
             await send_by_hand(
                 frames, end, transport, ticket, index, [BAD[index]], announced=[GOOD[index]]
             )
-        await frames.send(Frame(begin={"transfer_id": 77}))
+        await frames.send(Frame(begin={"ticket": {"transfer_id": 77}}))
         assert (await frames.receive()).abort.transfer_id == 1
         assert (await frames.receive()).abort.transfer_id == 77
 

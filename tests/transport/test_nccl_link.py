@@ -338,7 +338,7 @@ async def test_an_invitation_before_a_ticket_is_refused(decode):
         await frames.send(Frame(pair_open=PairOpen(epoch=1, unique_id=b"x" * 128)))
         assert await is_closed(frames)
         frames.close()
-    assert decode.listener.rejected == {Rejection.SECRET: 1}
+    assert decode.listener.rejected == {Rejection.FORGED: 1}
     assert decode.nccl.communicators == []
 
 

@@ -10,7 +10,7 @@ from links import begun_by_hand, by_hand, greeting, is_closed, raw
 from kvrelay.config import PROTOCOL_VERSION
 from kvrelay.transport.errors import Rejection
 from kvrelay.transport.frames import FRAME_BYTES_MAX
-from kvrelay.wire.transfer_pb2 import Begin, Blocks, Commit, Committed, Frame, Hello
+from kvrelay.wire.transfer_pb2 import Begin, Blocks, Commit, Committed, Frame, Hello, Ticket
 
 BLOCK = bytes(LAYOUT.block_bytes)  # zeros, as the pool is
 WRONG = [1]  # a checksum it does not have
@@ -20,9 +20,28 @@ def hello(**changes):
     return greeting(LAYOUT, **changes)
 
 
+def begin(ticket, **changes):
+    for field, value in changes.items():
+        ticket.ClearField(field)
+        ticket.MergeFrom(Ticket(**{field: value}))
+    return Frame(begin=Begin(ticket=ticket))
+
+
+def begin_late(decode):
+    ticket = decode.ticket(1)
+    decode.book.now_ms = ticket.expires_ms
+    return begin(ticket)
+
+
+def aborted(decode):
+    ticket = decode.ticket(1)
+    decode.abort(3)
+    return ticket
+
+
 # What a peer says before its Hello.
 BEFORE = [
-    (Rejection.HANDSHAKE, "no Hello", Frame(begin=Begin(transfer_id=1))),
+    (Rejection.HANDSHAKE, "no Hello", Frame(begin=Begin())),
     (Rejection.HANDSHAKE, "an empty frame", raw(0)),
     (Rejection.HANDSHAKE, "version", hello(protocol_version=PROTOCOL_VERSION + 1)),
     (Rejection.HANDSHAKE, "shapes", hello(layout=replace(LAYOUT, layers=3).to_wire())),
@@ -40,7 +59,8 @@ BEFORE = [
     (Rejection.TRUNCATED, "head", raw(8)[:3]),
 ]
 
-# What it says with leave to write the two blocks of transfer 1; transfer 2 awaits its Begin.
+# What it says with leave to write the two blocks of transfer 1; transfer 2 awaits its Begin. A
+# function makes it of the decode end.
 AFTER = [
     (Rejection.MALFORMED, "no protobuf", raw(4, b"\xff\xff\xff\xff")),
     (Rejection.MALFORMED, "an empty frame", raw(0)),
@@ -60,9 +80,14 @@ AFTER = [
     ),
     (Rejection.TRUNCATED, "body", raw(100, b"\x0a")),
     (Rejection.TRUNCATED, "head", raw(100)[:1]),
-    (Rejection.SECRET, "wrong", Frame(begin=Begin(transfer_id=2, secret=b"x" * 16))),
-    (Rejection.SECRET, "none", Frame(begin=Begin(transfer_id=2))),
-    (Rejection.STALE, "begin", Frame(begin=Begin(transfer_id=77))),
+    (Rejection.FORGED, "wrong", lambda decode: begin(decode.ticket(1, signature=b"x" * 32))),
+    (Rejection.FORGED, "none", Frame(begin=Begin())),
+    (Rejection.FORGED, "unknown", Frame(begin=Begin(ticket={"transfer_id": 77}))),
+    (Rejection.ALTERED, "blocks", lambda decode: begin(decode.ticket(1), block_ids=[0])),
+    (Rejection.ALTERED, "time", lambda decode: begin(decode.ticket(1), expires_ms=2**63)),
+    (Rejection.ALTERED, "address", lambda decode: begin(decode.ticket(1), endpoints=[])),
+    (Rejection.EXPIRED, "begin", lambda decode: begin_late(decode)),
+    (Rejection.STALE, "begin", lambda decode: begin(aborted(decode))),
     (Rejection.STALE, "commit", Frame(commit=Commit(transfer_id=77))),
     (Rejection.STALE, "not begun", Frame(commit=Commit(transfer_id=2, blocks=1))),
     (
@@ -70,7 +95,7 @@ AFTER = [
         "blocks",
         Frame(blocks=Blocks(transfer_id=77, count=1, checksums=WRONG)),
     ),
-    (Rejection.DUPLICATE, "begin", Frame(begin=Begin(transfer_id=1))),
+    (Rejection.DUPLICATE, "begin", Frame(begin=Begin(ticket={"transfer_id": 1}))),
     (
         Rejection.DUPLICATE,
         "nobody asked",
@@ -91,8 +116,8 @@ def names(value):
 
 
 def test_the_tables_have_every_reason():
-    through_nccl = {Rejection.LATE}  # in test_nccl_link.py
-    assert {row[0] for row in BEFORE + AFTER} == set(Rejection) - through_nccl
+    elsewhere = {Rejection.LATE, Rejection.REPLAYED}  # in test_nccl_link.py, test_handshake.py
+    assert {row[0] for row in BEFORE + AFTER} == set(Rejection) - elsewhere
 
 
 async def say(frames, words, payload=()):
@@ -120,11 +145,14 @@ async def test_what_is_rejected_on_a_link_is_counted(decode, transport, rejectio
     async with by_hand(decode, transport) as frames:
         await begun_by_hand(frames, decode.ticket(2))
         decode.ticket(1)
+        if callable(words):
+            words = words(decode)  # a ticket, which is the third
         sends_bytes = rejection is Rejection.CHECKSUM and transport == "tcp"
         await say(frames, words, [BLOCK] * sends_bytes)
     await decode.book.until(lambda: decode.book.lost_transfers() == [1])
     assert decode.listener.rejected == Counter([rejection])
-    decode.abort(2)
+    for number in (2, 3):
+        decode.abort(number)
     decode.check_all_free()
 
 

@@ -68,12 +68,12 @@ async def test_a_link_is_kept_idle_once_it_has_shown_a_ticket_and_no_other(trans
             by_hand(end, transport) as polite,
             by_hand(end, transport) as busy,
         ):
-            await busy.send(Frame(begin=Begin(transfer_id=9)))
-            assert (await busy.receive()).abort.reason.startswith("no such transfer")
+            await busy.send(Frame(begin=Begin(ticket={"transfer_id": 9})))
+            assert (await busy.receive()).abort.reason.startswith("the ticket's signature")
             for stranger in (silent, polite, busy):
                 assert await is_closed(stranger)
-        await frames.send(Frame(begin=Begin(transfer_id=9)))
-        assert (await frames.receive()).abort.reason.startswith("no such transfer")
+        await frames.send(Frame(begin=Begin(ticket={"transfer_id": 9})))
+        assert (await frames.receive()).abort.reason.startswith("the ticket's signature")
 
 
 async def test_a_stranger_that_sends_without_end_does_not_keep_the_loop(transport):
@@ -84,12 +84,12 @@ async def test_a_stranger_that_sends_without_end_does_not_keep_the_loop(transpor
         sending = asyncio.ensure_future(frames.channel.write([memoryview(flood)]))
         answer = asyncio.ensure_future(frames.receive())
         await sending
-        await frames.send(Frame(begin=Begin(transfer_id=9)))
+        await frames.send(Frame(begin=Begin(ticket={"transfer_id": 9})))
         turns = 0
         while not answer.done():
             await asyncio.sleep(0)
             turns += 1
-        assert (await answer).abort.reason.startswith("no such transfer")
+        assert (await answer).abort.reason.startswith("the ticket's signature")
         assert turns > 100
 
 
@@ -108,7 +108,7 @@ async def test_a_peer_that_breaks_the_protocol_loses_its_link_and_no_other(
     living = await prefill.begin(decode.ticket(1))
     async with by_hand(decode, transport) as frames:
         ticket = decode.ticket(1)
-        await frames.send(Frame(begin=Begin(transfer_id=2, secret=ticket.secret)))
+        await frames.send(Frame(begin=Begin(ticket=ticket)))
         assert (await frames.receive()).begun.transfer_id == 2
         await frames.send(frame)
         assert await is_closed(frames)
@@ -123,7 +123,7 @@ async def test_a_peer_that_breaks_the_protocol_loses_its_link_and_no_other(
 async def test_blocks_without_leave_never_reach_the_pool(decode, transport, first, count):
     async with by_hand(decode, transport) as frames:
         ticket = decode.ticket(2)
-        await frames.send(Frame(begin=Begin(transfer_id=1, secret=ticket.secret)))
+        await frames.send(Frame(begin=Begin(ticket=ticket)))
         await frames.receive()
         header = Blocks(transfer_id=1, first_index=first, count=count, checksums=[0] * count)
         payload = [memoryview(bytes([7]) * LAYOUT.block_bytes)] * (count * (transport == "tcp"))

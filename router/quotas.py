@@ -1,0 +1,168 @@
+"""Owns what each API key may still use: its requests, its tokens, its part of the KV pools.
+
+Pure: times are in ms of any one monotonic clock and passed in. The front door enters a request
+before any work is done for it, reserves its tokens once they are counted, and ends it however it
+ends. One Quotas counts for one router: behind n routers a key may use n times as much.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_MINUTE_MS = 60_000.0
+
+
+class Quota(BaseModel):
+    """What one key may use; None: as much as there is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    requests_at_once: int | None = Field(default=None, ge=1)
+    # Prompt and max_tokens; what an answer has not used of max_tokens is given back at its end.
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    # Prompt and max_tokens of all running requests together: what they hold of the KV pools.
+    kv_tokens_at_once: int | None = Field(default=None, ge=1)
+
+
+UNLIMITED = Quota()
+
+
+class QuotaExceededError(Exception):
+    """Not now. retry_ms: when there is room again; None where it depends on running requests."""
+
+    def __init__(self, message: str, retry_ms: int | None) -> None:
+        super().__init__(message)
+        self.retry_ms = retry_ms
+
+
+class BeyondQuotaError(Exception):
+    """Never with this key: one request asks for more than its whole quota."""
+
+
+@dataclass
+class _Bucket:
+    """Fills evenly, up to one minute's worth. `level` may be below 0 after its limit has shrunk."""
+
+    level: float
+    at_ms: float
+
+    def fill(self, per_minute: int, now_ms: float) -> None:
+        passed_ms = max(0.0, now_ms - self.at_ms)
+        self.level = min(per_minute, self.level + passed_ms * per_minute / _MINUTE_MS)
+        self.at_ms = now_ms
+
+    def missing_ms(self, wanted: float, per_minute: int) -> int:
+        """How long until it holds `wanted`; 0: it does."""
+        return max(0, math.ceil((wanted - self.level) * _MINUTE_MS / per_minute))
+
+
+@dataclass
+class _Account:
+    """What one key has used."""
+
+    running: int = 0
+    kv_tokens: int = 0
+    requests: _Bucket | None = None  # made, full, by the first request that has a limit
+    tokens: _Bucket | None = None
+
+
+@dataclass
+class Lease:
+    """One request's part of its key's quota, from `enter` to `end`."""
+
+    quota: Quota
+    account: _Account = field(repr=False)
+    tokens: int = 0  # reserved: prompt and max_tokens
+    ended: bool = False
+
+
+class Quotas:
+    def __init__(self) -> None:
+        self._accounts: dict[str, _Account] = {}  # by the key's name; as many as there are keys
+
+    def enter(self, name: str, quota: Quota, now_ms: float) -> Lease:
+        """Counts one request. One that is refused is not counted, one that is let in always is.
+
+        Raises:
+            QuotaExceededError: too many run, too many have come, or the minute's tokens are used.
+        """
+        if quota == UNLIMITED:
+            return Lease(quota, _Account())
+        account = self._accounts.setdefault(name, _Account())
+        if quota.requests_at_once is not None and account.running >= quota.requests_at_once:
+            raise QuotaExceededError(
+                f"{account.running} requests of this API key are running, its quota is "
+                f"{quota.requests_at_once} at once",
+                None,
+            )
+        if quota.tokens_per_minute is not None:  # before the work of counting this one's
+            account.tokens = _filled(account.tokens, quota.tokens_per_minute, now_ms)
+            _ask(account.tokens, 1, quota.tokens_per_minute, "tokens")
+        if quota.requests_per_minute is not None:
+            account.requests = _filled(account.requests, quota.requests_per_minute, now_ms)
+            _ask(account.requests, 1, quota.requests_per_minute, "requests")
+            account.requests.level -= 1
+        account.running += 1
+        return Lease(quota, account)
+
+    def reserve(self, lease: Lease, prompt_tokens: int, max_tokens: int, now_ms: float) -> None:
+        """Takes the tokens that the request may use at most: so no number of requests at once
+        can use more than the quota, whatever their answers turn out to be. Once a lease.
+
+        Raises:
+            QuotaExceededError: not now.
+            BeyondQuotaError: never.
+        """
+        assert not lease.ended, "the lease has ended"
+        assert not lease.tokens, "a second reserve"
+        wanted, quota, account = prompt_tokens + max_tokens, lease.quota, lease.account
+        limits = [n for n in (quota.tokens_per_minute, quota.kv_tokens_at_once) if n is not None]
+        if limits and wanted > min(limits):
+            raise BeyondQuotaError(
+                f"{prompt_tokens} prompt tokens and max_tokens {max_tokens} are more than "
+                f"{min(limits)}, the quota of this API key: ask for fewer"
+            )
+        held = quota.kv_tokens_at_once
+        if held is not None and account.kv_tokens + wanted > held:
+            raise QuotaExceededError(
+                f"running requests of this API key hold {account.kv_tokens} tokens, this one "
+                f"needs {wanted}, its quota is {held} at once",
+                None,
+            )
+        if quota.tokens_per_minute is not None:
+            account.tokens = _filled(account.tokens, quota.tokens_per_minute, now_ms)
+            _ask(account.tokens, wanted, quota.tokens_per_minute, "tokens")
+            account.tokens.level -= wanted
+        account.kv_tokens += wanted
+        lease.tokens = wanted
+
+    def end(self, lease: Lease, used_tokens: int, now_ms: float) -> None:
+        """used_tokens: of prompt and answer. What was reserved beyond them is given back; a second
+        `end` changes nothing."""
+        if lease.ended:
+            return
+        lease.ended = True
+        account, per_minute = lease.account, lease.quota.tokens_per_minute
+        account.running -= 1
+        account.kv_tokens -= lease.tokens
+        if per_minute is not None and account.tokens is not None:
+            account.tokens.fill(per_minute, now_ms)
+            back = max(0, lease.tokens - used_tokens)
+            account.tokens.level = min(per_minute, account.tokens.level + back)
+
+
+def _filled(bucket: _Bucket | None, per_minute: int, now_ms: float) -> _Bucket:
+    if bucket is None:
+        return _Bucket(per_minute, now_ms)
+    bucket.fill(per_minute, now_ms)
+    return bucket
+
+
+def _ask(bucket: _Bucket, wanted: int, per_minute: int, what: str) -> None:
+    missing_ms = bucket.missing_ms(wanted, per_minute)
+    if missing_ms:
+        raise QuotaExceededError(
+            f"the quota of this API key, {per_minute} {what} a minute, is used up", missing_ms
+        )

@@ -1,0 +1,35 @@
+"""Who could reach the public ports, and what is asked for then."""
+
+import pytest
+
+from router.exposure import ExposureError, check_exposure, is_loopback, listen_address
+
+LOOPBACK = ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost", "::ffff:127.0.0.1"]
+OPEN = ["0.0.0.0", "::", "[::]", "", "10.0.0.1", "example.com", "127.0.0.1.example.com", "::ffff:1"]
+
+
+@pytest.mark.parametrize("host", LOOPBACK)
+def test_loopback_is_open_to_anybody(host):
+    assert is_loopback(host)
+    for keys in (True, False):
+        check_exposure(host, api_keys=keys, certificates=False, insecure=False)
+
+
+@pytest.mark.parametrize("host", OPEN)
+def test_elsewhere_callers_are_known_and_keys_do_not_travel_in_clear_text(host):
+    assert not is_loopback(host)
+    with pytest.raises(ExposureError, match="strangers: add --certificates DIR"):
+        check_exposure(host, api_keys=False, certificates=False, insecure=False)
+    with pytest.raises(ExposureError, match="clear text: add --certificates DIR"):
+        check_exposure(host, api_keys=True, certificates=False, insecure=False)
+    for keys in (True, False):
+        check_exposure(host, api_keys=keys, certificates=True, insecure=False)
+        check_exposure(host, api_keys=keys, certificates=False, insecure=True)
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("127.0.0.1", "127.0.0.1:5"), ("::1", "[::1]:5"), ("[::1]", "[::1]:5"), ("h", "h:5")],
+)
+def test_listen_address(host, address):
+    assert listen_address(host, 5) == address
