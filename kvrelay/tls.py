@@ -18,9 +18,15 @@ class CertificatesError(ValueError):
     """The folder cannot be used; one line that says why."""
 
 
-def server_context(folder: Path) -> ssl.SSLContext:
-    """Of the end that is connected to; refuses who shows no certificate of our CA."""
-    return _context(folder, ssl.PROTOCOL_TLS_SERVER)
+def server_context(folder: Path, *, client_certificates: bool = True) -> ssl.SSLContext:
+    """Of the end that is connected to.
+
+    client_certificates: whether it refuses who shows no certificate of our CA.
+    """
+    context = _context(folder, ssl.PROTOCOL_TLS_SERVER)
+    if not client_certificates:
+        context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def client_context(folder: Path) -> ssl.SSLContext:
@@ -62,18 +68,6 @@ def grpc_channel(folder: Path) -> grpc.ChannelCredentials:
     ca, *pair = _read(folder, _FILES if own else _FILES[:1])
     certificate, key = pair or (None, None)
     return grpc.ssl_channel_credentials(ca, private_key=key, certificate_chain=certificate)
-
-
-def uvicorn_arguments(folder: Path, *, client_certificates: bool) -> dict[str, Any]:
-    """What uvicorn.Config takes to serve HTTP as `grpc_server` does gRPC."""
-    ca, certificate, key = (folder / name for name in _FILES)
-    asked = ssl.CERT_REQUIRED if client_certificates else ssl.CERT_NONE
-    return {
-        "ssl_certfile": str(certificate),
-        "ssl_keyfile": str(key),
-        "ssl_ca_certs": str(ca),
-        "ssl_cert_reqs": int(asked),
-    }
 
 
 def _context(folder: Path, protocol: int) -> ssl.SSLContext:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import signal
+import ssl
 import sys
 
 import grpc
@@ -18,6 +19,7 @@ from prometheus_client import disable_created_metrics
 
 from kvrelay.config import RouterConfig
 from kvrelay.rpc import listen, make_server
+from kvrelay.tls import server_context
 from kvrelay.wire import control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from router.admission import DEFAULT_LIMITS
 from router.callers import Callers
@@ -63,8 +65,17 @@ class Router:
             rpcs_max=config.rpcs_max,
             request_bytes_max=REQUEST_BYTES_MAX,
         )
-        self._http = HttpServer(make_app(self._door, self.fleet.metrics, config), config)
+        self._http = HttpServer(
+            make_app(self._door, self.fleet.metrics, config), config, self._http_tls()
+        )
         self._control = make_server()
+
+    def _http_tls(self) -> ssl.SSLContext | None:
+        """As `_start_public` has it for gRPC."""
+        if self._config.certificates is None:
+            return None
+        asked = client_certificates_needed(api_keys=self._callers.need_keys)
+        return server_context(self._config.certificates, client_certificates=asked)
 
     @property
     def http_address(self) -> str:

@@ -7,7 +7,8 @@ from local_cluster import local_cluster
 from tiny_models import make_tiny
 from waiting import until
 
-from kvrelay.rpc import credentials, dial
+from kvrelay.membership import prove
+from kvrelay.rpc import dial
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
 
 
@@ -58,7 +59,8 @@ async def first_reply(service, reserve):
     key = service._config.cluster_key
     async with dial(service.address) as channel, asyncio.timeout(60):
         stub = worker_pb2_grpc.DecodeWorkerStub(channel)
-        call = stub.Session(commands(), metadata=credentials(key))
+        proof = await prove(stub.Session, service.address, key, 30)
+        call = stub.Session(commands(), metadata=proof)
         async for event in call:
             if event.WhichOneof("event") in ("failed", "reserved"):
                 call.cancel()

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from kvrelay.kv.prefix import split_hashes
-from kvrelay.rpc import credentials, dial
+from kvrelay.membership import prove
+from kvrelay.rpc import dial
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
 
 
@@ -86,7 +87,9 @@ async def session_with(service: Any) -> AsyncIterator[Session]:
             yield await queue.get()
 
     async with dial(service.address) as channel:
-        call = stub(channel).Session(commands(), metadata=credentials(service._config.cluster_key))
+        dialed = stub(channel).Session
+        proof = await prove(dialed, service.address, service._config.cluster_key, 30)
+        call = dialed(commands(), metadata=proof)
         reader = asyncio.create_task(session.read(call))
         try:
             yield session
