@@ -145,5 +145,5 @@ async def http_router(
     for writer in router.opened:
         writer.close()
     await server.stop()
-    door.close()
+    await door.close()
     assert not fleet._held
