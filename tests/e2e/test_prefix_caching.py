@@ -27,9 +27,9 @@ def model(tmp_path_factory):
 def cluster_of(model, *, blocks: int = 64, caching: bool = True, **more):
     settings = {"block_size": BLOCK_SIZE, "chunk_tokens": 32, "prefix_caching": caching, **more}
     counts = {name: settings.pop(name) for name in ("prefill", "decode") if name in settings}
-    return local_cluster(
-        model, worker={**settings, "kv_bytes": blocks * block_bytes(model)}, **counts
-    )
+    worker = {**settings, "kv_bytes": blocks * block_bytes(model)}
+    # What is sent is counted, so prompts are always handed over.
+    return local_cluster(model, worker=worker, router={"local_prefill": "never"}, **counts)
 
 
 def block_bytes(model) -> int:
@@ -272,8 +272,8 @@ async def test_a_worker_that_dies_takes_its_cache_and_nothing_else(model, role):
         stream = client.generate(prompt, max_tokens=60)
         reader = asyncio.create_task(stream.result())
         dispatcher = cluster.router.fleet.dispatcher
-        await until(lambda: any(len(r.answer) > 2 for r in dispatcher._by_key.values()), within_s=9)
-        (request,) = dispatcher._by_key.values()
+        await until(lambda: any(len(r.answer) > 2 for r in dispatcher._attempts.all()), within_s=9)
+        (request,) = dispatcher._attempts.all()
         workers = getattr(cluster, role)
         dead = next(w for w in workers if w.instance_id in (request.prefill_id, request.decode_id))
         await dead.stop()
