@@ -68,6 +68,8 @@ async def local_cluster(
             http_port=0,
             **{
                 "drain_ms": 0,
+                # Tests of the hand-off need it, and decode workers would take the short prompts.
+                "local_prefill": "never",
                 "certificates": settings.get("certificates"),
                 **(router or {}),
             },
