@@ -94,11 +94,11 @@ def _context(folder: Path, protocol: int) -> ssl.SSLContext:
 
 def _load(context: ssl.SSLContext, folder: Path, names: tuple[str, ...]) -> None:
     _require(folder, names)
-    ca, *pair = (folder / name for name in names)
+    ca, certificate, key = (folder / name for name in _FILES)
     try:
         context.load_verify_locations(ca)
-        if pair:
-            context.load_cert_chain(*pair, password="")  # else OpenSSL asks the terminal
+        if names == _FILES:  # without a password OpenSSL would ask the terminal
+            context.load_cert_chain(certificate, key, password="")
     except (ssl.SSLError, OSError) as error:
         raise CertificatesError(f"the certificates in {folder} are not usable: {error}") from error
 
