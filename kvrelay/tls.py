@@ -53,7 +53,12 @@ def member_name(folder: Path) -> str:
 
 
 def grpc_server(folder: Path, *, client_certificates: bool) -> grpc.ServerCredentials:
-    """client_certificates: whether a client has to show one of the folder's CA."""
+    """client_certificates: whether a client has to show one of the folder's CA.
+
+    Raises:
+        CertificatesError: as in `member_name`; gRPC would not say what is wrong.
+    """
+    member_name(folder)
     ca, certificate, key = _read(folder, _FILES)
     return grpc.ssl_server_credentials(
         [(key, certificate)],
@@ -63,26 +68,33 @@ def grpc_server(folder: Path, *, client_certificates: bool) -> grpc.ServerCreden
 
 
 def grpc_channel(folder: Path) -> grpc.ChannelCredentials:
-    """Shows the folder's certificate, if it has one."""
+    """Shows the folder's certificate, if it has one; raises CertificatesError."""
     own = any((folder / name).exists() for name in _FILES[1:])
-    ca, *pair = _read(folder, _FILES if own else _FILES[:1])
+    names = _FILES if own else _FILES[:1]
+    _load(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), folder, names)  # says what is wrong
+    ca, *pair = _read(folder, names)
     certificate, key = pair or (None, None)
     return grpc.ssl_channel_credentials(ca, private_key=key, certificate_chain=certificate)
 
 
 def _context(folder: Path, protocol: int) -> ssl.SSLContext:
-    _require(folder, _FILES)
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
+    _load(context, folder, _FILES)
+    return context
+
+
+def _load(context: ssl.SSLContext, folder: Path, names: tuple[str, ...]) -> None:
+    _require(folder, names)
     ca, certificate, key = (folder / name for name in _FILES)
     try:
         context.load_verify_locations(ca)
-        context.load_cert_chain(certificate, key, password="")  # else OpenSSL asks the terminal
+        if names == _FILES:  # without a password OpenSSL would ask the terminal
+            context.load_cert_chain(certificate, key, password="")
     except (ssl.SSLError, OSError) as error:
         raise CertificatesError(f"the certificates in {folder} are not usable: {error}") from error
-    return context
 
 
 def _shown_to_itself(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -334,6 +335,21 @@ def test_the_servers_refusal_of_a_huge_prompt_is_seen() -> None:
         with pytest.raises(KvrelayError, match=r"SERVER.*larger than max") as caught:
             client.generate("a" * 20_000_000).result()
         assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("key", ["kvr one", "kvr\n", "schlüssel"])
+def test_what_can_be_no_key_is_refused_and_not_repeated(key: str) -> None:
+    with pytest.raises(KvrelayError, match="has characters that no key has") as caught:
+        Client(api_key=key)
+    assert key not in str(caught.value)
+
+
+def test_a_folder_of_certificates_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(KvrelayError, match=r"has no ca\.pem"):
+        Client(certificates=tmp_path)
+    (tmp_path / "ca.pem").write_text("nonsense")
+    with pytest.raises(KvrelayError, match="not usable"):
+        Client(certificates=tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -121,10 +121,9 @@ async def test_no_more_wait_than_are_allowed():
         assert await asyncio.gather(*waiting) == ["<s>hello"] * 4
 
 
-@pytest.mark.parametrize("source", ["{% for %}", "{{ 'a' * 10000000000 }}"])
-async def test_a_template_that_cannot_be_read_is_refused_at_the_start(source):
-    async with template(source) as process:
-        with pytest.raises(ChatTemplateError, match="the model's chat template"):
+async def test_a_template_that_cannot_be_read_is_refused_at_the_start():
+    async with template("{% for %}") as process:
+        with pytest.raises(ChatTemplateError, match="the model's chat template: TemplateSyntax"):
             await process.start()
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 _NEW_KEY = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
 
 
-def make_certificates(folder: Path, name: str = "kvrelay.test") -> Path:
+def make_certificates(
+    folder: Path, names: str = "DNS:kvrelay.test,DNS:localhost,IP:127.0.0.1", days: int = 2
+) -> Path:
     """A new CA with one certificate: ca.pem, cert.pem and key.pem as kvrelay/tls.py wants them.
 
-    The certificate is for `name`, and for this host.
+    names: whom the certificate is for; the first DNS name is that of all members. days: how long.
     """
     folder.mkdir()
     authority, request = folder / "ca.key", folder / "request.pem"
@@ -17,13 +19,13 @@ def make_certificates(folder: Path, name: str = "kvrelay.test") -> Path:
         *("req", "-x509", *_NEW_KEY, "-days", "2", "-subj", f"/CN={folder.name} CA"),
         *("-keyout", authority, "-out", folder / "ca.pem"),
     )
-    (folder / "names").write_text(f"subjectAltName=DNS:{name},DNS:localhost,IP:127.0.0.1")
+    (folder / "names").write_text(f"subjectAltName={names}")
     _openssl(
         *("req", *_NEW_KEY, "-subj", f"/CN={folder.name} worker"),
         *("-keyout", folder / "key.pem", "-out", request),
     )
     _openssl(
-        *("x509", "-req", "-days", "2", "-in", request, "-set_serial", "1"),
+        *("x509", "-req", "-days", str(days), "-in", request, "-set_serial", "1"),
         *("-extfile", folder / "names"),
         *("-CA", folder / "ca.pem", "-CAkey", authority, "-out", folder / "cert.pem"),
     )
