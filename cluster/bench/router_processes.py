@@ -1,0 +1,184 @@
+"""The processes of `kvrelay bench router`: the real router, and what stands around it.
+
+Called by router.py. Router, stand-in workers, bare server and load are a process each, so that the
+router's memory and processor time are its own.
+"""
+
+import contextlib
+import json
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from cluster.bench.report import BenchError
+from cluster.bench.router_clock import VOCAB
+from kvrelay.config import RouterConfig
+from kvrelay.rpc import new_cluster_key
+from kvrelay.wire import control_pb2, control_pb2_grpc
+
+QUEUE_MAX = 1024
+_REPLY_S = 120.0
+_READY_S = 30.0
+_END_S = 5.0
+
+
+class Child:
+    """One process that answers a line with a line."""
+
+    def __init__(self, name: str, module: str, first_line: str = "") -> None:
+        self.name = name
+        command = [sys.executable, "-m", module]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        try:
+            self._say(first_line)
+            self.hello = self._line()
+        except BaseException:
+            self.end()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Raises BenchError when it fails."""
+        self._say(json.dumps({"do": do, **arguments}) + "\n")
+        answer = json.loads(self._line())
+        if "error" in answer:
+            raise BenchError(f"{self.name} failed: {answer['error']}")
+        return answer
+
+    def rss_bytes(self) -> int:
+        return psutil.Process(self.pid).memory_info().rss
+
+    def end(self) -> None:
+        assert self._process.stdin
+        assert self._process.stdout
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()  # each of them ends with its stdin
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def _say(self, line: str) -> None:
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):  # the next line read will say so
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+
+    def _line(self) -> str:
+        assert self._process.stdout
+        if not select.select([self._process.stdout], [], [], _REPLY_S)[0]:
+            raise BenchError(f"{self.name} did not answer within {_REPLY_S:g} s")
+        line = self._process.stdout.readline()
+        if not line or line.startswith("failed"):
+            raise BenchError(f"{self.name} has ended: {line.strip() or 'see its traceback above'}")
+        return line
+
+
+class Server(Child):
+    """A process that listens at `address`, which it says as the word grpc=HOST:PORT."""
+
+    def __init__(self, name: str, module: str, first_line: str = "") -> None:
+        super().__init__(name, module, first_line)
+        said = dict(word.split("=", 1) for word in self.hello.split() if "=" in word)
+        self.address = said["grpc"]
+
+
+class Router(Server):
+    """`python -m router`, as cluster/serving.py starts it, with the stand-in workers connected."""
+
+    def __init__(self, config: RouterConfig, worker_address: str) -> None:
+        super().__init__("the router", "router", config.model_dump_json() + "\n")
+        try:
+            _connect(config.control_socket, worker_address)
+        except BaseException:
+            self.end()
+            raise
+
+
+def _connect(control_socket: Path, worker_address: str) -> None:
+    workers = control_pb2.WorkerSet(
+        prefill_addresses=[worker_address], decode_addresses=[worker_address]
+    )
+    with grpc.insecure_channel(f"unix:{control_socket}") as channel:
+        stub = control_pb2_grpc.RouterControlStub(channel)
+        try:
+            stub.SetWorkers(workers, timeout=_READY_S, wait_for_ready=True)
+            stub.WaitReady(control_pb2.WaitReadyRequest(), timeout=_READY_S)
+        except grpc.RpcError as error:
+            raise BenchError(f"the router does not take the workers: {error.details()}") from error
+
+
+@dataclass(frozen=True)
+class Processes:
+    """All of them."""
+
+    router: Router
+    workers: Server
+    bare: Server
+    load: Child
+
+    def pace(self, tokens_s: int, streams: int = 1) -> None:
+        """Workers and bare server make tokens_s for so many streams, in steps; 0: none."""
+        step_ms = 1000 * streams / tokens_s if tokens_s else 0
+        for server in (self.workers, self.bare):
+            server.ask("pace", step_ms=step_ms)
+
+
+@contextlib.contextmanager
+def started() -> Iterator[Processes]:
+    """Raises BenchError when one of them does not start."""
+    with contextlib.ExitStack() as stack:
+
+        def begun(child: Any) -> Any:
+            stack.callback(child.end)
+            return child
+
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvb-")))
+        write_model(folder)
+        cluster_key = new_cluster_key()
+        config = RouterConfig(
+            model_path=folder,
+            model_name="bench",
+            cluster_key=cluster_key,
+            control_socket=folder / "control.sock",
+            port=0,
+            queue_max=QUEUE_MAX,
+            drain_ms=0,
+        )
+        workers = begun(
+            Server("the stand-in workers", "cluster.bench.router_workers", cluster_key + "\n")
+        )
+        bare = begun(Server("the bare server", "cluster.bench.router_bare"))
+        load = begun(Child("the load", "cluster.bench.router_load"))
+        yield Processes(begun(Router(config, workers.address)), workers, bare, load)
+
+
+def write_model(folder: Path) -> None:
+    """A model as far as a router looks: a byte-level vocabulary of VOCAB words, without weights."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [f"{at:x}".translate(_WORDS).rjust(4, "k") for at in range(VOCAB - len(alphabet))]
+    tokenizer = Tokenizer(models.BPE({word: at for at, word in enumerate([*alphabet, *words])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": VOCAB}))
+
+
+# Hexadecimal digits as letters.
+_WORDS = str.maketrans("0123456789abcdef", "abcdefghijklmnop")
