@@ -26,11 +26,13 @@ from router.admission import (
     check_text,
     check_token_ids,
 )
+from router.answer import Answer
 from router.answer_stream import AnswerStream
 from router.callers import Caller, Callers
 from router.chat import ChatTemplate
+from router.commands import Trouble
 from router.detokenize import Detokenizer
-from router.fleet import Answer, Fleet, now_ms
+from router.fleet import Fleet, now_ms
 from router.model_files import ModelFiles
 from router.refusals import Reason, Refusal, refusal
 from router.request import Request, Times
@@ -78,8 +80,11 @@ class Served:
             Refusal: it cannot be finished.
         """
         while self._stream.finished is None:
-            with refusals():
+            try:
                 event = await self._answer.next()
+            except Trouble:
+                with refusals():  # here, not around: nearly all events are tokens
+                    raise
             delta = self._stream.on(event)
             if delta is not None:
                 return delta

@@ -19,15 +19,14 @@ import json
 import random
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
-import grpc
 import psutil
 
 from cluster.bench.router_clock import late_ms
-from kvrelay.rpc import dial
+from cluster.bench.router_wire import RESOURCE_EXHAUSTED, Connection
 from kvrelay.wire import inference_pb2 as pb
 
 PROMPT_TOKENS = 128
@@ -37,35 +36,43 @@ _ANSWER_S = 60.0
 _METHOD = "/kvrelay.v1.Inference/Generate"
 
 
+class LoadError(Exception):
+    """An answer was not what it should be."""
+
+
 class Load:
     def __init__(self) -> None:
-        self._channels: dict[str, grpc.aio.Channel] = {}
-        self._held: list[Any] = []
+        self._connections: dict[str, Connection] = {}
+        self._held: list[tuple[Connection, int]] = []
         self._random = random.Random(0)
 
     async def first_tokens(self, address: str, rate: float, seconds: float) -> dict[str, Any]:
-        tasks = []
+        connection = await self._connection(address)
+        asked = []
         due = start = time.perf_counter()
         while due < start + seconds:
             due += self._random.expovariate(rate)
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            tasks.append(asyncio.create_task(self._first_token(address)))
+            asked.append(_First())
+            self._call(connection, 1, asked[-1].on_message, asked[-1].on_end)
         took = time.perf_counter() - start
-        outcomes = await asyncio.gather(*tasks)
+        await _within(_ANSWER_S, *(first.ended for first in asked))
         return {
-            "token_ms": [ms for ms, refused in outcomes if not refused],
-            "refused_ms": [ms for ms, refused in outcomes if refused],
+            "token_ms": [first.token_ms for first in asked if first.token_ms is not None],
+            "refused_ms": [first.refused_ms for first in asked if first.refused_ms is not None],
             "rate_kept": (due - start) / took,  # 1: the client was never behind
         }
 
     async def stream(self, address: str, streams: int, seconds: float, pid: int) -> dict[str, Any]:
         """Counts from when every stream has begun."""
-        count = _Count(streams)
-        calls = [self._call(address, _MANY_TOKENS) for _ in range(streams)]
-        readers = [asyncio.create_task(_read(call, count)) for call in calls]
+        connection = await self._connection(address)
+        count = _Count()
+        begun = [asyncio.get_running_loop().create_future() for _ in range(streams)]
+        calls = [
+            self._call(connection, _MANY_TOKENS, count.reader(one), _failing(one)) for one in begun
+        ]
         try:
-            async with asyncio.timeout(_ANSWER_S):
-                await count.all_begun.wait()
+            await _within(_ANSWER_S, *begun)
             await asyncio.sleep(_SETTLE_S)
             start, cpu_s = time.perf_counter(), _cpu_s(pid)
             count.restart()
@@ -74,99 +81,124 @@ class Load:
             return {"seconds": took, "cpu_s": cpu_s, **count.figures()}
         finally:
             for call in calls:
-                call.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
+                connection.cancel(call)
 
     async def hold(self, address: str, streams: int, until: str) -> dict[str, Any]:
-        calls = [self._call(address, _MANY_TOKENS) for _ in range(streams)]
-        self._held += calls
-        async with asyncio.timeout(_ANSWER_S):
-            await asyncio.gather(*(_read_to(call, until) for call in calls))
+        connection = await self._connection(address)
+        begun = [asyncio.get_running_loop().create_future() for _ in range(streams)]
+        for one in begun:
+            call = self._call(connection, _MANY_TOKENS, _waiting_for(until, one), _failing(one))
+            self._held.append((connection, call))
+        await _within(_ANSWER_S, *begun)
         return {}
 
     async def release(self) -> dict[str, Any]:
-        for call in self._held:
-            call.cancel()
+        for connection, call in self._held:
+            connection.cancel(call)
         self._held.clear()
         return {}
 
-    async def _first_token(self, address: str) -> tuple[float, bool]:
-        """Milliseconds, and whether it was refused."""
-        start = time.perf_counter()
-        call = self._call(address, max_tokens=1)
-        try:
-            await _read_to(call, "delta")
-        except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.RESOURCE_EXHAUSTED:
-                raise
-            return (time.perf_counter() - start) * 1000, True
-        taken_ms = (time.perf_counter() - start) * 1000
-        while await call.read() is not grpc.aio.EOF:
-            pass  # to its end: a cancel would be work for the next one's time
-        return taken_ms, False
+    async def _connection(self, address: str) -> Connection:
+        if address not in self._connections:
+            self._connections[address] = await Connection.open(address, _METHOD)
+        return self._connections[address]
 
-    def _call(self, address: str, max_tokens: int) -> Any:
-        channel = self._channels.get(address)
-        if channel is None:
-            channel = self._channels[address] = dial(address)
+    def _call(
+        self,
+        connection: Connection,
+        max_tokens: int,
+        on_message: Callable[[bytes], None],
+        on_end: Callable[[int | None], None],
+    ) -> int:
         ids = pb.TokenIds(ids=[self._random.randrange(256) for _ in range(PROMPT_TOKENS)])
         sampling = pb.SamplingParams(max_tokens=max_tokens, seed=1)
-        method = channel.unary_stream(
-            _METHOD, pb.GenerateRequest.SerializeToString, pb.GenerateResponse.FromString
-        )
-        return method(pb.GenerateRequest(token_ids=ids, sampling=sampling))
+        request = pb.GenerateRequest(token_ids=ids, sampling=sampling)
+        return connection.call(request.SerializeToString(), on_message, on_end)
+
+
+class _First:
+    """One request, up to its first token or its refusal."""
+
+    def __init__(self) -> None:
+        self.token_ms: float | None = None
+        self.refused_ms: float | None = None
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._start = time.perf_counter()
+
+    def on_message(self, data: bytes) -> None:
+        if self.token_ms is None and pb.GenerateResponse.FromString(data).HasField("delta"):
+            self.token_ms = (time.perf_counter() - self._start) * 1000
+
+    def on_end(self, status: int | None) -> None:
+        if status == RESOURCE_EXHAUSTED:
+            self.refused_ms = (time.perf_counter() - self._start) * 1000
+        elif status or self.token_ms is None:
+            self.ended.set_exception(LoadError(f"a request ended with status {status}"))
+            return
+        self.ended.set_result(None)
 
 
 class _Count:
     """What all streams together have read since the last `restart`."""
 
-    def __init__(self, streams: int) -> None:
-        self.all_begun = asyncio.Event()
-        self._to_begin = streams
+    def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
         self.tokens = self.messages = 0
         self.late_ms: list[float] = []  # of the oldest token of each message
 
-    def began(self) -> None:
-        self._to_begin -= 1
-        if not self._to_begin:
-            self.all_begun.set()
+    def reader(self, begun: "asyncio.Future[None]") -> Callable[[bytes], None]:
+        def on_message(data: bytes) -> None:
+            token_ids = pb.GenerateResponse.FromString(data).delta.token_ids
+            if token_ids:
+                self.messages += 1
+                self.tokens += len(token_ids)
+                self.late_ms.append(late_ms(token_ids[0]))
+                _resolve(begun)
 
-    def add(self, token_ids: Any) -> None:
-        self.messages += 1
-        self.tokens += len(token_ids)
-        self.late_ms.append(late_ms(token_ids[0]))
+        return on_message
 
     def figures(self) -> dict[str, Any]:
-        late = sorted(self.late_ms)
+        late = sorted(self.late_ms) or [0.0]
         return {
             "tokens": self.tokens,
             "messages": self.messages,
-            "late_mean_ms": fmean(late) if late else 0.0,
-            "late_p50_ms": late[len(late) // 2] if late else 0.0,
-            "late_p99_ms": late[len(late) * 99 // 100] if late else 0.0,
+            "late_mean_ms": fmean(late),
+            "late_p50_ms": late[len(late) // 2],
+            "late_p99_ms": late[len(late) * 99 // 100],
         }
 
 
-async def _read(call: AsyncIterator[pb.GenerateResponse], count: _Count) -> None:
-    begun = False
-    async for message in call:
-        token_ids = message.delta.token_ids
-        if token_ids:
-            if not begun:
-                count.began()
-            begun = True
-            count.add(token_ids)
+def _waiting_for(kind: str, begun: "asyncio.Future[None]") -> Callable[[bytes], None]:
+    def on_message(data: bytes) -> None:
+        if pb.GenerateResponse.FromString(data).WhichOneof("event") == kind:
+            _resolve(begun)
+
+    return on_message
 
 
-async def _read_to(call: Any, kind: str) -> None:
-    """Raises AioRpcError when the call fails before."""
-    while (message := await call.read()) is not grpc.aio.EOF:
-        if message.WhichOneof("event") == kind:
-            return
-    raise EOFError(f"a stream ended before {kind}")
+def _failing(begun: "asyncio.Future[None]") -> Callable[[int | None], None]:
+    """For a call that is not to end before it is cancelled."""
+
+    def on_end(status: int | None) -> None:
+        if not begun.done():
+            begun.set_exception(LoadError(f"a stream ended with status {status}"))
+
+    return on_end
+
+
+def _resolve(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+async def _within(timeout_s: float, *futures: "asyncio.Future[None]") -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await asyncio.gather(*futures)
+    except TimeoutError:
+        raise LoadError(f"answers did not come within {timeout_s:g} s") from None
 
 
 def _cpu_s(pid: int) -> float:
@@ -177,13 +209,13 @@ def _cpu_s(pid: int) -> float:
 async def _serve() -> None:
     load = Load()
     loop = asyncio.get_running_loop()
-    print("{}", flush=True)
+    print("ready", flush=True)
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         command = json.loads(line)
         try:
             result = await getattr(load, command.pop("do"))(**command)
-        except (grpc.aio.AioRpcError, EOFError, TimeoutError, psutil.Error) as error:
-            result = {"error": " ".join(str(error).split())}
+        except (LoadError, OSError, psutil.Error) as error:
+            result = {"error": str(error)}
         print(json.dumps(result), flush=True)
 
 

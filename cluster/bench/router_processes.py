@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import psutil
@@ -30,9 +30,11 @@ _REPLY_S = 120.0
 _READY_S = 30.0
 _END_S = 5.0
 
+Started = TypeVar("Started", bound="Child")
+
 
 class Child:
-    """One process that answers a line with a line."""
+    """One process that says a line when it is ready, and then answers a line with a line."""
 
     def __init__(self, name: str, module: str, first_line: str = "") -> None:
         self.name = name
@@ -40,12 +42,11 @@ class Child:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        try:
-            self._say(first_line)
-            self.hello = self._line()
-        except BaseException:
-            self.end()
-            raise
+        self._say(first_line)
+
+    def ready(self) -> str:
+        """Waits for the line that it says."""
+        return self._line()
 
     @property
     def pid(self) -> int:
@@ -93,25 +94,16 @@ class Child:
 class Server(Child):
     """A process that listens at `address`, which it says as the word grpc=HOST:PORT."""
 
-    def __init__(self, name: str, module: str, first_line: str = "") -> None:
-        super().__init__(name, module, first_line)
-        said = dict(word.split("=", 1) for word in self.hello.split() if "=" in word)
-        self.address = said["grpc"]
+    address = ""
 
-
-class Router(Server):
-    """`python -m router`, as cluster/serving.py starts it, with the stand-in workers connected."""
-
-    def __init__(self, config: RouterConfig, worker_address: str) -> None:
-        super().__init__("the router", "router", config.model_dump_json() + "\n")
-        try:
-            _connect(config.control_socket, worker_address)
-        except BaseException:
-            self.end()
-            raise
+    def ready(self) -> str:
+        line = super().ready()
+        self.address = dict(word.split("=", 1) for word in line.split() if "=" in word)["grpc"]
+        return line
 
 
 def _connect(control_socket: Path, worker_address: str) -> None:
+    """Gives the router its workers, as cluster/serving.py does."""
     workers = control_pb2.WorkerSet(
         prefill_addresses=[worker_address], decode_addresses=[worker_address]
     )
@@ -128,7 +120,7 @@ def _connect(control_socket: Path, worker_address: str) -> None:
 class Processes:
     """All of them."""
 
-    router: Router
+    router: Server
     workers: Server
     bare: Server
     load: Child
@@ -144,35 +136,39 @@ class Processes:
 def started() -> Iterator[Processes]:
     """Raises BenchError when one of them does not start."""
     with contextlib.ExitStack() as stack:
-
-        def begun(child: Any) -> Any:
-            stack.callback(child.end)
-            return child
-
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kvb-")))
         write_model(folder)
-        cluster_key = new_cluster_key()
         config = RouterConfig(
             model_path=folder,
             model_name="bench",
-            cluster_key=cluster_key,
+            cluster_key=new_cluster_key(),
             control_socket=folder / "control.sock",
             port=0,
             queue_max=QUEUE_MAX,
             drain_ms=0,
         )
-        workers = begun(
-            Server("the stand-in workers", "cluster.bench.router_workers", cluster_key + "\n")
-        )
-        bare = begun(Server("the bare server", "cluster.bench.router_bare"))
-        load = begun(Child("the load", "cluster.bench.router_load"))
-        yield Processes(begun(Router(config, workers.address)), workers, bare, load)
+
+        def begun(kind: type[Started], name: str, module: str, first_line: str = "") -> Started:
+            child = kind(name, module, first_line)
+            stack.callback(child.end)
+            return child
+
+        here = "cluster.bench"
+        key_line = f"{config.cluster_key}\n"
+        workers = begun(Server, "the stand-in workers", f"{here}.router_workers", key_line)
+        router = begun(Server, "the router", "router", f"{config.model_dump_json()}\n")
+        bare = begun(Server, "the bare server", f"{here}.router_bare")
+        load = begun(Child, "the load", f"{here}.router_load")
+        for child in (workers, router, bare, load):  # they start side by side
+            child.ready()
+        _connect(config.control_socket, workers.address)
+        yield Processes(router, workers, bare, load)
 
 
 def write_model(folder: Path) -> None:
     """A model as far as a router looks: a byte-level vocabulary of VOCAB words, without weights."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [f"{at:x}".translate(_WORDS).rjust(4, "k") for at in range(VOCAB - len(alphabet))]
+    words = [f"{at:x}".translate(_WORDS).rjust(4, "z") for at in range(VOCAB - len(alphabet))]
     tokenizer = Tokenizer(models.BPE({word: at for at, word in enumerate([*alphabet, *words])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
