@@ -27,18 +27,20 @@ class Bare(inference_pb2_grpc.InferenceServicer):
         self.flat_out = False
         self.paced = asyncio.Event()
         self._turn = asyncio.Event()  # set, and replaced, at each step
+        self._token = stamp()  # of the newest step
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         await context.write(pb.GenerateResponse(accepted=pb.Accepted(request_id="bare")))
-        await context.write(_message(0))
+        await context.write(_message(0, stamp()))
         for offset in range(1, request.sampling.max_tokens):
             if not self.flat_out:
-                await self._turn.wait()
-            await context.write(_message(offset))
+                await self._turn.wait()  # a stream that is behind has missed a step
+            await context.write(_message(offset, stamp() if self.flat_out else self._token))
         finished = pb.Finished(reason=pb.FINISH_REASON_LENGTH)
         await context.write(pb.GenerateResponse(finished=finished))
 
     def wake(self) -> None:
+        self._token = stamp()
         turn, self._turn = self._turn, asyncio.Event()
         turn.set()
 
@@ -52,8 +54,8 @@ class Bare(inference_pb2_grpc.InferenceServicer):
                 self.wake()
 
 
-def _message(offset: int) -> pb.GenerateResponse:
-    return pb.GenerateResponse(delta=pb.Delta(offset=offset, token_ids=[stamp()], text="abc"))
+def _message(offset: int, token: int) -> pb.GenerateResponse:
+    return pb.GenerateResponse(delta=pb.Delta(offset=offset, token_ids=[token], text="abc"))
 
 
 async def _serve() -> None:

@@ -1,9 +1,8 @@
-"""`kvrelay bench router`: a real router and its stand-ins, little time; and the bench's own parts."""
+"""`kvrelay bench router`: a real router and its stand-ins, and the bench's own parts."""
 
 import asyncio
 import json
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest

@@ -7,17 +7,24 @@ from byte_tokenizer import EOS, byte_level_tokenizer
 
 from kvrelay.wire import inference_pb2 as pb
 from router.admission import Sampling
+from router.answer import Answer, Turns
 from router.answer_stream import AnswerStream
+from router.commands import UnavailableTrouble
 from router.detokenize import Detokenizer
+from router.frontdoor import Served
+from router.refusals import Reason, Refusal
 from router.request import Ending, Request, Times
 
 TOKENIZER = byte_level_tokenizer()
 EOS_ID = TOKENIZER.token_to_id(EOS)
 
 
+def request_of(stop: tuple[str, ...] = ()) -> Request:
+    return Request("r1", [1, 2], Sampling(0.0, 0, 1.0, 0, 100, stop, (EOS_ID,)), Times(0.0))
+
+
 def stream_of(stop: tuple[str, ...] = ()) -> AnswerStream:
-    sampling = Sampling(0.0, 0, 1.0, 0, 100, stop, (EOS_ID,))
-    return AnswerStream(Request("r1", [1, 2], sampling, Times(0.0)), Detokenizer(TOKENIZER))
+    return AnswerStream(request_of(stop), Detokenizer(TOKENIZER))
 
 
 def play(stream: AnswerStream, events: list[list[int] | Ending]) -> tuple[list[int], str]:
@@ -77,3 +84,30 @@ def test_an_end_token_is_shown_as_a_token_and_has_no_text(stop):
     tokens, text = play(stream, [[*TOKENIZER.encode("ab").ids, EOS_ID], Ending.EOS])
     assert tokens == [*TOKENIZER.encode("ab").ids, EOS_ID]
     assert text == "ab"
+
+
+async def test_a_client_that_reads_slowly_gets_what_has_come_meanwhile_in_one_delta():
+    answer = Answer(Turns())
+    served = Served(request_of(), answer, Detokenizer(TOKENIZER))
+    first, *rest = TOKENIZER.encode("a \u20ac is more than a dollar").ids
+    answer.put([first])
+    deltas = [await served.next()]
+    for token in rest:  # while the first one is written
+        answer.put([token])
+    answer.put(Ending.LENGTH)
+    while (event := await served.next()) is not None:
+        deltas.append(event)
+    assert [delta.text for delta in deltas[:-1]] == ["a", " \u20ac is more than a dollar"]
+    assert [(d.offset, list(d.token_ids)) for d in deltas[:-1]] == [(0, [first]), (1, rest)]
+    assert deltas[-1].completion_tokens == 1 + len(rest)
+
+
+async def test_a_trouble_reaches_the_client_as_a_refusal_after_what_came_before():
+    answer = Answer(Turns())
+    served = Served(request_of(), answer, Detokenizer(TOKENIZER))
+    answer.put(TOKENIZER.encode("ab").ids)
+    answer.put(UnavailableTrouble("all workers are gone"))
+    assert (await served.next()).text == "ab"
+    with pytest.raises(Refusal, match="all workers are gone") as refused:
+        await served.next()
+    assert refused.value.reason is Reason.UNAVAILABLE
