@@ -55,12 +55,10 @@ class Load:
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             asked.append(_First())
             self._call(connection, 1, asked[-1].on_message, asked[-1].on_end)
-        took = time.perf_counter() - start
         await _within(_ANSWER_S, *(first.ended for first in asked))
         return {
             "token_ms": [first.token_ms for first in asked if first.token_ms is not None],
             "refused_ms": [first.refused_ms for first in asked if first.refused_ms is not None],
-            "rate_kept": (due - start) / took,  # 1: the client was never behind
         }
 
     async def stream(self, address: str, streams: int, seconds: float, pid: int) -> dict[str, Any]:
