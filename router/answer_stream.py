@@ -24,20 +24,28 @@ class AnswerStream:
             text = self._text.finish()
             self._finish(Ending.STOP_STRING if self._text.stopped else event)
             return Delta(offset=self._offset, text=text) if text else None
-        text, shown = "", 0
-        sampling = self._request.sampling
-        for token in event:
-            may_stop = self._offset + shown >= sampling.min_tokens
-            shown += 1
-            if token not in sampling.eos_token_ids:
-                text += self._text.push([token], may_stop=may_stop)
-            if self._text.stopped:
-                break
+        shown, text = self._show(event)
         delta = Delta(offset=self._offset, token_ids=event[:shown], text=text)
         self._offset += shown
         if self._text.stopped:
             self._finish(Ending.STOP_STRING)
         return delta
+
+    def _show(self, tokens: list[int]) -> tuple[int, str]:
+        """How many of the tokens are shown, and the text that comes of them."""
+        sampling = self._request.sampling
+        if not sampling.stop:
+            return len(tokens), self._text.push(
+                [t for t in tokens if t not in sampling.eos_token_ids]
+            )
+        text = ""
+        for shown, token in enumerate(tokens, start=1):
+            may_stop = self._offset + shown > sampling.min_tokens
+            if token not in sampling.eos_token_ids:
+                text += self._text.push([token], may_stop=may_stop)
+            if self._text.stopped:
+                return shown, text
+        return len(tokens), text
 
     def _finish(self, ending: Ending) -> None:
         length = inference_pb2.FINISH_REASON_LENGTH

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 import grpc
@@ -18,6 +18,7 @@ from kvrelay.kv.layout import KVLayout
 from kvrelay.membership import prove
 from kvrelay.rpc import dial
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
+from router.answer import Answer, Turns
 from router.commands import (
     Command,
     Deliver,
@@ -38,29 +39,13 @@ _RECONNECT_S = (0.1, 0.5, 1.0, 2.0)
 _REAP_EVERY_S = 0.5
 
 
-class Answer:
-    """What a client's handler reads: tokens as they come, then how the answer ended."""
-
-    def __init__(self) -> None:
-        self._events: asyncio.Queue[list[int] | Ending | Trouble] = asyncio.Queue()
-
-    def put(self, event: list[int] | Ending | Trouble) -> None:
-        self._events.put_nowait(event)  # bounded by the request's max_tokens
-
-    async def next(self) -> list[int] | Ending:
-        """The next event: some tokens, or the ending; raises Trouble."""
-        event = await self._events.get()
-        if isinstance(event, Trouble):
-            raise event
-        return event
-
-
 class Fleet:
     def __init__(self, config: RouterConfig, metrics: Metrics | None = None) -> None:
         self.dispatcher = Dispatcher(config)
         self.metrics = metrics or Metrics()
         self._config = config
         self._answers: dict[Request, Answer] = {}
+        self._turns = Turns()
         self._workers: dict[tuple[str, str], _Worker] = {}  # by role and address
         self._connected: dict[str, _Worker] = {}  # by instance id
         self._layout: KVLayout | None = None
@@ -73,7 +58,7 @@ class Fleet:
     def submit(self, request: Request) -> Answer:
         """Raises DuplicateRequestError or QueueFullError."""
         commands = self.dispatcher.submit(request)
-        answer = self._answers[request] = Answer()
+        answer = self._answers[request] = Answer(self._turns)
         self.carry_out(commands)
         return answer
 
@@ -161,14 +146,14 @@ class Fleet:
 
     def _carry_out(self, command: Command) -> None:
         match command:
+            case Deliver(request, _, tokens):
+                self._answer(request, tokens)
             case ToPrefill(worker_id, message):
                 self._connected[worker_id].send(message)
             case ToDecode(worker_id, message):
                 self._connected[worker_id].send(message)
                 if message.HasField("reserve"):
                     self.metrics.placed(message.reserve)
-            case Deliver(request, _, tokens):
-                self._answer(request, list(tokens))
             case Finished(request, ending):
                 self._answer(request, ending)
             case Failed(request, trouble):
@@ -179,7 +164,7 @@ class Fleet:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _answer(self, request: Request, event: list[int] | Ending | Trouble) -> None:
+    def _answer(self, request: Request, event: Sequence[int] | Ending | Trouble) -> None:
         answer = self._answers.get(request)
         if answer is not None:
             answer.put(event)

@@ -27,10 +27,12 @@ from router.admission import (
     check_token_ids,
     check_urgency,
 )
+from router.answer import Answer
 from router.answer_stream import AnswerStream
 from router.callers import ANYBODY, Caller, Callers
+from router.commands import Trouble
 from router.detokenize import Detokenizer
-from router.fleet import Answer, Fleet, now_ms
+from router.fleet import Fleet, now_ms
 from router.metrics import Metrics
 from router.model_files import ModelFiles
 from router.quotas import Lease, Quotas
@@ -91,8 +93,11 @@ class Served:
             Refusal: it cannot be finished.
         """
         while self._stream.finished is None:
-            with refusals():
+            try:
                 event = await self._answer.next()
+            except Trouble:
+                with refusals():  # here, not around: nearly all events are tokens
+                    raise
             delta = self._stream.on(event)
             if delta is not None:
                 self._count(len(delta.token_ids))

@@ -222,6 +222,23 @@ def placement(*, quick: bool, as_json: bool) -> None:
     _show(report, as_json, lambda: report.table("smallest"))
 
 
+@bench.command()
+@click.option("--quick", is_flag=True, help="Fewer rows, and less time for each.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def router(*, quick: bool, as_json: bool) -> None:
+    """Measure the router, with stand-in workers that compute nothing.
+
+    What it adds to the first token, the tokens it streams, the memory of a stream that waits, the
+    time to refuse. Beside a bare gRPC server, in turns, in the same run.
+    """
+    with errors_in_one_line(BenchError), reporting() as on_progress:
+        from cluster.bench.router import BASELINE as BARE
+        from cluster.bench.router import RouterBench, bench_router
+
+        report = bench_router(RouterBench.of(quick=quick), on_progress)
+    _show(report, as_json, lambda: report.table(BARE))
+
+
 @contextlib.contextmanager
 def _measuring(model: str, choice: dict[str, Any]) -> Iterator[tuple[PreparedModel, Progress]]:
     """The model, ready to load. Within, torch has the threads chosen, and whatever a library prints

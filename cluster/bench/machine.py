@@ -74,12 +74,14 @@ def unrest(cores_busy: float) -> list[str]:
 
 
 def _processor_seconds() -> tuple[float, float, float]:
-    """Of the wall's clock, of our cores while they did something, of this process."""
+    """Of the wall's clock, of our cores while they did something, of this process and its children
+    that have ended."""
     every = psutil.cpu_times(percpu=True)
     usable = [times for core, times in enumerate(every) if core in os.sched_getaffinity(0)]
     busy = sum(sum(getattr(times, kind, 0.0) for kind in _BUSY) for times in usable)
     own = psutil.Process().cpu_times()
-    return time.monotonic(), busy, own.user + own.system
+    ended_children = own.children_user + own.children_system
+    return time.monotonic(), busy, own.user + own.system + ended_children
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -11,9 +11,9 @@ import httpx2
 from byte_tokenizer import byte_level_tokenizer
 
 from kvrelay.config import RouterConfig
+from router.answer import Answer, Turns
 from router.callers import Callers
 from router.commands import Trouble
-from router.fleet import Answer
 from router.frontdoor import FrontDoor
 from router.http.app import make_app
 from router.http.server import HttpServer
@@ -49,12 +49,13 @@ class ScriptedFleet:
         self.requests = (0, 0)
         self.workers = Workers(router_config())
         self._script = script
+        self._turns = Turns()
         self._held: set[Request] = set()
 
     def submit(self, request: Request) -> Answer:
         if self.refuse_with is not None:
             raise self.refuse_with
-        answer = Answer()
+        answer = Answer(self._turns)
         self._held.add(request)
         for event in self._script(request) if self._script else ():
             if isinstance(event, list):
