@@ -11,7 +11,6 @@ import httpx2
 from byte_tokenizer import byte_level_tokenizer
 
 from kvrelay.config import RouterConfig
-from router.answer import Answer, Turns
 from router.callers import Callers
 from router.commands import Trouble
 from router.frontdoor import FrontDoor
@@ -31,6 +30,22 @@ def says(text: str, ending: Ending = Ending.LENGTH) -> list[Event]:
     return [*([byte] for byte in text.encode()), ending]
 
 
+class SteppedAnswer:
+    """An answer whose events come one by one: the reader is never behind."""
+
+    def __init__(self) -> None:
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def put(self, event: Event) -> None:
+        self._events.put_nowait(event)
+
+    async def next(self) -> list[int] | Ending:
+        event = await self._events.get()
+        if isinstance(event, Trouble):
+            raise event
+        return event
+
+
 @dataclass
 class _Limits:
     context_tokens: int = 1000
@@ -43,19 +58,18 @@ class ScriptedFleet:
         self.metrics = Metrics()
         self.dispatcher = _Limits()
         self.not_ready = ""
-        self.asked: asyncio.Queue[tuple[Request, Answer]] = asyncio.Queue()
+        self.asked: asyncio.Queue[tuple[Request, SteppedAnswer]] = asyncio.Queue()
         self.let_go_of: asyncio.Queue[Request] = asyncio.Queue()
         self.refuse_with: Exception | None = None
         self.requests = (0, 0)
         self.workers = Workers(router_config())
         self._script = script
-        self._turns = Turns()
         self._held: set[Request] = set()
 
-    def submit(self, request: Request) -> Answer:
+    def submit(self, request: Request) -> SteppedAnswer:
         if self.refuse_with is not None:
             raise self.refuse_with
-        answer = Answer(self._turns)
+        answer = SteppedAnswer()
         self._held.add(request)
         for event in self._script(request) if self._script else ():
             if isinstance(event, list):
@@ -91,6 +105,10 @@ class HttpRouter:
 
     async def complete(self, **body: Any) -> httpx2.Response:
         return await self.client.post("/v1/completions", json={"prompt": "hi", **body})
+
+    def close(self) -> None:
+        for writer in self.opened:
+            writer.close()
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A bare connection; closed with the router."""
@@ -139,12 +157,12 @@ async def http_router(
     fleet.metrics.watch(fleet)
     door = FrontDoor(files or tiny_files(), fleet, callers or Callers())
     server = HttpServer(make_app(door, fleet.metrics, settings), settings)
-    await server.start()
-    async with httpx2.AsyncClient(base_url=f"http://{server.address}", timeout=30) as client:
-        router = HttpRouter(server, fleet, door, client)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(door.close)
+        await server.start()
+        stack.push_async_callback(server.stop)
+        client = httpx2.AsyncClient(base_url=f"http://{server.address}", timeout=30)
+        router = HttpRouter(server, fleet, door, await stack.enter_async_context(client))
+        stack.callback(router.close)
         yield router
-    for writer in router.opened:
-        writer.close()
-    await server.stop()
-    await door.close()
     assert not fleet._held
