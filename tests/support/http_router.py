@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,21 @@ class _Limits:
     context_tokens: int = 1000
 
 
+class ScriptedAnswer(Answer):
+    """A new event of the script whenever its reader has had all; other events can be put, too."""
+
+    def __init__(self, turns: Turns, script: Iterable[Event]) -> None:
+        super().__init__(turns)
+        self._script = iter(script)
+
+    async def next(self) -> list[int] | Ending:
+        if not self._tokens and self._end is None:
+            event = next(self._script, None)
+            if event is not None:
+                self.put(event)
+        return await super().next()
+
+
 class ScriptedFleet:
     """Stands in for a Fleet. `script` says what a request is answered; None: the test puts it."""
 
@@ -55,12 +70,12 @@ class ScriptedFleet:
     def submit(self, request: Request) -> Answer:
         if self.refuse_with is not None:
             raise self.refuse_with
-        answer = Answer(self._turns)
+        events = self._script(request) if self._script else ()
+        answer = ScriptedAnswer(self._turns, events)
         self._held.add(request)
-        for event in self._script(request) if self._script else ():
+        for event in events:
             if isinstance(event, list):
                 request.log(len(request.answer), event, request.times.arrived_at_ms + 1)
-            answer.put(event)
         self.asked.put_nowait((request, answer))
         return answer
 
