@@ -12,7 +12,6 @@ from kvrelay.wire.worker_pb2 import FailureCode
 from router.attempts import Attempts
 from router.commands import (
     Command,
-    DeadlineError,
     Deliver,
     DuplicateRequestError,
     ExhaustedTrouble,
@@ -26,6 +25,7 @@ from router.commands import (
     resync_decode,
     resync_prefill,
 )
+from router.forecast import check_deadline, wait_is_over
 from router.queue import WaitingQueue
 from router.request import Ending, Request, RequestEvent, RequestState, TokenMismatchError
 from router.workers import Workers
@@ -53,24 +53,12 @@ class Dispatcher:
             raise QueueFullError(f"{len(self._queue)} requests are waiting", self._queue.all_ms())
         request.number = self._arrivals + 1
         if request.ttft_deadline_ms:
-            self._check_deadline(request)
+            check_deadline(request, self._queue, self._workers)
         self._arrivals += 1
         self._requests[request.request_id] = request
         request.queued_at_ms = now_ms
         self._queue.push(request, now_ms)
         return self._pump(now_ms)
-
-    def _check_deadline(self, request: Request) -> None:
-        """Raises DeadlineError where measured figures predict that it will be missed."""
-        prediction = self._workers.predict(request)
-        if prediction is None:
-            return
-        request.compute_ms = prediction.compute_ms
-        ttft_ms = prediction.ttft_ms + self._queue.wait_ms(request, prediction.each_ms)
-        late_ms = ttft_ms - request.ttft_deadline_ms
-        if late_ms > 0:
-            why = f"its first token would come after {ttft_ms:.0f} ms, not {{}} ms"
-            raise DeadlineError(why.format(request.ttft_deadline_ms), late_ms)
 
     def let_go(self, request: Request, now_ms: float) -> list[Command]:
         """The client has all it wants, or is gone. Nothing more is delivered.
@@ -194,7 +182,7 @@ class Dispatcher:
 
     def _try(self, request: Request, now_ms: float) -> list[Command]:
         """Places a waiting request, or ends it where that is hopeless; [] when it waits on."""
-        tokens = len(request.prompt) + request.sampling.max_tokens
+        tokens = request.tokens_max
         # Longer than anything that was ever connected. Not than what is connected now: a larger
         # worker that died is being replaced. And nothing is known while there is no worker.
         most = self._workers.context_tokens_seen
@@ -211,9 +199,8 @@ class Dispatcher:
 
     def _holds_up_others(self, request: Request, now_ms: float) -> bool:
         """Only while there is a worker that could hold it, were it empty."""
-        tokens = len(request.prompt) + request.sampling.max_tokens
-        holds = self.context_tokens is not None and tokens <= self.context_tokens
-        return holds and self._queue.impatient(request, now_ms)
+        most = self.context_tokens or 0
+        return request.tokens_max <= most and self._queue.impatient(request, now_ms)
 
     def _reserved(self, request: Request, reserved: worker_pb2.Reserved) -> list[Command]:
         if request.state is not RequestState.RESERVING:
@@ -305,14 +292,8 @@ class Dispatcher:
 
     def _end_wait(self, request: Request, now_ms: float) -> list[Command]:
         """Fails a queued request whose time is up, or that can no longer meet its deadline."""
-        trouble = ""
-        if now_ms - request.queued_at_ms > self._config.queue_wait_ms:
-            trouble = f"no worker had room for it in {self._config.queue_wait_ms / 1000:g} s"
-        elif now_ms + request.compute_ms > request.deadline_at_ms:
-            trouble = f"no worker had room for it in time for {request.ttft_deadline_ms} ms"
-        if not trouble:
-            return []
-        return self._fail(request, ExhaustedTrouble(trouble, self._queue.all_ms()))
+        why = wait_is_over(request, now_ms, self._config)
+        return self._fail(request, ExhaustedTrouble(why, self._queue.all_ms())) if why else []
 
     def _fail(self, request: Request, trouble: Trouble) -> list[Command]:
         self._end(request)

@@ -143,6 +143,11 @@ class Request:
         return self.times.arrived_at_ms + self.ttft_deadline_ms
 
     @property
+    def tokens_max(self) -> int:
+        """Of prompt and answer together."""
+        return len(self.prompt) + self.sampling.max_tokens
+
+    @property
     def prompt_now(self) -> list[int]:
         """What a new attempt must prefill: the prompt and the answer so far."""
         return [*self.prompt, *self.answer]

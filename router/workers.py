@@ -6,12 +6,11 @@ load, so that a placement costs no look at every running request or every worker
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from kvrelay.config import RouterConfig
 from kvrelay.kv.layout import blocks_for, reserved_blocks
 from kvrelay.wire import worker_pb2
-from router.policy import NEUTRAL, Choice, Placement, Wish, place, rates_of
+from router.policy import Choice, Placement, Rates, Wish, place, rates_of
 from router.request import Request, RequestState
 from router.shortlist import Shortlist
 from router.worker import DecodeWorker, PrefillWorker, Worker
@@ -30,19 +29,14 @@ class _Claim:
     moved_blocks: int = 0  # by the hand-off
 
 
-class Prediction(NamedTuple):
-    """For a request that comes now."""
-
-    ttft_ms: float  # at the best placement, if nobody waits before it
-    compute_ms: float  # of its prompt alone, there
-    each_ms: float  # between two such requests, were all workers as fast as the one chosen
-
-
 class Workers:
     def __init__(self, config: RouterConfig) -> None:
         self.prefill: dict[str, PrefillWorker] = {}
         self.decode: dict[str, DecodeWorker] = {}
-        self.context_tokens_seen = 0  # the most that context_tokens has ever been
+        # Longest prompt and answer that a connected decode worker can hold; None without any.
+        # Prefill workers set no limit: a decode worker can compute what none of them holds.
+        self.context_tokens: int | None = None
+        self.context_tokens_seen = 0  # the most that it has ever been
         self.room_grew = False  # since somebody set it to False: who waits may find a place
         self._config = config
         self._numbers = 0
@@ -76,13 +70,18 @@ class Workers:
         self.decode[worker_id] = worker
         self._decode_list.up(worker, self._names_max(worker))
         self.room_grew = True
-        self.context_tokens_seen = max(self.context_tokens_seen, info.max_model_tokens)
+        self._note_context()
 
     def down(self, worker_id: str) -> None:
         if prefill := self.prefill.pop(worker_id, None):
             self._prefill_list.down(prefill)
         if decode := self.decode.pop(worker_id, None):
             self._decode_list.down(decode)
+            self._note_context()
+
+    def _note_context(self) -> None:
+        self.context_tokens = max((d.max_model_tokens for d in self.decode.values()), default=None)
+        self.context_tokens_seen = max(self.context_tokens_seen, self.context_tokens or 0)
 
     def prefill_load(self, worker_id: str, load: worker_pb2.PrefillLoad, *, refused: bool) -> None:
         worker = self.prefill.get(worker_id)
@@ -122,14 +121,6 @@ class Workers:
                 worker.full = False
                 self._rank(worker)
 
-    @property
-    def context_tokens(self) -> int | None:
-        """Longest prompt and answer that a connected decode worker can hold; None without any.
-
-        Prefill workers set no limit: a decode worker can compute what none of them holds.
-        """
-        return max((d.max_model_tokens for d in self.decode.values()), default=None)
-
     # ---- what is asked of them
 
     def choose(self, request: Request) -> Choice | None:
@@ -157,19 +148,11 @@ class Workers:
             wish,
         )
 
-    def predict(self, request: Request) -> Prediction | None:
-        """None where no worker has room, or the one chosen has measured nothing yet."""
-        choice = self.choose(request)
-        if choice is None:
-            return None
-        placement = choice.placement
-        here = placement.prefill is None
-        computes = self.decode[placement.decode] if here else self.prefill[placement.prefill or ""]
-        if computes.rates is NEUTRAL:
-            return None
-        compute_ms = computes.rates.base_ms + placement.tokens * computes.rates.prompt_token_ms
-        workers = len(self.decode if here else self.prefill)
-        return Prediction(placement.predicted_ttft_ms, compute_ms, compute_ms / workers)
+    def computing(self, placement: Placement) -> tuple[Rates, int]:
+        """The rates of the worker that would compute the prompt, and how many have its role."""
+        if placement.prefill is None:
+            return self.decode[placement.decode].rates, len(self.decode)
+        return self.prefill[placement.prefill].rates, len(self.prefill)
 
     def claim(self, key: int, placement: Placement, prompt_tokens: int, max_tokens: int) -> None:
         decode = self.decode[placement.decode]

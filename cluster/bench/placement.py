@@ -35,9 +35,9 @@ _MODEL = "0123456789abcdef"
 _REQUESTS = 200  # different ones, placed again and again
 _SAMPLING = Sampling(0.0, 0, 1.0, 0, ANSWER_TOKENS, (), ())
 _NOTES = (
-    "One placement: the longest cached prefix, the candidates, the choice, and its claim; of a"
-    f" prompt of {PROMPT_TOKENS:,} tokens, two thirds of it known to many workers.",
-    "Processor time. ratio: beside the smallest fleet. naming: hashing the prompt's blocks, done once for each request.",
+    "Processor time of one placement: the longest cached prefix, the candidates, the choice and its"
+    f" claim; prompts of {PROMPT_TOKENS:,} tokens, two thirds of them known to many workers.",
+    "ratio: beside the smallest fleet. naming: hashing a prompt's blocks, once for each request.",
 )
 
 
@@ -91,7 +91,7 @@ class _Fleet:
             self._add(number, blocks // workers)
 
     def place_one(self) -> float:
-        """Seconds of the processor. The claim is taken back, its cost not counted: it is another event's."""
+        """Seconds of the processor. Taking the claim back does not count: it is another event."""
         request = self._dice.choice(self._requests)
         self._key += 1
         start = time.thread_time()

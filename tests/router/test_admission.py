@@ -13,6 +13,7 @@ from router.admission import (
     check_sampling,
     check_text,
     check_token_ids,
+    check_urgency,
 )
 
 LIMITS = RequestLimits(
@@ -224,3 +225,23 @@ def test_request_id() -> None:
         check_request_id("a\nb", LIMITS)
     with pytest.raises(InvalidRequest, match=r"request_id: '\\xe9'"):
         check_request_id("é", LIMITS)
+
+
+@pytest.mark.parametrize("priority", [-100, 0, 100])
+def test_urgency_within_its_range(priority: int) -> None:
+    check_urgency(priority, ttft_deadline_ms=0)
+    check_urgency(priority, ttft_deadline_ms=2**32 - 1)
+
+
+@pytest.mark.parametrize(
+    ("priority", "deadline_ms", "says"),
+    [
+        (-(2**31), 0, "priority: -2147483648, allowed are -100 (first) to 100"),
+        (101, 0, "priority: 101, allowed are -100 (first) to 100"),
+        (0, -1, "ttft_deadline_ms: -1, allowed are 0 (none) and more"),
+    ],
+)
+def test_urgency_out_of_range(priority: int, deadline_ms: int, says: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        check_urgency(priority, deadline_ms)
+    assert str(refused.value) == says

@@ -19,6 +19,7 @@ from kvrelay.wire import worker_pb2 as pb
 from router.admission import Sampling
 from router.commands import (
     Command,
+    DeadlineError,
     Deliver,
     DuplicateRequestError,
     ExhaustedTrouble,
@@ -1002,6 +1003,207 @@ def test_nothing_is_delivered_after_letting_go():
     assert bench.end(request) is None
 
 
+# ---- urgency
+
+
+def measured(bench: Bench, queued: int = 0) -> None:
+    """Both workers say what their steps cost: a token of a prompt 1 ms."""
+    cost = pb.StepCost(base_ms=1, ms_per_prompt_token=1, ms_per_sequence=1)
+    load = pb.PrefillLoad(queued_tokens=queued, cost=cost)
+    bench.take(bench.dispatcher.on_prefill_event("p1", pb.PrefillEvent(load=load), bench.now))
+    load_d = pb.DecodeLoad(blocks_free=bench.blocks, cost=cost)
+    bench.take(bench.dispatcher.on_decode_event("d1", pb.DecodeEvent(load=load_d), bench.now))
+
+
+def test_the_urgent_go_first():
+    bench = Bench("p1")
+    requests = {n: bench.submit(f"r{n}", priority=n) for n in (0, 5, -5)}
+    due = bench.submit("due", ttft_deadline_ms=1000)
+    bench.up("d1")
+    order = [reserve.request_id for _, reserve in bench.reserves()]
+    assert order == [requests[-5].request_id, due.request_id, "r0", "r5"]
+
+
+def test_a_deadline_that_would_be_missed_is_refused_at_once_with_a_hint():
+    bench = Bench(prefill_backlog_tokens=1000)
+    measured(bench, queued=500)
+    with pytest.raises(DeadlineError, match=r"after 51\d ms, due after 300 ms") as refused:
+        bench.submit(ttft_deadline_ms=300)
+    assert 200 < refused.value.retry_ms < 220
+    assert len(bench.dispatcher) == 0
+    assert bench.submit(ttft_deadline_ms=600).state is S.RESERVING
+
+
+def test_the_queue_ahead_counts_against_a_deadline_unless_it_is_passed():
+    bench = Bench(prefill_backlog_tokens=20)
+    measured(bench, queued=20)
+    for n in range(3):
+        bench.submit(f"r{n}", prompt=20)
+    with pytest.raises(DeadlineError):
+        bench.submit("due", prompt=20, ttft_deadline_ms=60, priority=1)
+    urgent = bench.submit("urgent", prompt=20, ttft_deadline_ms=60)
+    assert urgent.state is S.QUEUED
+
+
+def test_nobody_is_refused_on_a_guess():
+    bench = Bench()
+    assert bench.submit(prompt=100, ttft_deadline_ms=1).state is S.RESERVING
+    cost = pb.StepCost(base_ms=1, ms_per_sequence=1)
+    load = pb.DecodeLoad(blocks_free=bench.blocks, cost=cost)
+    bench.take(bench.dispatcher.on_decode_event("d1", pb.DecodeEvent(load=load), 0))
+    bench.submit("r2", ttft_deadline_ms=1)  # its prefill worker has measured nothing
+    assert Bench("p1").submit(prompt=100, ttft_deadline_ms=1).state is S.QUEUED
+
+
+def test_a_queue_that_was_seen_to_be_slow_counts_where_no_worker_has_room():
+    bench = Bench(blocks=3)
+    running = bench.submit("r0")
+    for n in range(1, 4):
+        bench.submit(f"r{n}")
+    bench.now = 500
+    bench.let_go(running)
+    bench.d(free=0)
+    with pytest.raises(DeadlineError):
+        bench.submit("due", ttft_deadline_ms=900, priority=1)
+    assert bench.submit("later", ttft_deadline_ms=1100, priority=1).state is S.QUEUED
+
+
+def test_a_deadline_that_can_no_longer_be_met_ends_the_wait():
+    bench = Bench(prefill_backlog_tokens=20)
+    measured(bench, queued=15)
+    request = bench.submit(prompt=8, ttft_deadline_ms=50)
+    bench.expire(41)  # its prompt takes 9 ms
+    assert bench.end(request) is None
+    bench.expire(42)
+    assert isinstance(bench.end(request), ExhaustedTrouble)
+    assert "in time for 50 ms" in str(bench.end(request))
+    assert len(bench.dispatcher) == 0
+
+
+def test_a_deadline_is_met_by_the_first_token_whatever_happens_afterwards():
+    bench = Bench()
+    request = bench.bring(bench.submit(ttft_deadline_ms=50), S.DECODING)
+    bench.now = 1000
+    bench.down("d1")
+    bench.expire(1001)
+    assert (request.state, bench.end(request)) == (S.QUEUED, None)
+
+
+def test_a_full_queue_says_how_long_it_will_take():
+    bench = Bench("p1", queue_max=2)
+    for n in range(2):
+        bench.submit(f"r{n}")
+    with pytest.raises(QueueFullError) as refused:
+        bench.submit("r2")
+    assert refused.value.retry_ms is None, "nobody knows yet"
+    bench.now = 10
+    bench.up("d1")
+    bench.down("d1")
+    with pytest.raises(QueueFullError) as refused:
+        bench.submit("r3")
+    assert refused.value.retry_ms > 0
+
+
+# ---- cached blocks
+
+
+def tell(bench: Bench, worker: str, number: int, blocks: int, everything: bool = False) -> None:
+    added = b"".join(names_of(range(4 * blocks)).hashes)
+    changes = pb.BlockChanges(number=number, everything=everything, added=added)
+    if worker[0] == "p":
+        event = pb.PrefillEvent(blocks=changes)
+        bench.take(bench.dispatcher.on_prefill_event(worker, event, bench.now))
+    else:
+        event = pb.DecodeEvent(blocks=changes, load=pb.DecodeLoad(blocks_free=bench.blocks))
+        bench.take(bench.dispatcher.on_decode_event(worker, event, bench.now))
+
+
+def test_a_prompt_goes_to_workers_that_cache_its_beginning():
+    bench = Bench("p1", "p2", "d1", "d2", prefill_backlog_tokens=1000)
+    for worker in ("p2", "d2"):
+        tell(bench, worker, 1, blocks=10, everything=True)
+    request = bench.submit(prompt=80)
+    assert (request.prefill_id, request.decode_id) == ("p2", "d2")
+
+
+@pytest.mark.parametrize("worker", ["p1", "d1"])
+def test_changes_with_a_gap_make_the_worker_say_everything_again(worker):
+    bench = Bench()
+    tell(bench, worker, 1, blocks=1, everything=True)
+    tell(bench, worker, 3, blocks=2)
+    tell(bench, worker, 4, blocks=2)
+    asked = [(c.worker_id, c.command.WhichOneof("command")) for c in bench.sent]
+    assert asked == [(worker, "resync")]
+
+
+def test_only_tokens_that_are_not_cached_are_backlog():
+    bench = Bench(prefill_backlog_tokens=50)
+    tell(bench, "p1", 1, blocks=9, everything=True)
+    first, second = bench.submit("r1", prompt=40), bench.submit("r2", prompt=40)
+    assert (first.state, second.state) == (S.RESERVING, S.RESERVING)
+
+
+# ---- several routers on the same workers
+
+
+class Shared:
+    """A decode worker that two routers believe in; what it has is decided by its reservations."""
+
+    def __init__(self, worker: str, blocks: int) -> None:
+        self.worker, self.free = worker, blocks
+        self.held: dict[tuple[int, int], int] = {}
+
+    def answer(self, router: int, bench: Bench, reserve: pb.Reserve) -> bool:
+        needed = -(-(reserve.prompt_tokens + reserve.sampling.max_tokens - 1) // 4)
+        if needed > self.free:
+            failed = pb.Failed(key=reserve.key, code=EXHAUSTED)
+            bench.d(self.worker, free=self.free, failed=failed)
+            return False
+        self.free -= needed
+        self.held[router, reserve.key] = needed
+        bench.d(self.worker, free=self.free, reserved=pb.Reserved(key=reserve.key))
+        return True
+
+    def finish(self, router: int, bench: Bench, request: Request) -> None:
+        self.free += self.held.pop((router, request.key))
+        output = pb.SequenceOutput(key=request.key, token_ids=[EOS], ending=pb.ENDING_EOS, offset=0)
+        bench.d(self.worker, free=self.free, step=pb.StepOutput(outputs=[output]))
+
+
+def test_two_routers_that_want_the_same_room_are_both_served_in_the_end():
+    benches = [Bench("d1", "d2", blocks=6, queue_max=50, attempts_max=1) for _ in range(2)]
+    workers = {name: Shared(name, 6) for name in ("d1", "d2")}
+    requests = [
+        [bench.submit(f"r{n}", prompt=8, max_tokens=5) for n in range(6)] for bench in benches
+    ]
+    refused = 0
+    for _ in range(200):
+        for router, bench in enumerate(benches):
+            sent, bench.sent = bench.sent, []
+            for command in sent:
+                reserve = command.command.reserve
+                refused += not workers[command.worker_id].answer(router, bench, reserve)
+        for router, bench in enumerate(benches):
+            running = [r for r in requests[router] if r.state is S.PREFILLING]
+            if running:
+                workers[running[0].decode_id].finish(router, bench, running[0])
+            for name, worker in workers.items():  # what each step says to every router
+                bench.d(name, free=worker.free)
+        if not any(len(bench.dispatcher) for bench in benches):
+            break
+    assert refused, "they never wanted the same room"
+    assert refused < 100, "they kept getting in each other's way"
+    for bench, mine in zip(benches, requests, strict=True):
+        assert [bench.end(r) for r in mine] == [Ending.EOS] * 6, "no attempt was counted"
+
+
+def test_figures_of_a_worker_cover_what_other_routers_have_asked_of_it():
+    bench = Bench("p1", "d1", "d2")
+    load = pb.DecodeLoad(blocks_free=50, running=5)
+    bench.take(bench.dispatcher.on_decode_event("d1", pb.DecodeEvent(load=load), 0))
+    assert [bench.submit(f"r{n}").decode_id for n in range(4)] == ["d2"] * 4
+
+
 # ---- all of it at random
 
 
@@ -1065,6 +1267,8 @@ class World(Bench):
             assert command.worker_id in self.alive, "a command to a worker that is gone"
             kind = command.command.WhichOneof("command")
             body = getattr(command.command, kind)
+            if kind == "resync":
+                continue
             if kind == "reserve":
                 request = next(r for r in self.clients if r.request_id == body.request_id)
                 base = body.prompt_tokens - len(request.prompt)
@@ -1088,8 +1292,24 @@ class World(Bench):
             self.free[worker] += blocks
         self.attempts.pop(key, None)
 
+    def tell_blocks(self) -> None:
+        """What a cache says may be far from what the workers really reuse."""
+        if self.alive:
+            worker = self.dice.choice(sorted(self.alive))
+            blocks = [self.dice.randbytes(16), *names_of(range(12)).hashes]
+            changes = pb.BlockChanges(
+                number=self.dice.randrange(3),
+                everything=self.dice.random() < 0.5,
+                added=b"".join(blocks[: self.dice.randrange(5)]),
+                removed=b"".join(blocks[: self.dice.randrange(5)]),
+            )
+            if worker[0] == "p":
+                self.p(worker, blocks=changes)
+            else:
+                self.d(worker, free=self.free[worker], blocks=changes)
+
     def act(self, kills: bool = True) -> None:
-        actions = [self.work] * 12
+        actions = [self.work] * 12 + [self.tell_blocks]
         if kills:
             actions += [self.new, self.new, self.kill, self.revive, self.fail, self.quit]
         self.dice.choice(actions)()

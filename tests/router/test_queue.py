@@ -99,10 +99,10 @@ def test_who_does_not_wait_says_nothing_of_how_long_others_will():
 
 
 def test_changes_are_noticed():
-    queue = queue_of()
+    queue, one = queue_of(), request()
     for change in (queue.push, queue.depart):
         queue.changed = False
-        change(request_ := request() if change == queue.push else request_, 1.0)
+        change(one, 1.0)
         assert queue.changed
 
 

@@ -142,3 +142,23 @@ async def test_long_texts_and_roles_are_rendered_off_the_loop(role, on_loop):
         [name] = threads
         assert (threading.current_thread().name == name) == on_loop
         assert name.startswith("texts") != on_loop
+
+
+async def test_how_urgent_a_request_is_reaches_the_queue(monkeypatch):
+    async with service_of() as (service, door), asyncio.timeout(DEADLINE_S):
+        submitted = []
+        submit = door._fleet.submit
+        monkeypatch.setattr(
+            door._fleet, "submit", lambda request: submitted.append(request) or submit(request)
+        )
+        context = Context()
+        message = pb.GenerateRequest(text="a", priority=-7, ttft_deadline_ms=900)
+        waits = asyncio.create_task(service.Generate(message, context))
+        await context.accepted.wait()
+        assert (submitted[0].priority, submitted[0].ttft_deadline_ms) == (-7, 900)
+        refused = Context()
+        with pytest.raises(Aborted):
+            await service.Generate(pb.GenerateRequest(text="a", priority=-101), refused)
+        assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
+        waits.cancel()
+        await door.drain()

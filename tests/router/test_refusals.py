@@ -1,0 +1,16 @@
+import pytest
+
+from router.commands import DeadlineError, ExhaustedTrouble, QueueFullError
+from router.refusals import RETRY_HINT_MS, Reason, refusal
+
+
+@pytest.mark.parametrize("kind", [QueueFullError, DeadlineError, ExhaustedTrouble])
+@pytest.mark.parametrize(
+    ("predicted_ms", "hint_ms"),
+    [(None, RETRY_HINT_MS), (0.0, 100), (2345.6, 2345), (1e9, 60_000)],
+)
+def test_who_finds_no_room_is_told_when_there_may_be_some(kind, predicted_ms, hint_ms):
+    told = refusal(kind("no room", predicted_ms))
+    assert told is not None
+    assert (told.reason, told.retry_ms) == (Reason.EXHAUSTED, hint_ms)
+    assert str(told) == f"no room; try again in {hint_ms} ms"

@@ -1,0 +1,125 @@
+"""What the router knows of its workers; their order is in test_shortlist.py."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvrelay.config import RouterConfig
+from kvrelay.kv.prefix import PrefixChain, chain_root, join_hashes
+from kvrelay.wire import transfer_pb2
+from kvrelay.wire import worker_pb2 as pb
+from router.admission import Sampling
+from router.policy import NEUTRAL_BLOCK_MS, Placement
+from router.request import Request, Times
+from router.workers import Workers
+
+
+def workers_of(*names: str, **config: Any) -> Workers:
+    workers = Workers(
+        RouterConfig(
+            model_path=Path("none"),
+            model_name="tiny",
+            cluster_key="k" * 16,
+            control_socket=Path("none"),
+            **config,
+        )
+    )
+    for name in names:
+        layout = transfer_pb2.KvLayout(model_fingerprint="m", block_size=4)
+        info = pb.WorkerInfo(layout=layout, blocks_total=1000, max_model_tokens=4000)
+        (workers.prefill_up if name[0] == "p" else workers.decode_up)(name, info)
+    return workers
+
+
+def request(prompt: int = 400, max_tokens: int = 10) -> Request:
+    sampling = Sampling(0.0, 0, 1.0, 0, max_tokens, (), ())
+    return Request("r", list(range(prompt)), sampling, Times(0.0))
+
+
+def tell_blocks(workers: Workers, worker: str, prompt_tokens: int) -> None:
+    chain = PrefixChain(chain_root("m", 4, ""), 4)
+    chain.extend(range(prompt_tokens))
+    added = join_hashes(chain.hashes)
+    assert workers.blocks_changed(worker, pb.BlockChanges(number=1, everything=True, added=added))
+
+
+def pair(workers: Workers, request: Request) -> tuple[str | None, str]:
+    choice = workers.choose(request)
+    assert choice is not None
+    return choice.placement.pair
+
+
+def test_a_prompt_goes_where_its_prefix_is_cached():
+    workers = workers_of("p1", "p2", "d1", "d2")
+    assert pair(workers, request()) == ("p1", "d1")
+    tell_blocks(workers, "p2", 300)
+    assert pair(workers, request()) == ("p2", "d1")
+    tell_blocks(workers, "d2", 400)
+    assert pair(workers, request()) == (None, "d2")
+    assert workers.choose(request()).placement.tokens == 4
+
+
+def test_another_tenants_prefix_is_not_found():
+    workers = workers_of("p1", "p2", "d1")
+    tell_blocks(workers, "p2", 300)
+    other = request()
+    other.tenant = "other"
+    assert pair(workers, other) == ("p1", "d1")
+
+
+def test_a_worker_that_is_gone_and_back_caches_nothing():
+    workers = workers_of("p1", "p2", "d1")
+    tell_blocks(workers, "p2", 300)
+    workers.down("p2")
+    assert pair(workers, request()) == ("p1", "d1")
+    info = pb.WorkerInfo(
+        layout=transfer_pb2.KvLayout(model_fingerprint="m", block_size=4), blocks_total=1000
+    )
+    workers.prefill_up("p2", info)
+    assert workers.choose(request()).placement.tokens == 400
+
+
+def test_hand_offs_that_were_slow_count():
+    workers = workers_of("p1", "p2", "d1")
+    placement = Placement("p1", "d1", 0, 0, 400)
+    for key in range(1, 20):
+        workers.claim(key, placement, 400, 10)
+        workers.reserved(key, cached_blocks=60)  # 40 are moved
+        workers.handed_off(key, exposed_ms=200)
+        workers.release(key)
+    assert workers.prefill["p1"].block_ms == pytest.approx(5, rel=0.1)
+    assert workers.prefill["p2"].block_ms == NEUTRAL_BLOCK_MS
+    assert pair(workers, request()) == ("p2", "d1")
+
+
+def test_a_hand_off_of_no_blocks_says_nothing_of_their_cost():
+    workers = workers_of("p1", "d1")
+    workers.claim(1, Placement("p1", "d1", 0, 0, 4), 400, 10)
+    workers.reserved(1, cached_blocks=100)
+    workers.handed_off(1, exposed_ms=200)
+    assert workers.prefill["p1"].block_ms == NEUTRAL_BLOCK_MS
+
+
+def test_nothing_is_chosen_where_no_decode_worker_has_room():
+    workers = workers_of("p1", "d1")
+    workers.decode_load("d1", pb.DecodeLoad(blocks_free=101), refused=False)
+    assert workers.choose(request(400, 10)) is None
+    workers.decode_load("d1", pb.DecodeLoad(blocks_free=103), refused=False)
+    assert workers.choose(request(400, 10)) is not None
+
+
+def test_room_is_found_however_many_less_busy_workers_have_none():
+    workers = workers_of("p1", *(f"d{n}" for n in range(20)))
+    for n in range(20):
+        load = pb.DecodeLoad(blocks_free=500 if n == 19 else 50, running=n)
+        workers.decode_load(f"d{n}", load, refused=False)
+    assert pair(workers, request()) == ("p1", "d19")
+
+
+@pytest.mark.parametrize(("local", "where"), [("auto", None), ("never", "p1")])
+def test_prompts_are_kept_from_decode_workers_on_demand(local, where):
+    workers = workers_of("p1", "d1", local_prefill=local)
+    assert pair(workers, request(prompt=2)) == (where, "d1")
+    workers.down("p1")
+    assert pair(workers, request(prompt=2)) == (None, "d1")
