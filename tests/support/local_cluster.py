@@ -63,7 +63,8 @@ async def local_cluster(
             cluster_key=key,
             control_socket=run_dir / "control.sock",
             port=0,
-            **{"drain_ms": 0, **(router or {})},
+            # Tests of hand-offs have short prompts, which nobody would hand over.
+            **{"drain_ms": 0, "local_prefill": "never", **(router or {})},
         )
         async with contextlib.AsyncExitStack() as stack:
             prefills = [await PrefillService.start(config) for _ in range(prefill)]
