@@ -36,7 +36,7 @@ def new(name: str, tenant: str | None, file: Path | None) -> None:
 def _append(file: Path, entry: str, name: str) -> None:
     """Replaces the file by a longer one: whoever reads it meanwhile sees no half of an entry."""
     known = KeySet.load(file) if file.exists() else KeySet(())
-    if name in known.names:
+    if any(key.name == name for key in known):
         raise KeysError(f"{file} has a key {name!r} already: remove its entry, or choose a name")
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvrelay.config import Device, Dtype, KvDtype, Quantize, Transport, WireCodec
+from kvrelay.config import Device, Dtype, KvDtype, LocalPrefill, Quantize, Transport, WireCodec
 from kvrelay.tls import CertificatesError, member_name
 from router.exposure import ExposureError, check_exposure
 from router.keys import KeysError, KeySet
@@ -47,6 +47,7 @@ class ServeOptions:
     kv_gib: float = 1.0
     chunk_tokens: int = 256
     itl_target_ms: int = 150
+    local_prefill: LocalPrefill = "auto"
     block_size: int = 16
     prefix_caching: bool = True
     drain_s: float = 30.0

@@ -22,7 +22,7 @@ from cluster.progress import console, errors_in_one_line, reporting
 from cluster.weights import pack_weights
 from kvrelay.cache import default_cache
 from kvrelay.client import Client, KvrelayError
-from kvrelay.config import Device, Dtype, KvDtype, Quantize, Transport, WireCodec
+from kvrelay.config import Device, Dtype, KvDtype, LocalPrefill, Quantize, Transport, WireCodec
 
 if TYPE_CHECKING:
     from cluster.serving import Serving
@@ -134,6 +134,13 @@ class _Finite(click.FloatRange):
     type=click.IntRange(16, 1 << 20),
     default=256,
     help="Prompt tokens a step, at most.",
+)
+@click.option(
+    "--local-prefill",
+    type=click.Choice(get_args(LocalPrefill)),
+    default="auto",
+    help="Prompts that decode workers compute: auto, those that are done sooner so; never, only"
+    " with --prefill 0.",
 )
 @click.option(
     "--itl-target-ms",

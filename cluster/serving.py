@@ -192,6 +192,7 @@ def _configs(
     model: PreparedModel, options: ServeOptions, run_dir: Path
 ) -> tuple[RouterConfig, WorkerConfig]:
     cluster_key = new_cluster_key()
+    certificates = options.certificates.absolute() if options.certificates else None
     router = RouterConfig(
         model_path=model.path,
         model_name=model.name,
@@ -202,8 +203,9 @@ def _configs(
         port=options.port,
         http_port=options.http_port,
         drain_ms=int(options.drain_s * 1000),
+        local_prefill=options.local_prefill,
         api_keys=options.api_keys.absolute() if options.api_keys else None,
-        certificates=options.certificates,
+        certificates=certificates,
         insecure=options.insecure,
     )
     worker = WorkerConfig(
@@ -222,7 +224,7 @@ def _configs(
         transport=options.transport,
         wire_codec=options.wire_codec,
         checksums=options.checksums,
-        certificates=options.certificates,
+        certificates=certificates,
         prefix_caching=options.prefix_caching,
         chunk_tokens=options.chunk_tokens,
         itl_target_ms=options.itl_target_ms,

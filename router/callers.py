@@ -36,9 +36,12 @@ class Callers:
     """
 
     def __init__(self, keys: KeySet | None = None, cluster_key: str = "") -> None:
-        self._keys = keys
+        self._keys: KeySet | None = None
+        self._by_name: dict[str, Caller] = {}
         self._cluster_key = cluster_key.encode()
         self._anybody = Caller(ANYBODY.name, self._salt(""))
+        if keys is not None:
+            self.replace(keys)
 
     @property
     def need_keys(self) -> bool:
@@ -47,6 +50,9 @@ class Callers:
     def replace(self, keys: KeySet) -> None:
         """From now on these keys are good. What runs with one that was removed goes on to its end:
         its answer is paid for, and who wants to end it at once restarts the router."""
+        self._by_name = {
+            key.name: Caller(key.name, self._salt(key.tenant_name), key.quota) for key in keys
+        }
         self._keys = keys
 
     def identify(self, authorization: str | None) -> Caller:
@@ -65,7 +71,7 @@ class Callers:
         entry = self._keys.find(key.strip()) if scheme.lower() == "bearer" else None
         if entry is None:
             raise Refusal(Reason.UNAUTHENTICATED, "the API key is wrong")
-        return Caller(entry.name, self._salt(entry.tenant_name), entry.quota)
+        return self._by_name[entry.name]
 
     def _salt(self, tenant: str) -> str:
         message = f"{_TENANT}\0{tenant}".encode()

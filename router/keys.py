@@ -21,7 +21,7 @@ import re
 import secrets
 import tomllib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -88,9 +88,8 @@ class KeySet:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(key.name for key in self._by_id.values())
+    def __iter__(self) -> Iterator[ApiKey]:
+        return iter(self._by_id.values())
 
     def find(self, given: str) -> ApiKey | None:
         """The entry of a key; None for one that is in no entry, in the same time."""

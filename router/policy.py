@@ -24,21 +24,21 @@ class Rates(NamedTuple):
     sequence_ms: float  # of a sequence that decodes
 
 
-# Of a worker that has measured nothing: a small model on a few cores. Only their proportions
-# matter, as long as all workers are alike.
+# While no worker has measured anything: a small model on a few cores. Only their proportions
+# matter then.
 NEUTRAL = Rates(base_ms=5.0, prompt_token_ms=0.25, sequence_ms=0.5)
 NEUTRAL_BLOCK_MS = 0.1  # of handing one block over
 
 
-def rates_of(cost: worker_pb2.StepCost) -> Rates:
-    """A token of a prompt costs much what one of an answer does, until it has been measured."""
+def rates_of(cost: worker_pb2.StepCost, usual: Rates = NEUTRAL) -> Rates:
+    """What a worker has measured, completed by what is usual; `usual` itself when that is all."""
     token, sequence = cost.ms_per_prompt_token, cost.ms_per_sequence
     if not (cost.base_ms or token or sequence):
-        return NEUTRAL
+        return usual
     return Rates(
         cost.base_ms,
-        token or sequence or NEUTRAL.prompt_token_ms,
-        sequence or token or NEUTRAL.sequence_ms,
+        token or usual.prompt_token_ms,
+        sequence or usual.sequence_ms,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from kvrelay.config import RouterConfig
 from kvrelay.kv.layout import blocks_for, reserved_blocks
 from kvrelay.wire import worker_pb2
-from router.policy import Choice, Placement, Rates, Wish, place, rates_of
+from router.policy import NEUTRAL, Choice, Placement, Rates, Wish, place, rates_of
 from router.request import Request, RequestState
 from router.shortlist import Shortlist
 from router.worker import DecodeWorker, PrefillWorker, Worker
@@ -40,6 +40,9 @@ class Workers:
         self.room_grew = False  # since somebody set it to False: who waits may find a place
         self._config = config
         self._numbers = 0
+        # The newest that any worker has measured, for those that have not yet: a new one must look
+        # neither better nor worse than the others, nor D than P.
+        self._usual = NEUTRAL
         self._prefill_list: Shortlist[PrefillWorker] = Shortlist()
         self._decode_list: Shortlist[DecodeWorker] = Shortlist()
         self._claims: dict[int, _Claim] = {}  # by the attempt's key
@@ -49,7 +52,11 @@ class Workers:
     def prefill_up(self, worker_id: str, info: worker_pb2.WorkerInfo) -> None:
         self.down(worker_id)
         worker = PrefillWorker(
-            worker_id, self._next_number(), info.layout.block_size, info.blocks_total
+            worker_id,
+            self._next_number(),
+            info.layout.block_size,
+            info.blocks_total,
+            rates=self._usual,
         )
         self.prefill[worker_id] = worker
         self._prefill_list.up(worker, self._names_max(worker))
@@ -66,6 +73,7 @@ class Workers:
             info.max_model_tokens,
             info.itl_target_ms,
             blocks_free=info.blocks_total,
+            rates=self._usual,
         )
         self.decode[worker_id] = worker
         self._decode_list.up(worker, self._names_max(worker))
@@ -90,7 +98,7 @@ class Workers:
         worker.queued_tokens = load.queued_tokens
         worker.full = refused
         if load.HasField("cost"):
-            worker.rates = rates_of(load.cost)
+            worker.rates = self._usual = rates_of(load.cost, self._usual)
         self._rank(worker)
 
     def decode_load(self, worker_id: str, load: worker_pb2.DecodeLoad, *, refused: bool) -> None:
@@ -102,7 +110,7 @@ class Workers:
         worker.queued_tokens = load.queued_tokens
         worker.full = refused
         if load.HasField("cost"):
-            worker.rates = rates_of(load.cost)
+            worker.rates = self._usual = rates_of(load.cost, self._usual)
         self._rank(worker)
 
     def blocks_changed(self, worker_id: str, changes: worker_pb2.BlockChanges) -> bool:

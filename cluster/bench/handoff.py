@@ -40,7 +40,14 @@ def bench_hand_off(
     Raises:
         BenchError: the model cannot be served.
     """
-    options = ServeOptions(port=0, transport=link, quantize=quantize, chunk_tokens=_CHUNK_TOKENS)
+    options = ServeOptions(
+        port=0,
+        http_port=0,
+        transport=link,
+        quantize=quantize,
+        chunk_tokens=_CHUNK_TOKENS,
+        local_prefill="never",
+    )
     choice = EngineChoice(quantize, "auto", options.threads_each)
     serving = Serving(model, options)
     try:

@@ -61,7 +61,7 @@ def bench_prefix(model: PreparedModel, asked: PrefixBench, on_progress: Progress
     others = OtherPrograms()
     pack_weights(model.path, asked.quantize, default_cache(), on_progress)
     options = ServeOptions(
-        port=0, prefill=asked.prefill, decode=asked.decode, quantize=asked.quantize
+        port=0, http_port=0, prefill=asked.prefill, decode=asked.decode, quantize=asked.quantize
     )
     ours = _serve(Serving(model, options), asked, options.block_size, "with caching", on_progress)
     theirs = _serve(

@@ -25,6 +25,7 @@ from kvrelay.rpc import dial
 from kvrelay.transport.errors import LinkError, Rejection
 from kvrelay.wire import inference_pb2 as pb
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
+from kvrelay.wire.inference_pb2_grpc import InferenceStub
 from router.fleet import Fleet
 from router.keys import new_key
 from router.main import SERVICE
@@ -247,6 +248,21 @@ async def test_what_runs_at_once_comes_back_however_it_ends(cluster, keys, name,
         else:
             await running.result()
         assert (await ask(cluster, key, 200, "the king")).completion_tokens == 200
+
+
+# ---- sizes
+
+
+async def test_metadata_that_is_too_long_is_refused(cluster, keys):
+    metadata = [
+        ("authorization", f"Bearer {keys.keys['alice']}"),
+        *((f"x-{number}", "x" * 1000) for number in range(10)),
+    ]
+    async with grpc.aio.insecure_channel(cluster.router.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await InferenceStub(channel).ListModels(pb.ListModelsRequest(), metadata=metadata)
+        assert caught.value.code() is EXHAUSTED
+        await InferenceStub(channel).ListModels(pb.ListModelsRequest(), metadata=metadata[:5])
 
 
 # ---- tenants

@@ -75,6 +75,9 @@ class Server:
                     "0",
                     "--http-port",
                     "0",
+                    # Short prompts, which decode workers would compute themselves.
+                    "--local-prefill",
+                    "never",
                     *options,
                 ],
                 # A Ray cluster of somebody else is not joined.

@@ -3,6 +3,7 @@
 import asyncio
 
 from local_cluster import local_cluster
+from router_double import session_with
 from tiny_models import make_tiny
 
 from kvrelay.membership import prove
@@ -44,6 +45,18 @@ async def test_more_answered_than_the_prompt_has_is_refused(tmp_path):
         failed = await first_failure(service, worker_pb2.PrefillCommand(prefill=prefill))
     assert (failed.key, failed.code) == (7, worker_pb2.FAILURE_CODE_INVALID)
     assert failed.message == "21 tokens answered, of 20 prompt tokens"
+
+
+async def test_a_prefill_worker_says_what_its_steps_cost(tmp_path):
+    model = make_tiny("llama", tmp_path / "llama")
+    async with local_cluster(model) as cluster, cluster.client() as client:
+        async with session_with(cluster.prefill[0]) as session:
+            await session.until(lambda: bool(session.events))
+            assert session.events[0].load.cost == worker_pb2.StepCost()
+        await client.generate([5] * 300, max_tokens=2).result()
+        async with session_with(cluster.prefill[0]) as session:
+            await session.until(lambda: bool(session.events))
+            assert session.events[0].load.cost.ms_per_prompt_token > 0
 
 
 async def first_failure(service, command):

@@ -12,6 +12,7 @@ from router.answer_stream import AnswerStream
 from router.commands import UnavailableTrouble
 from router.detokenize import Detokenizer
 from router.frontdoor import Served
+from router.metrics import Metrics
 from router.refusals import Reason, Refusal
 from router.request import Ending, Request, Times
 
@@ -88,7 +89,7 @@ def test_an_end_token_is_shown_as_a_token_and_has_no_text(stop):
 
 async def test_a_client_that_reads_slowly_gets_what_has_come_meanwhile_in_one_delta():
     answer = Answer(Turns())
-    served = Served(request_of(), answer, Detokenizer(TOKENIZER))
+    served = Served(request_of(), answer, Detokenizer(TOKENIZER), Metrics())
     first, *rest = TOKENIZER.encode("a \u20ac is more than a dollar").ids
     answer.put([first])
     deltas = [await served.next()]
@@ -104,7 +105,7 @@ async def test_a_client_that_reads_slowly_gets_what_has_come_meanwhile_in_one_de
 
 async def test_a_trouble_reaches_the_client_as_a_refusal_after_what_came_before():
     answer = Answer(Turns())
-    served = Served(request_of(), answer, Detokenizer(TOKENIZER))
+    served = Served(request_of(), answer, Detokenizer(TOKENIZER), Metrics())
     answer.put(TOKENIZER.encode("ab").ids)
     answer.put(UnavailableTrouble("all workers are gone"))
     assert (await served.next()).text == "ab"

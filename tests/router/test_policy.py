@@ -123,11 +123,12 @@ def test_the_last_token_of_an_answer_needs_no_room(prompt, answer, blocks):
 # ---- predictions
 
 
-def test_rates_that_were_not_measured_are_neutral_ones():
+def test_rates_that_were_not_measured_are_the_usual_ones():
     assert rates_of(StepCost()) is NEUTRAL
-    assert rates_of(StepCost(base_ms=1, ms_per_sequence=2)) == Rates(1, 2, 2)
-    assert rates_of(StepCost(base_ms=1, ms_per_prompt_token=2)) == Rates(1, 2, 2)
-    assert rates_of(StepCost(base_ms=1)) == Rates(1, NEUTRAL.prompt_token_ms, NEUTRAL.sequence_ms)
+    usual = Rates(7, 8, 9)
+    assert rates_of(StepCost(), usual) is usual
+    assert rates_of(StepCost(base_ms=1, ms_per_sequence=2), usual) == Rates(1, 8, 2)
+    assert rates_of(StepCost(base_ms=1, ms_per_prompt_token=2), usual) == Rates(1, 2, 9)
 
 
 @pytest.mark.parametrize(

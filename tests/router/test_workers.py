@@ -123,3 +123,28 @@ def test_prompts_are_kept_from_decode_workers_on_demand(local, where):
     assert pair(workers, request(prompt=2)) == (where, "d1")
     workers.down("p1")
     assert pair(workers, request(prompt=2)) == (None, "d1")
+
+
+def test_a_new_worker_is_taken_for_as_fast_as_the_others():
+    workers = workers_of("p1", "d1", local_prefill="never")
+    for base_ms, token_ms in ((0.5, 0.001), (50.0, 20.0)):  # far faster and slower than neutral
+        cost = pb.StepCost(base_ms=base_ms, ms_per_prompt_token=token_ms)
+        load = pb.PrefillLoad(queued_tokens=50, cost=cost)
+        workers.prefill_load("p1", load, refused=False)
+        info = pb.WorkerInfo(
+            layout=transfer_pb2.KvLayout(model_fingerprint="m", block_size=4), blocks_total=1000
+        )
+        workers.prefill_up("p2", info)
+        assert pair(workers, request()) == ("p2", "d1")
+        idle = pb.PrefillLoad(queued_tokens=60, cost=pb.StepCost())
+        workers.prefill_load("p2", idle, refused=False)
+        assert pair(workers, request()) == ("p1", "d1")
+
+
+def test_a_decode_worker_that_has_computed_no_prompt_is_no_faster_than_the_prefill_workers():
+    workers = workers_of("p1", "d1")
+    cost = pb.StepCost(base_ms=50, ms_per_prompt_token=20)
+    workers.prefill_load("p1", pb.PrefillLoad(cost=cost), refused=False)
+    cost = pb.StepCost(base_ms=50, ms_per_sequence=0.1)
+    workers.decode_load("d1", pb.DecodeLoad(blocks_free=1000, cost=cost), refused=False)
+    assert pair(workers, request()) == ("p1", "d1")

@@ -8,7 +8,7 @@ import pytest
 from certificates import make_certificates
 
 from kvrelay.rpc import listen, make_server
-from kvrelay.tls import CertificatesError, grpc_channel, member_name, uvicorn_arguments
+from kvrelay.tls import CertificatesError, grpc_channel, member_name, server_context
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +60,5 @@ def test_a_channel_needs_the_ca_and_may_have_a_certificate(good, tmp_path):
 
 @pytest.mark.parametrize("needed", [True, False])
 def test_http_asks_for_the_same(good, needed):
-    arguments = uvicorn_arguments(good, client_certificates=needed)
-    assert arguments == {
-        "ssl_certfile": str(good / "cert.pem"),
-        "ssl_keyfile": str(good / "key.pem"),
-        "ssl_ca_certs": str(good / "ca.pem"),
-        "ssl_cert_reqs": ssl.CERT_REQUIRED if needed else ssl.CERT_NONE,
-    }
+    context = server_context(good, client_certificates=needed)
+    assert context.verify_mode is (ssl.CERT_REQUIRED if needed else ssl.CERT_NONE)

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import httpx2
 from byte_tokenizer import byte_level_tokenizer
 
 from kvrelay.config import RouterConfig
+from router.answer import Answer, Turns
 from router.callers import Callers
 from router.commands import Trouble
 from router.frontdoor import FrontDoor
@@ -30,25 +31,24 @@ def says(text: str, ending: Ending = Ending.LENGTH) -> list[Event]:
     return [*([byte] for byte in text.encode()), ending]
 
 
-class SteppedAnswer:
-    """An answer whose events come one by one: the reader is never behind."""
-
-    def __init__(self) -> None:
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-
-    def put(self, event: Event) -> None:
-        self._events.put_nowait(event)
-
-    async def next(self) -> list[int] | Ending:
-        event = await self._events.get()
-        if isinstance(event, Trouble):
-            raise event
-        return event
-
-
 @dataclass
 class _Limits:
     context_tokens: int = 1000
+
+
+class ScriptedAnswer(Answer):
+    """A new event of the script whenever its reader has had all; other events can be put, too."""
+
+    def __init__(self, turns: Turns, script: Iterable[Event]) -> None:
+        super().__init__(turns)
+        self._script = iter(script)
+
+    async def next(self) -> list[int] | Ending:
+        if not self._tokens and self._end is None:
+            event = next(self._script, None)
+            if event is not None:
+                self.put(event)
+        return await super().next()
 
 
 class ScriptedFleet:
@@ -58,23 +58,24 @@ class ScriptedFleet:
         self.metrics = Metrics()
         self.dispatcher = _Limits()
         self.not_ready = ""
-        self.asked: asyncio.Queue[tuple[Request, SteppedAnswer]] = asyncio.Queue()
+        self.asked: asyncio.Queue[tuple[Request, Answer]] = asyncio.Queue()
         self.let_go_of: asyncio.Queue[Request] = asyncio.Queue()
         self.refuse_with: Exception | None = None
         self.requests = (0, 0)
         self.workers = Workers(router_config())
         self._script = script
+        self._turns = Turns()
         self._held: set[Request] = set()
 
-    def submit(self, request: Request) -> SteppedAnswer:
+    def submit(self, request: Request) -> Answer:
         if self.refuse_with is not None:
             raise self.refuse_with
-        answer = SteppedAnswer()
+        events = self._script(request) if self._script else ()
+        answer = ScriptedAnswer(self._turns, events)
         self._held.add(request)
-        for event in self._script(request) if self._script else ():
+        for event in events:
             if isinstance(event, list):
                 request.log(len(request.answer), event, request.times.arrived_at_ms + 1)
-            answer.put(event)
         self.asked.put_nowait((request, answer))
         return answer
 
