@@ -5,7 +5,6 @@ worker has one task that keeps a session to it and reconnects when it breaks.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -228,13 +227,16 @@ class _Worker:
                 session, self._address, config.cluster_key, config.worker_proof_ms / 1000
             )
             call = session(_drain(self._outbox), metadata=proof)
-            with contextlib.closing(_Cancel(call)):
+            try:
                 async for event in call:
                     if event.WhichOneof("event") == "info":
                         self._fleet.worker_up(self, event.info)
                         self.instance_id = event.info.instance_id  # only then it counts as up
                     else:
                         self._fleet.carry_out(handle(self.instance_id, event, now_ms()))
+            finally:
+                call.cancel()
+                self._outbox.put_nowait(None)  # gRPC does not end who reads it
 
     def _open(self, channel: grpc.aio.Channel) -> Callable[..., Any]:
         if self.role == "prefill":
@@ -248,16 +250,10 @@ class _Worker:
         return dispatcher.on_decode_event
 
 
-class _Cancel:
-    """Lets contextlib.closing end a call."""
-
-    def __init__(self, call: Any) -> None:
-        self.close = call.cancel
-
-
 async def _drain(outbox: "asyncio.Queue[Any]") -> AsyncIterator[Any]:
-    while True:
-        yield await outbox.get()
+    """Commands, up to None."""
+    while (command := await outbox.get()) is not None:
+        yield command
 
 
 def now_ms() -> float:
