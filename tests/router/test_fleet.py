@@ -123,3 +123,19 @@ async def test_only_a_worker_that_was_up_is_called_again_at_once(monkeypatch, ve
         fleet.set_workers([], ["127.0.0.1:1"])
         for _ in range(3):
             await sessions.acquire()
+
+
+async def test_a_worker_whose_session_swallows_the_cancel_is_let_go_of(monkeypatch):
+    begun = asyncio.Event()
+
+    async def session(_: Any) -> None:
+        begun.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        raise ValueError("ended")
+
+    monkeypatch.setattr(fleet_module._Worker, "_session", session)
+    monkeypatch.setattr(fleet_module, "_RECONNECT_S", (3600.0,))
+    async with asyncio.timeout(DEADLINE_S), a_fleet(monkeypatch) as fleet:
+        fleet.set_workers([], ["127.0.0.1:1"])
+        await begun.wait()
