@@ -192,6 +192,7 @@ class _Worker:
         self._config = config
         self._address = address
         self._outbox: asyncio.Queue[Any] = asyncio.Queue()
+        self._stopped = False
         self._task = asyncio.create_task(self._keep_up())
         fleet.keep(self._task)
 
@@ -199,6 +200,7 @@ class _Worker:
         self._outbox.put_nowait(command)
 
     def stop(self) -> None:
+        self._stopped = True
         self._task.cancel()
 
     async def _keep_up(self) -> None:
@@ -215,6 +217,8 @@ class _Worker:
                 was_up = bool(self.instance_id)
                 self._fleet.worker_down(self)
                 self.instance_id = ""
+            if self._stopped:
+                return  # gRPC may swallow a cancel that comes while a call begins
             failures = 0 if was_up else failures + 1
             await asyncio.sleep(_RECONNECT_S[min(failures, len(_RECONNECT_S) - 1)])
 

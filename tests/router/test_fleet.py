@@ -148,3 +148,19 @@ async def test_a_prefill_worker_is_missed_only_where_one_was_named(
         fleet.set_workers([n for n in named if n == "p"], [n for n in named if n == "d"])
         monkeypatch.setattr(fleet, "connected", lambda role: connected.count(role))
         assert (not fleet.not_ready) == able
+
+
+async def test_a_worker_whose_session_swallows_the_cancel_is_let_go_of(monkeypatch):
+    begun = asyncio.Event()
+
+    async def session(_: Any) -> None:
+        begun.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        raise ValueError("ended")
+
+    monkeypatch.setattr(fleet_module._Worker, "_session", session)
+    monkeypatch.setattr(fleet_module, "_RECONNECT_S", (3600.0,))
+    async with asyncio.timeout(DEADLINE_S), a_fleet(monkeypatch) as fleet:
+        fleet.set_workers([], ["127.0.0.1:1"])
+        await begun.wait()
