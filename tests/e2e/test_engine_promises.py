@@ -38,7 +38,7 @@ async def main():
     blocks = list(range(engine.pool.blocks))
     for start in range(0, len(blocks) * 16, 256):
         tokens = [5] * min(256, len(blocks) * 16 - start)
-        await engine.step([Slice(tokens, start, blocks)], [None], [0])
+        await engine.step([Slice(tokens, start, blocks)], [None], [0], [None])
     # Not getrusage: its figure begins with what the parent held at the fork.
     status = Path("/proc/self/status").read_text()
     peak = int(status.split("VmHWM:")[1].split()[0]) * 1024

@@ -195,7 +195,7 @@ async def test_a_worker_that_dies_changes_no_token(model, alone):
         asked = [asyncio.create_task(ask(client, request)) for request in REQUESTS]
         async with asyncio.timeout(WAIT_S):
             dead = await dying
-        moved = cluster.router.fleet.dispatcher._by_key.values()
+        moved = cluster.router.fleet.dispatcher._attempts.all()
         moved = [request for request in moved if request.decode_id == dead.instance_id]
         await until(lambda: all(request.answer for request in moved), within_s=WAIT_S)
         await dead.stop()
@@ -217,7 +217,7 @@ async def test_a_request_whose_worker_dies_goes_on_as_it_would_have(model, alone
         asked = asyncio.create_task(ask(client, REQUESTS[number]))
         async with asyncio.timeout(WAIT_S):
             dead = await dying
-        [request] = cluster.router.fleet.dispatcher._by_key.values()
+        [request] = cluster.router.fleet.dispatcher._attempts.all()
         # The prefill worker's token, and those of the steps that ended.
         await until(lambda: len(request.answer) == DIES_AT_STEP, within_s=WAIT_S)
         await dead.stop()
