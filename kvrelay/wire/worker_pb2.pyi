@@ -33,20 +33,22 @@ ENDING_EOS: Ending
 ENDING_LENGTH: Ending
 
 class WorkerInfo(_message.Message):
-    __slots__ = ("protocol_version", "instance_id", "layout", "blocks_total", "max_model_tokens", "itl_target_ms")
+    __slots__ = ("protocol_version", "instance_id", "layout", "blocks_total", "max_model_tokens", "itl_target_ms", "chunk_tokens")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ITL_TARGET_MS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     instance_id: str
     layout: _transfer_pb2.KvLayout
     blocks_total: int
     max_model_tokens: int
     itl_target_ms: int
-    def __init__(self, protocol_version: _Optional[int] = ..., instance_id: _Optional[str] = ..., layout: _Optional[_Union[_transfer_pb2.KvLayout, _Mapping]] = ..., blocks_total: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., itl_target_ms: _Optional[int] = ...) -> None: ...
+    chunk_tokens: int
+    def __init__(self, protocol_version: _Optional[int] = ..., instance_id: _Optional[str] = ..., layout: _Optional[_Union[_transfer_pb2.KvLayout, _Mapping]] = ..., blocks_total: _Optional[int] = ..., max_model_tokens: _Optional[int] = ..., itl_target_ms: _Optional[int] = ..., chunk_tokens: _Optional[int] = ...) -> None: ...
 
 class StepCost(_message.Message):
     __slots__ = ("base_ms", "ms_per_prompt_token", "ms_per_sequence")
@@ -161,12 +163,14 @@ class PrefillEvent(_message.Message):
     def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., handed_off: _Optional[_Union[HandedOff, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., load: _Optional[_Union[PrefillLoad, _Mapping]] = ..., blocks: _Optional[_Union[BlockChanges, _Mapping]] = ...) -> None: ...
 
 class PrefillLoad(_message.Message):
-    __slots__ = ("queued_tokens", "cost")
+    __slots__ = ("queued_tokens", "cost", "queued_prompts")
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COST_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_PROMPTS_FIELD_NUMBER: _ClassVar[int]
     queued_tokens: int
     cost: StepCost
-    def __init__(self, queued_tokens: _Optional[int] = ..., cost: _Optional[_Union[StepCost, _Mapping]] = ...) -> None: ...
+    queued_prompts: int
+    def __init__(self, queued_tokens: _Optional[int] = ..., cost: _Optional[_Union[StepCost, _Mapping]] = ..., queued_prompts: _Optional[int] = ...) -> None: ...
 
 class PrefillStarted(_message.Message):
     __slots__ = ("key", "cached_tokens")
@@ -257,16 +261,18 @@ class DecodeEvent(_message.Message):
     def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., load: _Optional[_Union[DecodeLoad, _Mapping]] = ..., blocks: _Optional[_Union[BlockChanges, _Mapping]] = ...) -> None: ...
 
 class DecodeLoad(_message.Message):
-    __slots__ = ("blocks_free", "running", "cost", "queued_tokens")
+    __slots__ = ("blocks_free", "running", "cost", "queued_tokens", "queued_prompts")
     BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     COST_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_PROMPTS_FIELD_NUMBER: _ClassVar[int]
     blocks_free: int
     running: int
     cost: StepCost
     queued_tokens: int
-    def __init__(self, blocks_free: _Optional[int] = ..., running: _Optional[int] = ..., cost: _Optional[_Union[StepCost, _Mapping]] = ..., queued_tokens: _Optional[int] = ...) -> None: ...
+    queued_prompts: int
+    def __init__(self, blocks_free: _Optional[int] = ..., running: _Optional[int] = ..., cost: _Optional[_Union[StepCost, _Mapping]] = ..., queued_tokens: _Optional[int] = ..., queued_prompts: _Optional[int] = ...) -> None: ...
 
 class Reserved(_message.Message):
     __slots__ = ("key", "ticket")
