@@ -88,6 +88,8 @@ class RouterConfig(_Frozen):
 
     keys_check_ms: int = Field(default=2_000, ge=1)  # between two looks at the file of API keys
     rpcs_max: int = Field(default=4096, ge=1)  # calls at once, before any of their work is done
+    health_watches_max: int = Field(default=64, ge=1)  # open at once; they are rpcs too
+    health_read_ms: int = Field(default=5_000, ge=1)  # the message of a check without a key
     queue_max: int = 1024  # requests waiting for a worker
     queue_wait_ms: int = 120_000
     queue_aging_ms: int = Field(default=500, ge=1)  # of waiting, for one step of priority

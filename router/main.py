@@ -29,6 +29,7 @@ from router.exposure import check_exposure, client_certificates_needed, listen_a
 from router.fleet import Fleet
 from router.frontdoor import FrontDoor
 from router.guard import KeyGuard
+from router.health import Health
 from router.http.app import make_app
 from router.http.server import HttpServer
 from router.key_watch import KeyWatch
@@ -61,9 +62,10 @@ class Router:
             self.key_watch = KeyWatch(config.api_keys, self._callers, config.keys_check_ms)
         limits = TemplateLimits(template_ms=config.template_ms)
         self._door = FrontDoor(files, self.fleet, self._callers, limits)
-        self._health = health.aio.HealthServicer()
+        self._health = Health(config.health_watches_max)
+        guard = KeyGuard(self._callers, self.fleet.metrics, config.health_read_ms)
         self._public = make_server(
-            interceptors=(KeyGuard(self._callers), MalformedRequests()),
+            interceptors=(guard, MalformedRequests()),
             rpcs_max=config.rpcs_max,
             request_bytes_max=REQUEST_BYTES_MAX,
         )

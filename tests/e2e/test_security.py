@@ -160,13 +160,69 @@ async def test_services_of_the_public_port_are_all_known_here(cluster, keys):
     assert listed - {"grpc.health.v1.Health"} == known - {"no.Such"}
 
 
-async def test_health_checks_need_no_key(cluster):
+async def test_health_checks_need_no_key_and_watches_do(cluster, keys):
     async with grpc.aio.insecure_channel(cluster.router.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         assert (await stub.Check(health_pb2.HealthCheckRequest())).status == 1
-        watch = stub.Watch(health_pb2.HealthCheckRequest())
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Check(health_pb2.HealthCheckRequest(service="none"))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Watch(health_pb2.HealthCheckRequest()).read()
+        assert caught.value.code() is UNAUTHENTICATED
+        metadata = [("authorization", f"Bearer {keys.keys['alice']}")]
+        watch = stub.Watch(health_pb2.HealthCheckRequest(), metadata=metadata)
         assert (await watch.read()).status == 1
         watch.cancel()
+
+
+async def test_a_wrong_key_is_counted_once(cluster):
+    def counted() -> float:
+        labels = {"protocol": "grpc", "outcome": "unauthenticated"}
+        registry = cluster.router.fleet.metrics._registry
+        return registry.get_sample_value("kvrelay_requests_total", labels) or 0.0
+
+    before = counted()
+    async with client(cluster, api_key="wrong") as asking:
+        await refusal(asking.models())
+        await refusal(asking.generate("a").result())
+    assert counted() == before + 2
+
+
+async def test_strangers_cannot_use_up_the_calls(model, keys):
+    """Neither with watches nor with checks whose message never comes."""
+    limits = {"rpcs_max": 8, "health_read_ms": 50}
+    async with (
+        local_cluster(model, router={"api_keys": keys.path, **limits}) as cluster,
+        grpc.aio.insecure_channel(cluster.router.address) as channel,
+    ):
+        stub = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(8)]
+        silent = [channel.stream_unary("/grpc.health.v1.Health/Check")() for _ in range(8)]
+        for call in (*watches, *silent):
+            async with asyncio.timeout(DEADLINE_S):
+                codes = await call.code()
+            assert codes in (UNAUTHENTICATED, grpc.StatusCode.DEADLINE_EXCEEDED, EXHAUSTED)
+        assert (await ask(cluster, keys.keys["alice"])).completion_tokens == 4
+
+
+async def test_without_keys_watches_are_limited(model):
+    async with (
+        local_cluster(model, router={"health_watches_max": 2}) as cluster,
+        grpc.aio.insecure_channel(cluster.router.address) as channel,
+    ):
+        stub = health_pb2_grpc.HealthStub(channel)
+        open_now = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
+        for watch in open_now:
+            assert (await watch.read()).status == 1
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Watch(health_pb2.HealthCheckRequest()).read()
+        assert caught.value.code() is EXHAUSTED
+        for watch in open_now:
+            watch.cancel()
+        async with asyncio.timeout(DEADLINE_S):
+            while cluster.router._health._watches:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
 
 async def test_a_key_opens_every_method(cluster, keys):
