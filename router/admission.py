@@ -147,12 +147,23 @@ def check_request_id(request_id: str, limits: RequestLimits = DEFAULT_LIMITS) ->
 
 
 def check_urgency(
-    priority: int, ttft_deadline_ms: int, limits: RequestLimits = DEFAULT_LIMITS
+    priority: int,
+    ttft_deadline_ms: int,
+    limits: RequestLimits = DEFAULT_LIMITS,
+    *,
+    priority_min: int | None = None,
 ) -> None:
-    """How soon a request wants to be served: its place in the queue follows from it."""
+    """How soon a request wants to be served: its place in the queue follows from it.
+
+    priority_min: the least that its caller may ask for; None: as the limits have it.
+    """
     most = limits.priority_max
     if not -most <= priority <= most:
         raise InvalidRequest(f"priority: {priority}, allowed are {-most} (first) to {most}")
+    if priority_min is not None and priority < priority_min:
+        raise InvalidRequest(
+            f"priority: {priority}, this API key may ask for {priority_min} (first) to {most}"
+        )
     if ttft_deadline_ms < 0:
         raise InvalidRequest(f"ttft_deadline_ms: {ttft_deadline_ms}, allowed are 0 (none) and more")
 

@@ -25,6 +25,7 @@ _RETRY_MS = (100, 60_000)  # least and most: a prediction may be far off
 class Reason(Enum):
     INVALID = "invalid"  # as it is, it can never be served
     UNAUTHENTICATED = "unauthenticated"
+    FORBIDDEN = "forbidden"  # to this API key
     NOT_FOUND = "not_found"
     UNSUPPORTED = "unsupported"  # not by this model
     DUPLICATE = "duplicate"

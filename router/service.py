@@ -18,6 +18,7 @@ from router.request import Request
 STATUSES = {
     Reason.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
     Reason.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
+    Reason.FORBIDDEN: grpc.StatusCode.PERMISSION_DENIED,
     Reason.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Reason.UNSUPPORTED: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.DUPLICATE: grpc.StatusCode.ALREADY_EXISTS,

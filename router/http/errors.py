@@ -36,6 +36,7 @@ class _Kind:
 KINDS = {
     Reason.INVALID: _Kind(HTTPStatus.BAD_REQUEST, INVALID),
     Reason.UNAUTHENTICATED: _Kind(HTTPStatus.UNAUTHORIZED, INVALID, "invalid_api_key"),
+    Reason.FORBIDDEN: _Kind(HTTPStatus.FORBIDDEN, INVALID, "forbidden"),
     Reason.NOT_FOUND: _Kind(HTTPStatus.NOT_FOUND, INVALID, "model_not_found"),
     Reason.UNSUPPORTED: _Kind(HTTPStatus.BAD_REQUEST, INVALID, "unsupported"),
     Reason.DUPLICATE: _Kind(HTTPStatus.CONFLICT, INVALID, "duplicate_request_id"),
