@@ -112,6 +112,7 @@ class RouterConfig(_Frozen):
     http_body_bytes_max: int = Field(default=8 << 20, ge=1)
     http_header_bytes_max: int = Field(default=16 << 10, ge=1)  # of one request, all together
     http_headers_max: int = Field(default=100, ge=1)
+    http_tls_ms: int = Field(default=5_000, ge=1)  # a TLS handshake, and a TLS goodbye
     http_read_ms: int = Field(default=30_000, ge=1)  # a request's body
     http_write_ms: int = Field(default=60_000, ge=1)  # a client that has stopped reading
     http_idle_ms: int = Field(default=30_000, ge=1)  # a connection without a whole request head
