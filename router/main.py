@@ -10,8 +10,10 @@ import gc
 import logging
 import os
 import signal
+import socket
 import ssl
 import sys
+from ipaddress import ip_address
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -24,10 +26,11 @@ from kvrelay.tls import server_context
 from kvrelay.wire import control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from router.admission import DEFAULT_LIMITS
 from router.callers import Callers
+from router.commands import UnavailableTrouble
 from router.control import ControlService
-from router.exposure import check_exposure, client_certificates_needed, listen_address
+from router.exposure import bind_host, check_exposure, client_certificates_needed, listen_address
 from router.fleet import Fleet
-from router.frontdoor import FrontDoor
+from router.frontdoor import SHUTTING_DOWN, FrontDoor
 from router.guard import KeyGuard
 from router.health import Health
 from router.http.app import make_app
@@ -90,6 +93,7 @@ class Router:
         """Raises ValueError for a broken model folder, for files of keys and certificates that
         cannot be used and a host that needs them; RuntimeError or OSError when a port is
         taken."""
+        config = config.model_copy(update={"host": await _address(config.host)})
         check_exposure(
             config.host,
             api_keys=config.api_keys is not None,
@@ -135,6 +139,7 @@ class Router:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_ms / 1000):
                 await self._door.drain()
+        self.fleet.shut_down(UnavailableTrouble(SHUTTING_DOWN))  # what runs is told so
         # What is open now, a health watch for one, would stay open for ever.
         await asyncio.gather(self._public.stop(grace=_GOODBYE_S), self._http.stop())
         await self._door.close()
@@ -152,6 +157,17 @@ class Router:
     async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
         for name in ("", SERVICE):
             await self._health.set(name, status)
+
+
+async def _address(host: str) -> str:
+    """What both public servers listen on; a name is looked up once, for they may differ on it."""
+    host = bind_host(host)
+    try:
+        ip_address(host)
+    except ValueError:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        return str(found[0][4][0])
+    return host
 
 
 async def serve(config: RouterConfig) -> None:

@@ -36,11 +36,14 @@ class Reason(Enum):
 class Refusal(Exception):
     """A request that is not served, or not to its end; the message is for the client.
 
-    retry_ms: when to try again, for a request that may be served later; else None.
+    retry_ms: when to try again, for a request that may be served later; else None. For one that
+    finds no router or no worker that works there is always a hint.
     """
 
     def __init__(self, reason: Reason, message: str, retry_ms: int | None = None) -> None:
         super().__init__(message)
+        if retry_ms is None and reason is Reason.UNAVAILABLE:
+            retry_ms = RETRY_HINT_MS
         self.reason = reason
         self.retry_ms = retry_ms
 

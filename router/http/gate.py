@@ -2,6 +2,7 @@
 how large its head is, who calls, what the key may see, and the ids of the call and of its answer.
 """
 
+import asyncio
 import contextlib
 import logging
 import uuid
@@ -13,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvrelay.config import RouterConfig
 from router.admission import InvalidRequest, check_request_id
 from router.callers import Caller
-from router.frontdoor import FrontDoor
+from router.frontdoor import SHUTTING_DOWN, FrontDoor
 from router.http.errors import HttpError, of_refusal, overloaded
 from router.metrics import Metrics
 from router.refusals import RETRY_HINT_MS, Reason, Refusal
@@ -52,10 +53,14 @@ class Gate:
         echoed_id = _given_id(headers) or request_id
         route = route_of(scope["path"])
 
+        begun = False
+
         async def answer(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
                 self._metrics.http_responses.labels(route, str(message["status"])).inc()
                 given = list(message["headers"])
+                begun = True
                 message = {**message, "headers": [*given, (b"x-request-id", echoed_id.encode())]}
             await send(message)
 
@@ -69,6 +74,11 @@ class Gate:
                 if echoed_id != request_id:
                     log.info("request %s: its client calls it %s", request_id, echoed_id)
                 await self._app(scope, receive, answer)
+        except asyncio.CancelledError:
+            # Only the server does this, at its end; what it would say of it is no answer of ours.
+            if not begun:
+                told = Refusal(Reason.UNAVAILABLE, SHUTTING_DOWN)
+                await of_refusal(told).response()(scope, receive, answer)
         except Refusal as error:
             self._metrics.refused("http", error.reason)
             await of_refusal(error).response()(scope, receive, answer)

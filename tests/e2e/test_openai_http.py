@@ -10,6 +10,8 @@ from local_cluster import local_cluster
 from tiny_models import make_endless
 from waiting import until
 
+from kvrelay.client import KvrelayError
+
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 DEADLINE_S = 60.0  # only a broken test waits this long
@@ -346,3 +348,32 @@ async def test_a_stream_is_finished_before_the_router_ends(tmp_path):
             chunks += [chunk async for chunk in stream]
             await stopping
         assert chunks[-1].choices[0].finish_reason == "length"
+
+
+async def test_what_runs_when_the_drain_is_over_is_told_so(cluster, caplog):
+    model = cluster.router._config.model_path
+    async with local_cluster(model, router={"drain_ms": 50}) as small:
+        url = f"http://{small.router.http_address}/v1"
+        async with (
+            asyncio.timeout(DEADLINE_S),
+            openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as asking,
+            small.client(timeout_s=DEADLINE_S) as grpc_client,
+        ):
+            options = {"model": "endless", "prompt": TEXT, "max_tokens": 2000}
+            stream = await asking.completions.create(stream=True, **options)
+            await anext(stream)
+            whole = asyncio.create_task(asking.completions.create(**options))
+            by_grpc = grpc_client.generate(TEXT, max_tokens=2000)
+            await anext(by_grpc)
+            await until(lambda: small.router.fleet.requests[0] == 3, within_s=DEADLINE_S)
+            stopping = asyncio.create_task(small.router.stop())
+            with pytest.raises(openai.APIError, match="the router is shutting down"):
+                async for _ in stream:
+                    pass
+            with pytest.raises(openai.InternalServerError, match="shutting down") as caught:
+                await whole
+            assert caught.value.response.headers["retry-after"] == "1"
+            with pytest.raises(KvrelayError, match="the router is shutting down"):
+                await by_grpc.result()
+            await stopping
+    assert "Traceback" not in caplog.text

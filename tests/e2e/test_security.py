@@ -3,11 +3,14 @@ sockets. In process, but over the wire alone."""
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx2
+import openai
 import pytest
 import pytest_asyncio
 from certificates import make_certificates
@@ -531,3 +534,35 @@ async def test_a_router_does_not_open_itself_to_strangers_either(model):
     with pytest.raises(ValueError, match="strangers"):
         async with local_cluster(model, router={"host": "0.0.0.0"}):
             pass
+
+
+# ---- OpenAI's API
+
+
+async def test_http_with_tls_and_keys(model, certificates, keys):
+    own, key = certificates["cluster"], keys.keys["alice"]
+    trusting = ssl.create_default_context(cafile=certificates["ca alone"] / "ca.pem")
+    strangers = ssl.create_default_context(cafile=certificates["strangers"] / "ca.pem")
+
+    def openai_client(api_key: str, context: ssl.SSLContext) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=f"https://{cluster.router.http_address}/v1",
+            api_key=api_key,
+            max_retries=0,
+            http_client=httpx2.AsyncClient(verify=context),
+        )
+
+    async with over_tls(model, own, api_keys=keys.path) as cluster:
+        async with openai_client(key, trusting) as asking:
+            done = await asking.completions.create(model="endless", prompt=TEXT, max_tokens=4)
+            assert done.usage.completion_tokens == 4
+            stream = await asking.completions.create(
+                model="endless", prompt=TEXT, max_tokens=4, stream=True
+            )
+            assert [chunk async for chunk in stream][-1].choices[0].finish_reason == "length"
+        async with openai_client("wrong", trusting) as asking:
+            with pytest.raises(openai.AuthenticationError):
+                await asking.models.list()
+        async with openai_client(key, strangers) as asking:
+            with pytest.raises(openai.APIConnectionError):
+                await asking.models.list()
