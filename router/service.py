@@ -17,6 +17,7 @@ from router.request import Request
 
 STATUSES = {
     Reason.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
+    Reason.TOO_LONG: grpc.StatusCode.INVALID_ARGUMENT,
     Reason.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
     Reason.FORBIDDEN: grpc.StatusCode.PERMISSION_DENIED,
     Reason.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
