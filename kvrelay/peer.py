@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -87,7 +88,7 @@ class Peer:
         return message
 
 
-def _retry_ms(metadata: Iterable[tuple[str, str | bytes]] | None) -> int | None:
+def _retry_ms(metadata: Iterable[Any] | None) -> int | None:
     """A value below 0 means never."""
     hint = dict(metadata or ()).get("grpc-retry-pushback-ms", "")
     return int(hint) if isinstance(hint, str) and hint.isdecimal() and len(hint) < 10 else None

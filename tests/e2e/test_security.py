@@ -6,6 +6,7 @@ import contextlib
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import grpc
@@ -336,6 +337,27 @@ async def test_tenants_share_no_prefix(cluster, keys):
     other = await ask(cluster, keys.keys["alice"], text=text)
     assert other.cached_tokens == 0
     assert other.token_ids == first.token_ids
+
+
+@pytest.mark.slow
+async def test_a_tenant_cannot_tell_by_the_time_what_another_has_sent(cluster, keys):
+    """Prompts that another tenant has just sent, prompts that nobody has and prompts of its own, in
+    turns. Its own show that the measurement would see a cached prefix."""
+    rounds, times_ms = 25, {"nobody's": [], "another's": [], "its own": []}
+    for number in range(rounds):
+        for kind, measured in times_ms.items():
+            text = f"{number} of {kind}: " + "what nobody is to know of anybody " * 20
+            if kind != "nobody's":
+                by = "alice" if kind == "another's" else "bob"
+                await ask(cluster, keys.keys[by], max_tokens=1, text=text)
+            done = await ask(cluster, keys.keys["bob"], max_tokens=1, text=text)
+            assert (done.cached_tokens > 0) == (kind == "its own")
+            measured.append(done.timings.ttft_ms)
+    nobodys, anothers, own = (median(measured) for measured in times_ms.values())
+    print({kind: round(median(measured), 2) for kind, measured in times_ms.items()})
+    assert own < 0.8 * nobodys, "a cached prefix saves too little here to be measured"
+    # Much less than what a cached prefix saves.
+    assert abs(anothers - nobodys) < 0.5 * (nobodys - own)
 
 
 # ---- certificates
