@@ -28,7 +28,6 @@ _ERRORS = {
     404: "There is no such model or route.",
     405: "The route does not take this method.",
     408: "The body did not arrive in time.",
-    409: "A running request has this id.",
     413: "The body is too large.",
     415: "The body is not JSON.",
     429: "No room now, or over a limit of the key; Retry-After says when to try again.",
@@ -85,7 +84,7 @@ def _answering(name: str, body: type[BaseModel], reply: type[BaseModel]) -> dict
             "requestBody": {"required": True, "content": _json(body)},
             "responses": {
                 "200": {"description": "The answer.", "content": {**_json(reply), **events}},
-                **_errors((*_KEYED, 404, 405, 408, 409, 413, 415, 429)),
+                **_errors((*_KEYED, 404, 405, 408, 413, 415, 429)),
             },
         }
     }
