@@ -93,13 +93,14 @@ class Router:
         """Raises ValueError for a broken model folder, for files of keys and certificates that
         cannot be used and a host that needs them; RuntimeError or OSError when a port is
         taken."""
-        config = config.model_copy(update={"host": await _address(config.host)})
+        host = bind_host(config.host)
         check_exposure(
-            config.host,
+            host,
             api_keys=config.api_keys is not None,
             certificates=config.certificates is not None,
             insecure=config.insecure,
         )
+        config = config.model_copy(update={"host": await _address(host)})
         files = await asyncio.to_thread(ModelFiles.load, config.model_path, config.model_name)
         router = cls(config, files)
         await router._door.open()
@@ -161,13 +162,15 @@ class Router:
 
 async def _address(host: str) -> str:
     """What both public servers listen on; a name is looked up once, for they may differ on it."""
-    host = bind_host(host)
     try:
-        ip_address(host)
+        return str(ip_address(host))
     except ValueError:
+        pass
+    try:
         found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        return str(found[0][4][0])
-    return host
+    except OSError as error:
+        raise OSError(f"--host {host} has no address: {error.strerror}") from error
+    return str(found[0][4][0])
 
 
 async def serve(config: RouterConfig) -> None:
