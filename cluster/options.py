@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvrelay.config import Device, Dtype, KvDtype, LocalPrefill, Quantize, Transport, WireCodec
 from kvrelay.tls import CertificatesError, member_name
-from router.exposure import ExposureError, check_exposure
+from router.exposure import ExposureError, bind_host, check_exposure
 from router.keys import KeysError, KeySet
 
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
@@ -77,7 +77,7 @@ class ServeOptions:
             if self.api_keys:
                 KeySet.load(self.api_keys)
             check_exposure(
-                self.host,
+                bind_host(self.host),
                 api_keys=self.api_keys is not None,
                 certificates=self.certificates is not None,
                 insecure=self.insecure,

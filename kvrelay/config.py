@@ -88,6 +88,8 @@ class RouterConfig(_Frozen):
 
     keys_check_ms: int = Field(default=2_000, ge=1)  # between two looks at the file of API keys
     rpcs_max: int = Field(default=4096, ge=1)  # calls at once, before any of their work is done
+    health_watches_max: int = Field(default=64, ge=1)  # open at once; they are rpcs too
+    health_read_ms: int = Field(default=5_000, ge=1)  # the message of a check without a key
     queue_max: int = 1024  # requests waiting for a worker
     queue_wait_ms: int = 120_000
     queue_aging_ms: int = Field(default=500, ge=1)  # of waiting, for one step of priority
@@ -110,6 +112,7 @@ class RouterConfig(_Frozen):
     http_body_bytes_max: int = Field(default=8 << 20, ge=1)
     http_header_bytes_max: int = Field(default=16 << 10, ge=1)  # of one request, all together
     http_headers_max: int = Field(default=100, ge=1)
+    http_tls_ms: int = Field(default=5_000, ge=1)  # a TLS handshake, and a TLS goodbye
     http_read_ms: int = Field(default=30_000, ge=1)  # a request's body
     http_write_ms: int = Field(default=60_000, ge=1)  # a client that has stopped reading
     http_idle_ms: int = Field(default=30_000, ge=1)  # a connection without a whole request head

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -21,12 +22,16 @@ _CANCELLED = "the request was cancelled"
 
 
 class KvrelayError(Exception):
-    """A request that failed. `code` is gRPC's status code; str() is one line for a person."""
+    """A request that failed. `code` is gRPC's status code; str() is one line for a person.
 
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        super().__init__(code, message)
+    retry_ms: when the server suggests to try again; None: it does not.
+    """
+
+    def __init__(self, code: grpc.StatusCode, message: str, retry_ms: int | None = None) -> None:
+        super().__init__(code, message, retry_ms)
         self.code = code
         self.message = message
+        self.retry_ms = retry_ms
 
     def __str__(self) -> str:
         return self.message
@@ -48,7 +53,8 @@ class Peer:
         try:
             yield
         except grpc.RpcError as error:
-            raise self.explain(error.code(), error.details() or "") from error
+            retry_ms = _retry_ms(error.trailing_metadata())
+            raise self.explain(error.code(), error.details() or "", retry_ms) from error
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
@@ -56,7 +62,9 @@ class Peer:
             # Nobody cancelled this task: it is how grpc.aio reports a call that we cancelled.
             raise KvrelayError(grpc.StatusCode.CANCELLED, _CANCELLED) from None
 
-    def explain(self, code: grpc.StatusCode, details: str) -> KvrelayError:
+    def explain(
+        self, code: grpc.StatusCode, details: str, retry_ms: int | None = None
+    ) -> KvrelayError:
         """The error to raise: the server's own words, or ours where gRPC's would not help."""
         message = " ".join(details.split())
         if code is grpc.StatusCode.UNAVAILABLE:
@@ -65,7 +73,8 @@ class Peer:
             message = f"{self.address} did not finish the request within {self.timeout_s:g} s"
         elif any(words in message for words in _CANCELLED_LOCALLY):
             message = _CANCELLED
-        return KvrelayError(code, message or f"{self.address} failed without a word ({code.name})")
+        message = message or f"{self.address} failed without a word ({code.name})"
+        return KvrelayError(code, message, retry_ms)
 
     def _explain_unavailable(self, message: str) -> str:
         if message.startswith(_NOT_CONNECTED):
@@ -77,6 +86,12 @@ class Peer:
         if "Socket closed" in message or "Connection reset" in message:
             return f"the connection to {self.address} broke off ({message})"
         return message
+
+
+def _retry_ms(metadata: Iterable[Any] | None) -> int | None:
+    """A value below 0 means never."""
+    hint = dict(metadata or ()).get("grpc-retry-pushback-ms", "")
+    return int(hint) if isinstance(hint, str) and hint.isdecimal() and len(hint) < 10 else None
 
 
 def checked_address(address: str) -> str:

@@ -38,6 +38,8 @@ class RequestOptions(SamplingOptions, total=False):
 
     model: str  # a name from models(); empty is the model served
     request_id: str  # unique among running requests; empty lets the server make one
+    priority: int  # lower goes first, -100 to 100; below 0 an API key has to be allowed it
+    ttft_deadline_ms: int  # refused when the first token would come later than this; 0: none
 
 
 def generate_request(prompt: str | Sequence[int], options: RequestOptions) -> pb.GenerateRequest:
@@ -67,9 +69,20 @@ def tokenize_request(text: str, model: str) -> pb.TokenizeRequest:
 
 
 def _common_fields(
-    *, model: str = "", request_id: str = "", **sampling: Unpack[SamplingOptions]
+    *,
+    model: str = "",
+    request_id: str = "",
+    priority: int = 0,
+    ttft_deadline_ms: int = 0,
+    **sampling: Unpack[SamplingOptions],
 ) -> dict[str, Any]:
-    return {"model": model, "request_id": request_id, "sampling": _sampling(**sampling)}
+    return {
+        "model": model,
+        "request_id": request_id,
+        "priority": priority,
+        "ttft_deadline_ms": ttft_deadline_ms,
+        "sampling": _sampling(**sampling),
+    }
 
 
 def _sampling(

@@ -19,6 +19,10 @@ class InvalidRequest(ValueError):
     """The request can never be served as it is; the message is for the client."""
 
 
+class TooLongRequest(InvalidRequest):
+    """Prompt and answer together are more than the model or the workers can hold."""
+
+
 @dataclass(frozen=True)
 class RequestLimits:
     prompt_bytes_max: int = 4 << 20
@@ -100,7 +104,7 @@ def check_text(
     if size > limits.prompt_bytes_max:
         raise InvalidRequest(f"text: {size} bytes, at most {limits.prompt_bytes_max} allowed")
     if size > max_model_tokens * longest_token_bytes:
-        raise InvalidRequest(
+        raise TooLongRequest(
             f"text: {size} bytes are more than {max_model_tokens} tokens, the limit of prompt and "
             f"answer together, even at {longest_token_bytes} bytes a token"
         )
@@ -147,12 +151,23 @@ def check_request_id(request_id: str, limits: RequestLimits = DEFAULT_LIMITS) ->
 
 
 def check_urgency(
-    priority: int, ttft_deadline_ms: int, limits: RequestLimits = DEFAULT_LIMITS
+    priority: int,
+    ttft_deadline_ms: int,
+    limits: RequestLimits = DEFAULT_LIMITS,
+    *,
+    priority_min: int | None = None,
 ) -> None:
-    """How soon a request wants to be served: its place in the queue follows from it."""
+    """How soon a request wants to be served: its place in the queue follows from it.
+
+    priority_min: the least that its caller may ask for; None: as the limits have it.
+    """
     most = limits.priority_max
     if not -most <= priority <= most:
         raise InvalidRequest(f"priority: {priority}, allowed are {-most} (first) to {most}")
+    if priority_min is not None and priority < priority_min:
+        raise InvalidRequest(
+            f"priority: {priority}, this API key may ask for {priority_min} (first) to {most}"
+        )
     if ttft_deadline_ms < 0:
         raise InvalidRequest(f"ttft_deadline_ms: {ttft_deadline_ms}, allowed are 0 (none) and more")
 
@@ -220,7 +235,7 @@ def _max_tokens(
     if params.max_tokens < 1:
         raise InvalidRequest(f"max_tokens: {params.max_tokens}, allowed are 1 to {room}")
     if params.max_tokens > room:
-        raise InvalidRequest(
+        raise TooLongRequest(
             f"max_tokens: {params.max_tokens} and {prompt_tokens} prompt tokens are more than "
             f"{max_model_tokens}, the limit of both together; allowed are 1 to {room}"
         )
@@ -231,7 +246,7 @@ def _room(prompt_tokens: int, max_model_tokens: int) -> int:
     """Tokens left for the answer, at least one."""
     room = max_model_tokens - prompt_tokens
     if room < 1:
-        raise InvalidRequest(
+        raise TooLongRequest(
             f"prompt: {prompt_tokens} tokens leave no room for an answer, prompt and answer "
             f"together may have {max_model_tokens}"
         )

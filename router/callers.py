@@ -6,9 +6,10 @@ whose prefixes it shares, follows from it, never from what a client says of itse
 
 import hashlib
 import hmac
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from router.keys import KeySet
+from router.admission import DEFAULT_LIMITS
+from router.keys import ApiKey, KeySet
 from router.quotas import UNLIMITED, Quota
 from router.refusals import Reason, Refusal
 
@@ -18,14 +19,18 @@ _TENANT = "kvrelay tenant 1"
 
 @dataclass(frozen=True)
 class Caller:
-    """name: for logs and metrics. tenant: salts the names of KV blocks; equal ones share them."""
+    """name: for logs and metrics. tenant: salts the names of KV blocks; equal ones share them.
+    priority_min: as urgent as this its requests may be. metrics: it may read all tenants' counts.
+    """
 
     name: str
     tenant: str
     quota: Quota = UNLIMITED
+    priority_min: int = 0
+    metrics: bool = False
 
 
-ANYBODY = Caller("anybody", "")
+ANYBODY = Caller("anybody", "", priority_min=-DEFAULT_LIMITS.priority_max, metrics=True)
 
 
 class Callers:
@@ -39,7 +44,7 @@ class Callers:
         self._keys: KeySet | None = None
         self._by_name: dict[str, Caller] = {}
         self._cluster_key = cluster_key.encode()
-        self._anybody = Caller(ANYBODY.name, self._salt(""))
+        self._anybody = replace(ANYBODY, tenant=self._salt(""))
         if keys is not None:
             self.replace(keys)
 
@@ -50,9 +55,7 @@ class Callers:
     def replace(self, keys: KeySet) -> None:
         """From now on these keys are good. What runs with one that was removed goes on to its end:
         its answer is paid for, and who wants to end it at once restarts the router."""
-        self._by_name = {
-            key.name: Caller(key.name, self._salt(key.tenant_name), key.quota) for key in keys
-        }
+        self._by_name = {key.name: self._caller(key) for key in keys}
         self._keys = keys
 
     def identify(self, authorization: str | None) -> Caller:
@@ -72,6 +75,10 @@ class Callers:
         if entry is None:
             raise Refusal(Reason.UNAUTHENTICATED, "the API key is wrong")
         return self._by_name[entry.name]
+
+    def _caller(self, key: ApiKey) -> Caller:
+        salt = self._salt(key.tenant_name)
+        return Caller(key.name, salt, key.quota, key.priority_min, key.metrics)
 
     def _salt(self, tenant: str) -> str:
         message = f"{_TENANT}\0{tenant}".encode()

@@ -39,7 +39,7 @@ class Dispatcher:
         self._queue = WaitingQueue(config)
         self._workers = Workers(config)
         self._attempts = Attempts(self._workers)
-        self._requests: dict[str, Request] = {}
+        self._requests: dict[tuple[str, str], Request] = {}  # by tenant and request id
         self._arrivals = 0
 
     # ---- what clients do
@@ -47,7 +47,7 @@ class Dispatcher:
     def submit(self, request: Request) -> list[Command]:
         """Raises DuplicateRequestError, QueueFullError or DeadlineError, and changes nothing."""
         now_ms = request.times.arrived_at_ms
-        if request.request_id in self._requests:
+        if request.name in self._requests:
             raise DuplicateRequestError(f"request id {request.request_id!r} is running already")
         if self._queue.full:
             raise QueueFullError(f"{len(self._queue)} requests are waiting", self._queue.all_ms())
@@ -55,7 +55,7 @@ class Dispatcher:
         if request.ttft_deadline_ms:
             check_deadline(request, self._queue, self._workers)
         self._arrivals += 1
-        self._requests[request.request_id] = request
+        self._requests[request.name] = request
         request.queued_at_ms = now_ms
         self._queue.push(request, now_ms)
         return self._pump(now_ms)
@@ -65,7 +65,7 @@ class Dispatcher:
 
         Changes nothing for a request that has ended or was never accepted.
         """
-        if self._requests.get(request.request_id) is not request:
+        if self._requests.get(request.name) is not request:
             return []
         commands = self._attempts.withdraw(request)
         self._end(request)
@@ -314,7 +314,7 @@ class Dispatcher:
             self._queue.remove(request)
         request.on(RequestEvent.END)
         self._attempts.release(request)
-        del self._requests[request.request_id]
+        del self._requests[request.name]
 
     def check(self) -> None:
         """Asserts that everything that is kept is what its requests make of it. For tests."""

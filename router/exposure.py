@@ -21,11 +21,11 @@ def check_exposure(host: str, *, api_keys: bool, certificates: bool, insecure: b
         return
     if api_keys:
         raise ExposureError(
-            f"on {host or 'all addresses'} API keys would travel in clear text: "
+            f"on {host} API keys would travel in clear text: "
             "add --certificates DIR, or say --insecure"
         )
     raise ExposureError(
-        f"{host or 'all addresses'} can be reached by strangers: "
+        f"{host} can be reached by strangers: "
         "add --certificates DIR, with --api-keys FILE or certificates for clients, "
         "or say --insecure"
     )
@@ -34,6 +34,25 @@ def check_exposure(host: str, *, api_keys: bool, certificates: bool, insecure: b
 def client_certificates_needed(*, api_keys: bool) -> bool:
     """Whether TLS clients have to show a certificate: an API key says who they are as well."""
     return not api_keys
+
+
+def bind_host(host: str) -> str:
+    """`host` as both public servers understand it alike: an address without brackets, or a name.
+
+    Raises:
+        ExposureError: it is empty.
+    """
+    host = host.strip().removeprefix("[").removesuffix("]")
+    if not host:
+        raise ExposureError("empty: say 127.0.0.1 for this machine alone, :: for all addresses")
+    if host == "localhost":
+        return "127.0.0.1"  # one of the several that it may stand for
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return str(mapped or address)
 
 
 def is_loopback(host: str) -> bool:

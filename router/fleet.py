@@ -45,6 +45,7 @@ class Fleet:
         self._config = config
         self._answers: dict[Request, Answer] = {}
         self._turns = Turns()
+        self._shut_down: Trouble | None = None
         self._workers: dict[tuple[str, str], _Worker] = {}  # by role and address
         self._connected: dict[str, _Worker] = {}  # by instance id
         self._layout: KVLayout | None = None
@@ -55,7 +56,9 @@ class Fleet:
     # ---- for the public service
 
     def submit(self, request: Request) -> Answer:
-        """Raises DuplicateRequestError or QueueFullError."""
+        """Raises DuplicateRequestError or QueueFullError, and after `shut_down` its Trouble."""
+        if self._shut_down is not None:
+            raise self._shut_down
         commands = self.dispatcher.submit(request)
         answer = self._answers[request] = Answer(self._turns)
         self.carry_out(commands)
@@ -64,6 +67,12 @@ class Fleet:
     def let_go(self, request: Request) -> None:
         self._answers.pop(request, None)
         self.carry_out(self.dispatcher.let_go(request, now_ms()))
+
+    def shut_down(self, trouble: Trouble) -> None:
+        """Ends all answers that are not whole, and begins none any more."""
+        self._shut_down = trouble
+        for answer in self._answers.values():
+            answer.put(trouble)
 
     # ---- for the control service
 

@@ -171,7 +171,7 @@ class FrontDoor:
         if self._draining:
             raise Refusal(Reason.UNAVAILABLE, SHUTTING_DOWN)
         check_request_id(ask.request_id)
-        check_urgency(ask.priority, ask.ttft_deadline_ms)
+        check_urgency(ask.priority, ask.ttft_deadline_ms, priority_min=caller.priority_min)
         self.check_model(ask.model)
         return self._request(ask, caller, await self._prompt(ask.prompt), arrived_at_ms)
 

@@ -1,7 +1,8 @@
 """Reads the file of API keys again when it changes, while the router serves.
 
 Run by router/main.py. A file is looked at every keys_check_ms, and at once after `look` (SIGHUP).
-One that cannot be used changes nothing: the keys that were good stay good.
+One that cannot be used changes nothing: the keys that were good stay good. Nothing that goes wrong
+ends the watch: a key that was removed would be good for ever.
 """
 
 import asyncio
@@ -36,7 +37,10 @@ class KeyWatch:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._check_s):
                     await self._asked.wait()
-            await self._check()
+            try:
+                await self._check()
+            except Exception:
+                log.exception("looking at the file of API keys failed; the keys stay as they were")
 
     async def _check(self) -> None:
         stamp = await asyncio.to_thread(_stamp, self._path)

@@ -9,6 +9,8 @@ TOML and holds no key, only hashes:
     hash = "sha256:..."
     tenant = "research"             # optional; the name unless given
     requests_per_minute = 600       # optional, as the other quotas of router/quotas.py
+    priority_min = -10              # optional; requests may be as urgent as this, 0 unless given
+    metrics = true                  # optional; may read /metrics, which tells of all tenants
 
 Keys of one tenant share cached prefixes; keys of two never do. To change a key for another, add a
 second entry with the same tenant and remove the first when nobody uses it any more.
@@ -27,12 +29,14 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from router.admission import DEFAULT_LIMITS
 from router.quotas import Quota
 
 FILE_BYTES_MAX = 1 << 20  # some 5,000 keys
 _SECRET_BYTES = 32
 _ID_BYTES = 4
 _KEY = re.compile(r"kvr_([0-9a-f]{8})_[0-9a-f]{64}")
+_PRIORITY_MAX = DEFAULT_LIMITS.priority_max
 # What a key that is in no entry is compared with, so that both take the same time.
 _NO_HASH = "sha256:" + "0" * 64
 
@@ -56,6 +60,9 @@ class ApiKey(Quota):
     # pay for it.
     hash: str = Field(pattern="^sha256:[0-9a-f]{64}$", repr=False)
     tenant: _Name | None = None
+    # Lower goes first: by itself nobody overtakes others.
+    priority_min: int = Field(default=0, ge=-_PRIORITY_MAX, le=_PRIORITY_MAX)
+    metrics: bool = False
 
     @property
     def tenant_name(self) -> str:
@@ -115,7 +122,7 @@ class KeySet:
             raise KeysError(f"{path}: {_first(error)}") from None
         except UnicodeDecodeError:
             raise KeysError(f"{path} is not UTF-8 text") from None
-        except (tomllib.TOMLDecodeError, RecursionError, KeysError) as error:
+        except (ValueError, RecursionError) as error:  # not TOML, or a number of 5,000 digits
             raise KeysError(f"{path}: {' '.join(str(error).split())}") from None
 
 

@@ -10,8 +10,10 @@ import gc
 import logging
 import os
 import signal
+import socket
 import ssl
 import sys
+from ipaddress import ip_address
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -24,11 +26,13 @@ from kvrelay.tls import server_context
 from kvrelay.wire import control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from router.admission import DEFAULT_LIMITS
 from router.callers import Callers
+from router.commands import UnavailableTrouble
 from router.control import ControlService
-from router.exposure import check_exposure, client_certificates_needed, listen_address
+from router.exposure import bind_host, check_exposure, client_certificates_needed, listen_address
 from router.fleet import Fleet
-from router.frontdoor import FrontDoor
+from router.frontdoor import SHUTTING_DOWN, FrontDoor
 from router.guard import KeyGuard
+from router.health import Health
 from router.http.app import make_app
 from router.http.server import HttpServer
 from router.key_watch import KeyWatch
@@ -61,9 +65,10 @@ class Router:
             self.key_watch = KeyWatch(config.api_keys, self._callers, config.keys_check_ms)
         limits = TemplateLimits(template_ms=config.template_ms)
         self._door = FrontDoor(files, self.fleet, self._callers, limits)
-        self._health = health.aio.HealthServicer()
+        self._health = Health(config.health_watches_max)
+        guard = KeyGuard(self._callers, self.fleet.metrics, config.health_read_ms)
         self._public = make_server(
-            interceptors=(KeyGuard(self._callers), MalformedRequests()),
+            interceptors=(guard, MalformedRequests()),
             rpcs_max=config.rpcs_max,
             request_bytes_max=REQUEST_BYTES_MAX,
         )
@@ -88,12 +93,14 @@ class Router:
         """Raises ValueError for a broken model folder, for files of keys and certificates that
         cannot be used and a host that needs them; RuntimeError or OSError when a port is
         taken."""
+        host = bind_host(config.host)
         check_exposure(
-            config.host,
+            host,
             api_keys=config.api_keys is not None,
             certificates=config.certificates is not None,
             insecure=config.insecure,
         )
+        config = config.model_copy(update={"host": await _address(host)})
         files = await asyncio.to_thread(ModelFiles.load, config.model_path, config.model_name)
         router = cls(config, files)
         await router._door.open()
@@ -133,6 +140,7 @@ class Router:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_ms / 1000):
                 await self._door.drain()
+        self.fleet.shut_down(UnavailableTrouble(SHUTTING_DOWN))  # what runs is told so
         # What is open now, a health watch for one, would stay open for ever.
         await asyncio.gather(self._public.stop(grace=_GOODBYE_S), self._http.stop())
         await self._door.close()
@@ -150,6 +158,19 @@ class Router:
     async def _set_health(self, status: "health_pb2.HealthCheckResponse.ServingStatus") -> None:
         for name in ("", SERVICE):
             await self._health.set(name, status)
+
+
+async def _address(host: str) -> str:
+    """What both public servers listen on; a name is looked up once, for they may differ on it."""
+    try:
+        return str(ip_address(host))
+    except ValueError:
+        pass
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise OSError(f"--host {host} has no address: {error.strerror}") from error
+    return str(found[0][4][0])
 
 
 async def serve(config: RouterConfig) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel, ConfigDict, Field
 
 _MINUTE_MS = 60_000.0
+_MOST = 2**53  # counted in floats
 
 
 class Quota(BaseModel):
@@ -18,12 +19,12 @@ class Quota(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    requests_per_minute: int | None = Field(default=None, ge=1)
-    requests_at_once: int | None = Field(default=None, ge=1)
+    requests_per_minute: int | None = Field(default=None, ge=1, le=_MOST)
+    requests_at_once: int | None = Field(default=None, ge=1, le=_MOST)
     # Prompt and max_tokens; what an answer has not used of max_tokens is given back at its end.
-    tokens_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1, le=_MOST)
     # Prompt and max_tokens of all running requests together: what they hold of the KV pools.
-    kv_tokens_at_once: int | None = Field(default=None, ge=1)
+    kv_tokens_at_once: int | None = Field(default=None, ge=1, le=_MOST)
 
 
 UNLIMITED = Quota()
@@ -43,19 +44,32 @@ class BeyondQuotaError(Exception):
 
 @dataclass
 class _Bucket:
-    """Fills evenly, up to one minute's worth. `level` may be below 0 after its limit has shrunk."""
+    """Fills evenly, up to one minute's worth. `level` may be below 0 after its limit has shrunk.
 
+    per_minute: the key's limit as the newest request found it. Those that run may have come under
+    another: what they give back is counted by the one that is good now.
+    """
+
+    per_minute: int
     level: float
     at_ms: float
 
-    def fill(self, per_minute: int, now_ms: float) -> None:
+    def fill(self, now_ms: float) -> None:
         passed_ms = max(0.0, now_ms - self.at_ms)
-        self.level = min(per_minute, self.level + passed_ms * per_minute / _MINUTE_MS)
+        self.add(passed_ms * self.per_minute / _MINUTE_MS)
         self.at_ms = now_ms
 
-    def missing_ms(self, wanted: float, per_minute: int) -> int:
-        """How long until it holds `wanted`; 0: it does."""
-        return max(0, math.ceil((wanted - self.level) * _MINUTE_MS / per_minute))
+    def add(self, amount: float) -> None:
+        self.level = min(self.per_minute, self.level + amount)
+
+    def ask(self, wanted: float, what: str) -> None:
+        """Raises QuotaExceededError, unless it holds `wanted`."""
+        missing_ms = math.ceil((wanted - self.level) * _MINUTE_MS / self.per_minute)
+        if missing_ms > 0:
+            raise QuotaExceededError(
+                f"the quota of this API key, {self.per_minute} {what} a minute, is used up",
+                missing_ms,
+            )
 
 
 @dataclass
@@ -99,10 +113,10 @@ class Quotas:
             )
         if quota.tokens_per_minute is not None:  # before the work of counting this one's
             account.tokens = _filled(account.tokens, quota.tokens_per_minute, now_ms)
-            _ask(account.tokens, 1, quota.tokens_per_minute, "tokens")
+            account.tokens.ask(1, "tokens")
         if quota.requests_per_minute is not None:
             account.requests = _filled(account.requests, quota.requests_per_minute, now_ms)
-            _ask(account.requests, 1, quota.requests_per_minute, "requests")
+            account.requests.ask(1, "requests")
             account.requests.level -= 1
         account.running += 1
         return Lease(quota, account)
@@ -132,8 +146,9 @@ class Quotas:
                 None,
             )
         if quota.tokens_per_minute is not None:
-            account.tokens = _filled(account.tokens, quota.tokens_per_minute, now_ms)
-            _ask(account.tokens, wanted, quota.tokens_per_minute, "tokens")
+            assert account.tokens is not None, "made by `enter`"
+            account.tokens.fill(now_ms)
+            account.tokens.ask(wanted, "tokens")
             account.tokens.level -= wanted
         account.kv_tokens += wanted
         lease.tokens = wanted
@@ -144,25 +159,19 @@ class Quotas:
         if lease.ended:
             return
         lease.ended = True
-        account, per_minute = lease.account, lease.quota.tokens_per_minute
+        account = lease.account
         account.running -= 1
         account.kv_tokens -= lease.tokens
-        if per_minute is not None and account.tokens is not None:
-            account.tokens.fill(per_minute, now_ms)
-            back = max(0, lease.tokens - used_tokens)
-            account.tokens.level = min(per_minute, account.tokens.level + back)
+        if lease.quota.tokens_per_minute is not None and account.tokens is not None:
+            account.tokens.fill(now_ms)
+            account.tokens.add(max(0, lease.tokens - used_tokens))
 
 
 def _filled(bucket: _Bucket | None, per_minute: int, now_ms: float) -> _Bucket:
+    """The bucket as it is now, with the limit that is good from now on."""
     if bucket is None:
-        return _Bucket(per_minute, now_ms)
-    bucket.fill(per_minute, now_ms)
+        return _Bucket(per_minute, per_minute, now_ms)
+    bucket.fill(now_ms)
+    bucket.per_minute = per_minute
+    bucket.add(0)
     return bucket
-
-
-def _ask(bucket: _Bucket, wanted: int, per_minute: int, what: str) -> None:
-    missing_ms = bucket.missing_ms(wanted, per_minute)
-    if missing_ms:
-        raise QuotaExceededError(
-            f"the quota of this API key, {per_minute} {what} a minute, is used up", missing_ms
-        )

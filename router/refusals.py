@@ -6,7 +6,7 @@ status of theirs.
 
 from enum import Enum
 
-from router.admission import InvalidRequest
+from router.admission import InvalidRequest, TooLongRequest
 from router.chat import ChatTemplateError
 from router.commands import (
     DuplicateRequestError,
@@ -24,7 +24,9 @@ _RETRY_MS = (100, 60_000)  # least and most: a prediction may be far off
 
 class Reason(Enum):
     INVALID = "invalid"  # as it is, it can never be served
+    TOO_LONG = "too_long"  # nor this
     UNAUTHENTICATED = "unauthenticated"
+    FORBIDDEN = "forbidden"  # to this API key
     NOT_FOUND = "not_found"
     UNSUPPORTED = "unsupported"  # not by this model
     DUPLICATE = "duplicate"
@@ -35,13 +37,18 @@ class Reason(Enum):
 class Refusal(Exception):
     """A request that is not served, or not to its end; the message is for the client.
 
-    retry_ms: when to try again, for a request that may be served later; else None.
+    retry_ms: when to try again, for a request that may be served later; else None. For one that
+    finds no router or no worker that works there is always a hint. prompt: which of its call's it
+    is about, where there are several.
     """
 
     def __init__(self, reason: Reason, message: str, retry_ms: int | None = None) -> None:
         super().__init__(message)
+        if retry_ms is None and reason is Reason.UNAVAILABLE:
+            retry_ms = RETRY_HINT_MS
         self.reason = reason
         self.retry_ms = retry_ms
+        self.prompt: int | None = None
 
 
 def refusal(error: Exception) -> Refusal | None:
@@ -49,6 +56,8 @@ def refusal(error: Exception) -> Refusal | None:
     match error:
         case Refusal():
             return error
+        case TooLongRequest():
+            return Refusal(Reason.TOO_LONG, str(error))
         case InvalidRequest() | ChatTemplateError() | InvalidTrouble() | BeyondQuotaError():
             return Refusal(Reason.INVALID, str(error))
         case DuplicateRequestError():

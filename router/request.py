@@ -128,6 +128,11 @@ class Request:
     _named: tuple[str, int, int] | None = None  # what `chain` is over
 
     @property
+    def name(self) -> tuple[str, str]:
+        """By tenant: whether another's id is running is nobody's business."""
+        return self.tenant, self.request_id
+
+    @property
     def prefill_here(self) -> bool:
         """Whether the decode worker of the present attempt computes the prompt."""
         return self.prefill_id is None

@@ -10,14 +10,16 @@ import grpc
 
 from kvrelay.wire import inference_pb2, inference_pb2_grpc
 from kvrelay.wire.inference_pb2 import Delta, GenerateResponse
-from router.callers import Caller
 from router.frontdoor import Ask, FrontDoor, Messages
+from router.guard import CALLER
 from router.refusals import Reason, Refusal
 from router.request import Request
 
 STATUSES = {
     Reason.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
+    Reason.TOO_LONG: grpc.StatusCode.INVALID_ARGUMENT,
     Reason.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
+    Reason.FORBIDDEN: grpc.StatusCode.PERMISSION_DENIED,
     Reason.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Reason.UNSUPPORTED: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.DUPLICATE: grpc.StatusCode.ALREADY_EXISTS,
@@ -45,7 +47,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.TokenizeRequest, context: Any
     ) -> inference_pb2.TokenizeResponse:
         try:
-            ids = await self._door.tokenize(request.model, request.text, self._caller(context))
+            ids = await self._door.tokenize(request.model, request.text, CALLER.get())
         except Refusal as error:
             await _abort(context, error)
         tokens = [self._door.files.tokenizer.id_to_token(token) or "" for token in ids]
@@ -54,10 +56,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Any
     ) -> inference_pb2.ListModelsResponse:
-        try:
-            self._caller(context)
-        except Refusal as error:
-            await _abort(context, error)
         model = inference_pb2.Model(
             name=self._door.files.name,
             max_model_tokens=self._door.max_model_tokens,
@@ -81,7 +79,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             ttft_deadline_ms=message.ttft_deadline_ms,
         )
         try:
-            async with self._door.serve(ask, self._caller(context)) as served:
+            async with self._door.serve(ask, CALLER.get()) as served:
                 await context.write(GenerateResponse(accepted=self._accepted(served.request)))
                 while (event := await served.next()) is not None:
                     if isinstance(event, Delta):
@@ -90,14 +88,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
                         await context.write(GenerateResponse(finished=event))
         except Refusal as error:
             await _abort(context, error)
-
-    def _caller(self, context: Any) -> Caller:
-        headers = dict(context.invocation_metadata() or ())
-        try:
-            return self._door.callers.identify(headers.get("authorization"))
-        except Refusal as error:
-            self._door.metrics.refused("grpc", error.reason)
-            raise
 
     def _accepted(self, request: Request) -> inference_pb2.Accepted:
         return inference_pb2.Accepted(

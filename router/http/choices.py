@@ -6,12 +6,14 @@ does: prompt by prompt.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any
 
 from kvrelay.wire.inference_pb2 import Delta, Finished
 from router.callers import Caller
 from router.frontdoor import Ask, FrontDoor, Served
 from router.http.asks import next_choice
+from router.refusals import Refusal
 
 # Told of everything that comes, with the choice's number; what it awaits holds that choice up.
 Take = Callable[[int, Served, Delta | Finished], Awaitable[None]]
@@ -36,7 +38,7 @@ async def serve_choices(
         async with asyncio.TaskGroup() as group:
             for number, ask in enumerate(asks):
                 prompt = _Prompt(door, ask, n, caller, take, group)
-                group.create_task(prompt.serve_first(number * n))
+                group.create_task(_of_prompt(number, len(asks), prompt.serve_first(number * n)))
     except BaseExceptionGroup as several:
         raise _first(several) from None
 
@@ -74,6 +76,16 @@ class _Prompt:
         async with self._door.serve(ask, self._caller) as served:
             while (event := await served.next()) is not None:
                 await self._take(number, served, event)
+
+
+async def _of_prompt(number: int, prompts: int, work: Coroutine[Any, Any, None]) -> None:
+    """A refusal says which of several prompts it is about."""
+    try:
+        await work
+    except Refusal as error:
+        if prompts > 1:
+            error.prompt = number
+        raise
 
 
 def _first(error: BaseException) -> BaseException:

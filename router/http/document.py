@@ -24,10 +24,10 @@ _SCHEMAS: tuple[tuple[type[BaseModel], Any], ...] = (
 _ERRORS = {
     400: "The request can never be served as it is; the message names the field.",
     401: "The API key is missing or wrong.",
+    403: "The API key may not do this.",
     404: "There is no such model or route.",
     405: "The route does not take this method.",
     408: "The body did not arrive in time.",
-    409: "A running request has this id.",
     413: "The body is too large.",
     415: "The body is not JSON.",
     429: "No room now, or over a limit of the key; Retry-After says when to try again.",
@@ -63,7 +63,7 @@ def document() -> dict[str, Any]:
             "/v1/models/{model}": _model(),
             "/health": _get("health", "The process answers.", Health, _EVERY),
             "/ready": _get("ready", "Requests can be served now.", Health, _EVERY),
-            "/metrics": _other("metrics", "For Prometheus.", "text/plain"),
+            "/metrics": _other("metrics", "For Prometheus.", "text/plain", (403,)),
             "/openapi.json": _other("openapi", "This document.", "application/json"),
         },
         "components": {
@@ -84,7 +84,7 @@ def _answering(name: str, body: type[BaseModel], reply: type[BaseModel]) -> dict
             "requestBody": {"required": True, "content": _json(body)},
             "responses": {
                 "200": {"description": "The answer.", "content": {**_json(reply), **events}},
-                **_errors((*_KEYED, 404, 405, 408, 409, 413, 415, 429)),
+                **_errors((*_KEYED, 404, 405, 408, 413, 415, 429)),
             },
         }
     }
@@ -108,9 +108,9 @@ def _model() -> dict[str, Any]:
     return path
 
 
-def _other(name: str, summary: str, media_type: str) -> dict[str, Any]:
+def _other(name: str, summary: str, media_type: str, errors: Iterable[int] = ()) -> dict[str, Any]:
     ok = {"description": summary, "content": {media_type: {}}}
-    responses = {"200": ok, **_errors((*_KEYED, 405))}
+    responses = {"200": ok, **_errors((*_KEYED, *errors, 405))}
     return {"get": {"operationId": name, "summary": summary, "responses": responses}}
 
 
@@ -130,6 +130,8 @@ def _json(model: type[BaseModel]) -> dict[str, Any]:
 _REQUEST_ID = {
     "name": "X-Request-Id",
     "in": "header",
-    "description": "The request's id: printable ASCII, at most 128 bytes; else one is made up.",
+    "description": (
+        "Sent back with the answer: printable ASCII, at most 128 bytes; else one is made up."
+    ),
     "schema": {"type": "string"},
 }

@@ -35,7 +35,9 @@ class _Kind:
 
 KINDS = {
     Reason.INVALID: _Kind(HTTPStatus.BAD_REQUEST, INVALID),
+    Reason.TOO_LONG: _Kind(HTTPStatus.BAD_REQUEST, INVALID, "context_length_exceeded"),
     Reason.UNAUTHENTICATED: _Kind(HTTPStatus.UNAUTHORIZED, INVALID, "invalid_api_key"),
+    Reason.FORBIDDEN: _Kind(HTTPStatus.FORBIDDEN, INVALID, "forbidden"),
     Reason.NOT_FOUND: _Kind(HTTPStatus.NOT_FOUND, INVALID, "model_not_found"),
     Reason.UNSUPPORTED: _Kind(HTTPStatus.BAD_REQUEST, INVALID, "unsupported"),
     Reason.DUPLICATE: _Kind(HTTPStatus.CONFLICT, INVALID, "duplicate_request_id"),
@@ -94,6 +96,8 @@ def internal() -> HttpError:
 def of_refusal(refusal: Refusal, prompt_field: str = "prompt") -> HttpError:
     """prompt_field: what the route calls the prompt."""
     kind = KINDS[refusal.reason]
+    if refusal.prompt is not None:
+        prompt_field = f"{prompt_field}[{refusal.prompt}]"
     message = _PROMPT_FIELD.sub(prompt_field, str(refusal), count=1)
     headers = {} if refusal.retry_ms is None else _retry_headers(refusal.retry_ms)
     if kind.status is HTTPStatus.UNAUTHORIZED:

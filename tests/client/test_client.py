@@ -105,6 +105,30 @@ def test_every_extra_of_sampling_reaches_the_server(server: ScriptedServer, clie
         assert generated.HasField(name)
 
 
+def test_how_urgent_a_request_is_reaches_the_server(server: ScriptedServer, client: Client) -> None:
+    client.generate("hi", priority=-5, ttft_deadline_ms=250).result()
+    client.chat("hi", priority=7).result()
+    urgent, patient = server.requests
+    assert (urgent.priority, urgent.ttft_deadline_ms) == (-5, 250)
+    assert (patient.priority, patient.ttft_deadline_ms) == (7, 0)
+
+
+@pytest.mark.parametrize(
+    ("hint", "retry_ms"), [("1500", 1500), ("0", 0), ("-1", None), ("soon", None), (None, None)]
+)
+async def test_the_hint_to_try_again_is_on_the_error(
+    server: ScriptedServer, hint: str | None, retry_ms: int | None
+) -> None:
+    trailing = (("grpc-retry-pushback-ms", hint),) if hint is not None else ()
+    server.scripts = [[Refusal(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", trailing)]]
+    with Client(server.address, timeout_s=DEADLINE_S) as client:
+        assert failure_of(client).retry_ms == retry_ms
+    async with AsyncClient(server.address, timeout_s=DEADLINE_S) as asking:
+        with pytest.raises(KvrelayError) as caught:
+            await asking.generate("hi").result()
+        assert caught.value.retry_ms == retry_ms
+
+
 def test_zero_is_sent_and_none_is_not(server: ScriptedServer, client: Client) -> None:
     client.generate("hi", temperature=0, top_k=0, seed=0, max_tokens=None).result()
     sampling = server.requests[0].sampling
@@ -370,8 +394,8 @@ def test_grpcs_words_are_made_clear(code: str, details: str, message: str) -> No
 
 
 def test_an_error_survives_pickling() -> None:
-    error = pickle.loads(pickle.dumps(KvrelayError(grpc.StatusCode.ABORTED, "gone")))
-    assert (error.code, str(error)) == (grpc.StatusCode.ABORTED, "gone")
+    error = pickle.loads(pickle.dumps(KvrelayError(grpc.StatusCode.ABORTED, "gone", 5)))
+    assert (error.code, str(error), error.retry_ms) == (grpc.StatusCode.ABORTED, "gone", 5)
 
 
 def test_the_client_loads_no_model_code() -> None:

@@ -33,6 +33,12 @@ def test_serve_is_not_open_to_strangers(key_file, options, why):
     assert "--insecure" in result.stderr
 
 
+def test_no_host_is_a_mistake():
+    result = CliRunner().invoke(main, ["serve", "no-model", "--host", ""])
+    assert result.exit_code == 2
+    assert "--host: empty: say 127.0.0.1 for this machine alone" in result.stderr
+
+
 @pytest.mark.parametrize("options", [[], ["--insecure", "--host", "0.0.0.0"]])
 def test_serve_gets_as_far_as_the_model_otherwise(options, tmp_path):
     result = CliRunner().invoke(main, ["serve", str(tmp_path), *options])

@@ -10,6 +10,8 @@ from local_cluster import local_cluster
 from tiny_models import make_endless
 from waiting import until
 
+from kvrelay.client import KvrelayError
+
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 DEADLINE_S = 60.0  # only a broken test waits this long
@@ -222,7 +224,7 @@ async def test_the_id_that_a_client_gives(client):
         model="endless", prompt=TEXT, max_tokens=1, extra_headers={"X-Request-Id": "mine-1"}
     )
     assert raw.headers["x-request-id"] == "mine-1"
-    assert raw.parse().id == "cmpl-mine-1"
+    assert raw.parse().id.startswith("cmpl-req-")  # the request's own
 
 
 # ---- errors
@@ -276,14 +278,16 @@ async def test_a_model_that_is_not_here(client):
     assert [model.id async for model in client.models.list()] == ["endless"]
 
 
-async def test_an_id_that_is_running(client, cluster):
-    headers = {"X-Request-Id": "twice"}
+async def test_an_id_that_is_running_may_come_again(client, cluster):
+    headers = {"X-Request-Id": "a-trace"}
     stream = await client.completions.create(
         model="endless", prompt=TEXT, max_tokens=3000, stream=True, extra_headers=headers
     )
     async with stream:
-        with pytest.raises(openai.ConflictError):
-            await client.completions.create(model="endless", prompt=TEXT, extra_headers=headers)
+        other = await client.completions.create(
+            model="endless", prompt=TEXT, max_tokens=1, extra_headers=headers
+        )
+        assert other.usage.completion_tokens == 1
 
 
 async def test_a_full_queue(tmp_path):
@@ -346,3 +350,32 @@ async def test_a_stream_is_finished_before_the_router_ends(tmp_path):
             chunks += [chunk async for chunk in stream]
             await stopping
         assert chunks[-1].choices[0].finish_reason == "length"
+
+
+async def test_what_runs_when_the_drain_is_over_is_told_so(cluster, caplog):
+    model = cluster.router._config.model_path
+    async with local_cluster(model, router={"drain_ms": 50}) as small:
+        url = f"http://{small.router.http_address}/v1"
+        async with (
+            asyncio.timeout(DEADLINE_S),
+            openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as asking,
+            small.client(timeout_s=DEADLINE_S) as grpc_client,
+        ):
+            options = {"model": "endless", "prompt": TEXT, "max_tokens": 2000}
+            stream = await asking.completions.create(stream=True, **options)
+            await anext(stream)
+            whole = asyncio.create_task(asking.completions.create(**options))
+            by_grpc = grpc_client.generate(TEXT, max_tokens=2000)
+            await anext(by_grpc)
+            await until(lambda: small.router.fleet.requests[0] == 3, within_s=DEADLINE_S)
+            stopping = asyncio.create_task(small.router.stop())
+            with pytest.raises(openai.APIError, match="the router is shutting down"):
+                async for _ in stream:
+                    pass
+            with pytest.raises(openai.InternalServerError, match="shutting down") as caught:
+                await whole
+            assert caught.value.response.headers["retry-after"] == "1"
+            with pytest.raises(KvrelayError, match="the router is shutting down"):
+                await by_grpc.result()
+            await stopping
+    assert "Traceback" not in caplog.text

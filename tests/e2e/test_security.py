@@ -3,11 +3,15 @@ sockets. In process, but over the wire alone."""
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import grpc
+import httpx2
+import openai
 import pytest
 import pytest_asyncio
 from certificates import make_certificates
@@ -160,13 +164,69 @@ async def test_services_of_the_public_port_are_all_known_here(cluster, keys):
     assert listed - {"grpc.health.v1.Health"} == known - {"no.Such"}
 
 
-async def test_health_checks_need_no_key(cluster):
+async def test_health_checks_need_no_key_and_watches_do(cluster, keys):
     async with grpc.aio.insecure_channel(cluster.router.address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         assert (await stub.Check(health_pb2.HealthCheckRequest())).status == 1
-        watch = stub.Watch(health_pb2.HealthCheckRequest())
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Check(health_pb2.HealthCheckRequest(service="none"))
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Watch(health_pb2.HealthCheckRequest()).read()
+        assert caught.value.code() is UNAUTHENTICATED
+        metadata = [("authorization", f"Bearer {keys.keys['alice']}")]
+        watch = stub.Watch(health_pb2.HealthCheckRequest(), metadata=metadata)
         assert (await watch.read()).status == 1
         watch.cancel()
+
+
+async def test_a_wrong_key_is_counted_once(cluster):
+    def counted() -> float:
+        labels = {"protocol": "grpc", "outcome": "unauthenticated"}
+        registry = cluster.router.fleet.metrics._registry
+        return registry.get_sample_value("kvrelay_requests_total", labels) or 0.0
+
+    before = counted()
+    async with client(cluster, api_key="wrong") as asking:
+        await refusal(asking.models())
+        await refusal(asking.generate("a").result())
+    assert counted() == before + 2
+
+
+async def test_strangers_cannot_use_up_the_calls(model, keys):
+    """Neither with watches nor with checks whose message never comes."""
+    limits = {"rpcs_max": 8, "health_read_ms": 50}
+    async with (
+        local_cluster(model, router={"api_keys": keys.path, **limits}) as cluster,
+        grpc.aio.insecure_channel(cluster.router.address) as channel,
+    ):
+        stub = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(8)]
+        silent = [channel.stream_unary("/grpc.health.v1.Health/Check")() for _ in range(8)]
+        for call in (*watches, *silent):
+            async with asyncio.timeout(DEADLINE_S):
+                codes = await call.code()
+            assert codes in (UNAUTHENTICATED, grpc.StatusCode.DEADLINE_EXCEEDED, EXHAUSTED)
+        assert (await ask(cluster, keys.keys["alice"])).completion_tokens == 4
+
+
+async def test_without_keys_watches_are_limited(model):
+    async with (
+        local_cluster(model, router={"health_watches_max": 2}) as cluster,
+        grpc.aio.insecure_channel(cluster.router.address) as channel,
+    ):
+        stub = health_pb2_grpc.HealthStub(channel)
+        open_now = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
+        for watch in open_now:
+            assert (await watch.read()).status == 1
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Watch(health_pb2.HealthCheckRequest()).read()
+        assert caught.value.code() is EXHAUSTED
+        for watch in open_now:
+            watch.cancel()
+        async with asyncio.timeout(DEADLINE_S):
+            while cluster.router._health._watches:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
 
 async def test_a_key_opens_every_method(cluster, keys):
@@ -277,6 +337,27 @@ async def test_tenants_share_no_prefix(cluster, keys):
     other = await ask(cluster, keys.keys["alice"], text=text)
     assert other.cached_tokens == 0
     assert other.token_ids == first.token_ids
+
+
+@pytest.mark.slow
+async def test_a_tenant_cannot_tell_by_the_time_what_another_has_sent(cluster, keys):
+    """Prompts that another tenant has just sent, prompts that nobody has and prompts of its own, in
+    turns. Its own show that the measurement would see a cached prefix."""
+    rounds, times_ms = 25, {"nobody's": [], "another's": [], "its own": []}
+    for number in range(rounds):
+        for kind, measured in times_ms.items():
+            text = f"{number} of {kind}: " + "what nobody is to know of anybody " * 20
+            if kind != "nobody's":
+                by = "alice" if kind == "another's" else "bob"
+                await ask(cluster, keys.keys[by], max_tokens=1, text=text)
+            done = await ask(cluster, keys.keys["bob"], max_tokens=1, text=text)
+            assert (done.cached_tokens > 0) == (kind == "its own")
+            measured.append(done.timings.ttft_ms)
+    nobodys, anothers, own = (median(measured) for measured in times_ms.values())
+    print({kind: round(median(measured), 2) for kind, measured in times_ms.items()})
+    assert own < 0.8 * nobodys, "a cached prefix saves too little here to be measured"
+    # Much less than what a cached prefix saves.
+    assert abs(anothers - nobodys) < 0.5 * (nobodys - own)
 
 
 # ---- certificates
@@ -475,3 +556,35 @@ async def test_a_router_does_not_open_itself_to_strangers_either(model):
     with pytest.raises(ValueError, match="strangers"):
         async with local_cluster(model, router={"host": "0.0.0.0"}):
             pass
+
+
+# ---- OpenAI's API
+
+
+async def test_http_with_tls_and_keys(model, certificates, keys):
+    own, key = certificates["cluster"], keys.keys["alice"]
+    trusting = ssl.create_default_context(cafile=certificates["ca alone"] / "ca.pem")
+    strangers = ssl.create_default_context(cafile=certificates["strangers"] / "ca.pem")
+
+    def openai_client(api_key: str, context: ssl.SSLContext) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(
+            base_url=f"https://{cluster.router.http_address}/v1",
+            api_key=api_key,
+            max_retries=0,
+            http_client=httpx2.AsyncClient(verify=context),
+        )
+
+    async with over_tls(model, own, api_keys=keys.path) as cluster:
+        async with openai_client(key, trusting) as asking:
+            done = await asking.completions.create(model="endless", prompt=TEXT, max_tokens=4)
+            assert done.usage.completion_tokens == 4
+            stream = await asking.completions.create(
+                model="endless", prompt=TEXT, max_tokens=4, stream=True
+            )
+            assert [chunk async for chunk in stream][-1].choices[0].finish_reason == "length"
+        async with openai_client("wrong", trusting) as asking:
+            with pytest.raises(openai.AuthenticationError):
+                await asking.models.list()
+        async with openai_client(key, strangers) as asking:
+            with pytest.raises(openai.APIConnectionError):
+                await asking.models.list()

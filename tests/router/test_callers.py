@@ -82,3 +82,14 @@ def test_tenants_have_salts_of_their_own_equal_at_all_routers_of_a_cluster(entri
     assert salts(CLUSTER_KEY) == [alice, bob, carol, anybody]
     assert not set(salts("another")) & {alice, bob, anybody}
     assert "team" not in bob
+
+
+def test_what_a_key_may_do_besides_is_in_its_entry(tmp_path):
+    (plain, first), (more, second) = new_key("alice"), new_key("watcher")
+    path = tmp_path / "keys.toml"
+    path.write_text(f"{first}{second}priority_min = -100\nmetrics = true\n")
+    callers = Callers(KeySet.load(path))
+    known = [callers.identify(f"Bearer {key}") for key in (plain, more)]
+    assert [(c.priority_min, c.metrics) for c in known] == [(0, False), (-100, True)]
+    anybody = Callers().identify(None)
+    assert (anybody.priority_min, anybody.metrics) == (-100, True)

@@ -477,6 +477,20 @@ def test_a_running_id_is_not_taken_again_until_it_has_ended():
     bench.submit("same")
 
 
+def test_an_id_is_its_tenants_own():
+    bench = Bench("p1")
+    ours, theirs, again = make("same"), make("same"), make("same")
+    ours.tenant, theirs.tenant, again.tenant = "alice", "bob", "bob"
+    for request in (ours, theirs):
+        bench.dispatcher.submit(request)
+    with pytest.raises(DuplicateRequestError, match="same"):
+        bench.dispatcher.submit(again)
+    bench.dispatcher.let_go(theirs, 0)
+    assert len(bench.dispatcher) == 1
+    bench.dispatcher.submit(again)
+    bench.dispatcher.check()
+
+
 def test_a_full_queue_is_a_typed_refusal_and_changes_nothing():
     bench = Bench("p1", queue_max=2)
     bench.submit("r1")

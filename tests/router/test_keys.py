@@ -80,6 +80,10 @@ def test_an_empty_file_has_no_keys(tmp_path):
         (ENTRY + ENTRY.replace("alice", "bob"), "two keys with the id '01234567'"),
         ("#" * (FILE_BYTES_MAX + 1), "more than"),
         ("x = " + "[" * 100_000, "keys.toml"),
+        (ENTRY + f"requests_per_minute = {'9' * 5000}\n", r"keys\.toml: .*digits"),
+        (ENTRY + f"requests_per_minute = {'9' * 4000}\n", "less than or equal"),
+        (ENTRY + "priority_min = -101\n", "keys.0.priority_min: .*greater than"),
+        (ENTRY + "metrics = 1\n", "keys.0.metrics: .*boolean"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_why_in_one_line(tmp_path, text, why):
@@ -161,6 +165,25 @@ async def test_a_broken_file_keeps_the_old_keys_and_is_told_of_once(tmp_path, ca
             await until(lambda: "0 API keys" in caplog.text, within_s=DEADLINE_S)
         assert not known(callers, key)
     assert caplog.text.count("stay as they were") == 2
+
+
+async def test_nothing_that_goes_wrong_ends_the_watch(tmp_path, caplog, monkeypatch):
+    key, entry = new_key("alice")
+    path = tmp_path / "keys.toml"
+    path.write_text(entry)
+    load_file = KeySet.load
+
+    def broken(_):
+        raise RuntimeError("broken")
+
+    async with watched(path, 5) as (callers, watch):
+        monkeypatch.setattr(KeySet, "load", broken)
+        watch.look()
+        await until(lambda: "RuntimeError: broken" in caplog.text, within_s=DEADLINE_S)
+        assert known(callers, key)
+        monkeypatch.setattr(KeySet, "load", load_file)
+        put(path, "")
+        await until(lambda: not known(callers, key), within_s=DEADLINE_S)
 
 
 def test_a_broken_file_is_refused_at_the_start(tmp_path):

@@ -152,3 +152,25 @@ def test_whatever_comes_no_quota_is_passed_and_all_comes_back(events):
     assert all(hint is None or 0 < hint <= 60_000 for hint in hints)
     account = quotas._accounts.get("alice")
     assert account is None or (account.running, account.kv_tokens) == (0, 0)
+
+
+def test_a_raised_quota_is_good_while_requests_of_the_old_one_end():
+    quotas = Quotas()
+    low, high = Quota(tokens_per_minute=100), Quota(tokens_per_minute=10_000)
+    old = enter(quotas, low, 0)
+    quotas.reserve(old, 50, 50, 0)
+    quotas.end(enter(quotas, high, 60_000), 0, 60_000)  # a minute's at the old pace, raised
+    lease = enter(quotas, high, 120_000)  # and a minute's at the new one
+    quotas.end(old, 0, 120_000)
+    quotas.reserve(lease, 5_000, 5_000, 120_000)
+
+
+def test_a_lowered_quota_is_good_while_requests_of_the_old_one_end():
+    quotas = Quotas()
+    low, high = Quota(tokens_per_minute=100), Quota(tokens_per_minute=10_000)
+    old = enter(quotas, high, 0)
+    quotas.reserve(old, 5_000, 4_000, 0)
+    lease = enter(quotas, low, 1)
+    quotas.end(old, 0, 2)
+    quotas.reserve(lease, 50, 50, 2)
+    assert exceeded(enter, quotas, low, 2).retry_ms == 600

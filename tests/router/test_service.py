@@ -15,9 +15,10 @@ from tokenizers import normalizers
 from kvrelay.config import RouterConfig
 from kvrelay.wire import inference_pb2 as pb
 from router import frontdoor
-from router.callers import Callers
+from router.callers import ANYBODY, Callers
 from router.fleet import Fleet
 from router.frontdoor import FrontDoor
+from router.guard import CALLER
 from router.model_files import ModelFiles
 from router.service import InferenceService
 
@@ -69,6 +70,7 @@ async def service_of(**config: Any) -> AsyncIterator[tuple[InferenceService, Fro
         )
     )
     door = FrontDoor(files, fleet, Callers())
+    CALLER.set(ANYBODY)  # as the guard does
     yield InferenceService(door), door
     await door.close()
     await fleet.close()

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,6 +151,7 @@ async def http_router(
     *,
     callers: Callers | None = None,
     files: ModelFiles | None = None,
+    tls: ssl.SSLContext | None = None,
     **config: Any,
 ) -> AsyncIterator[HttpRouter]:
     """A router that serves HTTP; at the end it has let go of all that it asked for."""
@@ -157,7 +159,7 @@ async def http_router(
     fleet = ScriptedFleet(script)
     fleet.metrics.watch(fleet)
     door = FrontDoor(files or tiny_files(), fleet, callers or Callers())
-    server = HttpServer(make_app(door, fleet.metrics, settings), settings)
+    server = HttpServer(make_app(door, fleet.metrics, settings), settings, tls)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(door.close)
         await server.start()

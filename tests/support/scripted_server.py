@@ -27,6 +27,7 @@ class Refusal:
 
     code: grpc.StatusCode
     details: str
+    trailing: tuple[tuple[str, str], ...] = ()
 
 
 class Hold:
@@ -132,6 +133,7 @@ class ScriptedServer(InferenceServicer):
         for step in script:
             if isinstance(step, Refusal):
                 played.set()
+                context.set_trailing_metadata(step.trailing)
                 context.abort(step.code, step.details)
             elif isinstance(step, threading.Event):
                 assert step.wait(DEADLINE_S)

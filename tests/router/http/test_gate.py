@@ -1,18 +1,21 @@
 """What is settled before a route is looked at: keys and ids."""
 
+import asyncio
+
 import pytest
 from http_router import http_router, says
 
 from router.callers import Caller, Callers
 from router.http.gate import OPEN_PATHS, PATHS, route_of
 from router.refusals import Reason, Refusal
+from router.request import Ending
 
 
 class Keyed(Callers):
     def identify(self, authorization: str | None) -> Caller:
-        if authorization != "Bearer right":
+        if authorization not in ("Bearer right", "Bearer watcher"):
             raise Refusal(Reason.UNAUTHENTICATED, "the API key is missing or wrong")
-        return Caller("somebody", "salt")
+        return Caller("somebody", "salt", metrics=authorization == "Bearer watcher")
 
 
 @pytest.mark.parametrize("path", [*sorted(PATHS), "/v1/models/tiny", "/nowhere", "/v1"])
@@ -50,8 +53,49 @@ async def test_the_clients_own_id_is_kept_where_it_is_fit(given, kept):
             "/v1/completions", json={"prompt": "hi"}, headers={"x-request-id": given}
         )
         request, _ = router.fleet.asked.get_nowait()
-        assert (request.request_id == given) == kept
-        assert reply.headers["x-request-id"] == request.request_id
+        assert request.request_id != given
+        assert reply.headers["x-request-id"] == (given if kept else request.request_id)
+
+
+async def test_two_calls_with_one_id_run_side_by_side():
+    async with http_router() as router:
+        headers, body = {"x-request-id": "trace-1"}, {"prompt": "hi"}
+        calls = [
+            asyncio.create_task(router.client.post("/v1/completions", json=body, headers=headers))
+            for _ in range(2)
+        ]
+        both = [await router.fleet.asked.get() for _ in calls]
+        assert both[0][0].name != both[1][0].name
+        for _, answer in both:
+            answer.put(Ending.LENGTH)
+        for reply in await asyncio.gather(*calls):
+            assert (reply.status_code, reply.headers["x-request-id"]) == (200, "trace-1")
+
+
+async def test_the_metrics_need_a_key_that_may_read_them():
+    async with http_router(callers=Keyed()) as router:
+        for key, status in (("right", 403), ("watcher", 200)):
+            headers = {"authorization": f"Bearer {key}"}
+            reply = await router.client.get("/metrics", headers=headers)
+            assert reply.status_code == status
+            if status == 403:
+                error = reply.json()["error"]
+                assert error["code"] == "forbidden"
+                assert "metrics = true" in error["message"]
+                assert (await router.client.get("/v1/models", headers=headers)).status_code == 200
+
+
+async def test_a_key_cannot_overtake_others_by_itself():
+    async with http_router(lambda _: says("a"), callers=Keyed()) as router:
+        router.client.headers["authorization"] = "Bearer right"
+        reply = await router.complete(priority=-1)
+        assert reply.status_code == 400
+        error = reply.json()["error"]
+        assert error["param"] == "priority"
+        assert error["message"] == "priority: -1, this API key may ask for 0 (first) to 100"
+        assert (await router.complete(priority=0)).status_code == 200
+    async with http_router(lambda _: says("a")) as router:
+        assert (await router.complete(priority=-100)).status_code == 200
 
 
 def test_names_of_routes_in_the_metrics_are_few():

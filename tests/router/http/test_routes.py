@@ -187,6 +187,16 @@ async def test_what_the_fleet_refuses(trouble, status, code, stream, caplog):
             " 1000",
             "prompt",
         ),
+        (
+            {"prompt": [[1], [999]]},
+            "prompt[1][0]: 999, allowed are 0 to 260 (vocabulary of 261)",
+            "prompt[1][0]",
+        ),
+        (
+            {"prompt": ["a", ""]},
+            "prompt[1]: empty, needs at least one character",
+            "prompt[1]",
+        ),
     ],
 )
 async def test_a_value_that_is_not_allowed(body, message, param):
@@ -196,6 +206,33 @@ async def test_a_value_that_is_not_allowed(body, message, param):
         error = reply.json()["error"]
         assert (error["message"], error["param"]) == (message, param)
         assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "body", [{"max_tokens": 999}, {"prompt": [7] * 1000}, {"prompt": "a" * 100_001}]
+)
+async def test_what_is_too_long_for_the_model_has_openais_code(body):
+    async with http_router() as router:
+        reply = await router.complete(**body)
+        assert reply.status_code == 400
+        assert reply.json()["error"]["code"] == "context_length_exceeded"
+
+
+async def test_the_list_of_models_may_end_with_a_slash():
+    async with http_router() as router:
+        lists = [await router.client.get(path) for path in ("/v1/models", "/v1/models/")]
+        assert lists[0].json() == lists[1].json()
+
+
+async def test_every_503_says_when_to_try_again():
+    async with http_router() as router:
+        router.fleet.refuse_with = UnavailableTrouble("failed 3 times")
+        for reply in (await router.complete(), await router.complete(stream=True)):
+            assert reply.status_code == 503
+            assert reply.headers["retry-after"] == "1"
+        await router.door.drain()
+        reply = await router.complete()
+        assert (reply.status_code, reply.headers["retry-after-ms"]) == (503, "1000")
 
 
 async def test_a_model_that_is_not_served():
