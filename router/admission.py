@@ -1,7 +1,7 @@
 """Owns the checks of a request before it is queued: what is wrong with it, or what it asks for.
 
-Pure functions, called by the service in the order of their cost. Every refusal is an InvalidRequest
-that names the field, what was given and what is allowed.
+Pure functions, called by the front door and router/prompts.py in the order of their cost. Every
+refusal is an InvalidRequest that names the field, what was given and what is allowed.
 """
 
 import math
@@ -25,6 +25,7 @@ class RequestLimits:
     n_max: int = 16  # answers to one prompt, in one call
     choices_max: int = 128  # answers in one call, to all of its prompts
     messages_max: int = 1024
+    content_parts_max: int = 1024  # of one message
     stop_strings_max: int = 16
     stop_string_bytes_max: int = 256
     stop_token_ids_max: int = 64
@@ -266,6 +267,8 @@ def _stop_token_ids(
 
 
 def _in_vocabulary(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        return  # the loop below takes long for a long prompt
     for index, token_id in enumerate(token_ids):
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(
