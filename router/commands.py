@@ -1,6 +1,6 @@
 """What the dispatcher decides, as commands that the fleet carries out, and how it refuses.
 
-Made by router/dispatcher.py. Troubles and refusals reach clients as statuses in router/service.py.
+Made by router/dispatcher.py. Troubles and refusals reach clients as Refusals of router/frontdoor.py.
 """
 
 from collections.abc import Sequence
