@@ -1,7 +1,7 @@
 """Owns the checks of a request before it is queued: what is wrong with it, or what it asks for.
 
-Pure functions, called by the service in the order of their cost. Every refusal is an InvalidRequest
-that names the field, what was given and what is allowed.
+Pure functions, called by the front door and router/prompts.py in the order of their cost. Every
+refusal is an InvalidRequest that names the field, what was given and what is allowed.
 """
 
 import math
@@ -29,6 +29,7 @@ class RequestLimits:
     n_max: int = 16  # answers to one prompt, in one call
     choices_max: int = 128  # answers in one call, to all of its prompts
     messages_max: int = 1024
+    content_parts_max: int = 1024  # of one message
     stop_strings_max: int = 16
     stop_string_bytes_max: int = 256
     stop_token_ids_max: int = 64
@@ -113,16 +114,20 @@ def check_text(
 def check_token_ids(token_ids: Sequence[int], *, vocab_size: int, max_model_tokens: int) -> None:
     if not token_ids:
         raise InvalidRequest("token_ids: empty, needs at least one token")
-    _room(len(token_ids), max_model_tokens)  # before a look at what may be millions
+    check_prompt_tokens(len(token_ids), max_model_tokens)  # before a look at what may be millions
     _in_vocabulary("token_ids", token_ids, vocab_size)
+
+
+def check_message_count(count: int, limits: RequestLimits) -> None:
+    if not count:
+        raise InvalidRequest("messages: empty, needs at least one message")
+    if count > limits.messages_max:
+        raise InvalidRequest(f"messages: {count}, at most {limits.messages_max} allowed")
 
 
 def check_messages(messages: Sequence[tuple[str, str]], limits: RequestLimits) -> None:
     """Messages as (role, content). Some contents may be empty; the template decides on roles."""
-    if not messages:
-        raise InvalidRequest("messages: empty, needs at least one message")
-    if len(messages) > limits.messages_max:
-        raise InvalidRequest(f"messages: {len(messages)}, at most {limits.messages_max} allowed")
+    check_message_count(len(messages), limits)
     size = 0
     for index, (role, content) in enumerate(messages):
         if not role:
@@ -229,7 +234,7 @@ def _max_tokens(
     max_model_tokens: int,
     limits: RequestLimits,
 ) -> int:
-    room = _room(prompt_tokens, max_model_tokens)
+    room = check_prompt_tokens(prompt_tokens, max_model_tokens)
     if not params.HasField("max_tokens"):
         return min(limits.max_tokens_default, room)
     if params.max_tokens < 1:
@@ -242,8 +247,8 @@ def _max_tokens(
     return params.max_tokens
 
 
-def _room(prompt_tokens: int, max_model_tokens: int) -> int:
-    """Tokens left for the answer, at least one."""
+def check_prompt_tokens(prompt_tokens: int, max_model_tokens: int) -> int:
+    """Gives the tokens left for the answer, at least one."""
     room = max_model_tokens - prompt_tokens
     if room < 1:
         raise TooLongRequest(
@@ -281,6 +286,8 @@ def _stop_token_ids(
 
 
 def _in_vocabulary(field: str, token_ids: Sequence[int], vocab_size: int) -> None:
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        return  # the loop below takes long for a long prompt
     for index, token_id in enumerate(token_ids):
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(

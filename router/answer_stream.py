@@ -1,6 +1,6 @@
 """Owns the way from an answer's tokens to the messages its client sees: Deltas, then Finished.
 
-Pure. Made once per request by router/service.py.
+Pure. Made once per request by router/frontdoor.py.
 """
 
 from kvrelay.wire import inference_pb2

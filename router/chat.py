@@ -1,6 +1,6 @@
 """Owns the rendering of chat messages to a prompt with the model's own template.
 
-The service makes one ChatTemplate per model that has one. A template is code that came with the
+router/template_child.py makes one ChatTemplate for the model. A template is code that came with the
 model, so it runs in jinja2's sandbox; a client chooses roles and contents, never the template.
 """
 

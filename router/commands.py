@@ -1,6 +1,7 @@
 """What the dispatcher decides, as commands that the fleet carries out, and how it refuses.
 
-Made by router/dispatcher.py. Troubles and refusals reach clients as statuses in router/service.py.
+Made by router/dispatcher.py. The front door turns troubles and refusals into what clients
+are told (router/refusals.py).
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Owns the way from token ids to text to be streamed: whole characters, up to a stop string.
 
-The service makes one Detokenizer per model and one TextStream per request. Nothing here looks back
-further than a few tokens, so a token costs the same wherever in the answer it stands.
+The front door makes one Detokenizer per model, AnswerStream one TextStream per request. Nothing
+here looks back further than a few tokens, so a token costs the same wherever in the answer it is.
 """
 
 import codecs

@@ -1,6 +1,6 @@
 """The router's sessions with its workers, and the carrying out of what the dispatcher decides.
 
-router/service.py submits requests here; router/control.py says which workers there are. Each
+router/frontdoor.py submits requests here; router/control.py says which workers there are. Each
 worker has one task that keeps a session to it and reconnects when it breaks.
 """
 

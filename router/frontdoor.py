@@ -1,72 +1,36 @@
 """One request from the client's words to its answer, whatever protocol the client speaks.
 
-Made by router/main.py; called by the gRPC service and the HTTP routes. It checks, renders,
-tokenizes, submits, and lets go of the request however its serving ends, the client's going away
-included.
+Made by router/main.py; called by the gRPC service and the HTTP routes. It checks, submits, and lets
+go of the request however its serving ends, the client's going away included.
 """
 
 import asyncio
 import contextlib
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from tokenizers import Tokenizer
-
-from kvrelay.wire.inference_pb2 import Delta, Finished, SamplingParams
-from router.admission import (
-    DEFAULT_LIMITS,
-    InvalidRequest,
-    check_messages,
-    check_request_id,
-    check_sampling,
-    check_text,
-    check_token_ids,
-    check_urgency,
-)
+from kvrelay.wire.inference_pb2 import Delta, Finished
+from router.admission import DEFAULT_LIMITS, check_request_id, check_sampling, check_urgency
 from router.answer import Answer
 from router.answer_stream import AnswerStream
+from router.ask import Ask, choice_seed
 from router.callers import ANYBODY, Caller, Callers
 from router.commands import Trouble
 from router.detokenize import Detokenizer
 from router.fleet import Fleet, now_ms
+from router.leases import RequestLease, leased, reserve_all
 from router.metrics import Metrics
 from router.model_files import ModelFiles
-from router.quotas import Lease, Quotas
+from router.prompts import Prompts
+from router.quotas import Quotas
 from router.refusals import Reason, Refusal, refusal
 from router.request import Request, Times
-from router.template_process import TemplateLimits, TemplateProcess
+from router.template_process import TemplateLimits
 
-# Shorter texts are tokenized faster than a thread could be told to.
-_INLINE_CHARS = 4096
-_TEXT_THREADS = 2  # for longer ones
 _UNBOUNDED_TOKENS = 1 << 20
 SHUTTING_DOWN = "the router is shutting down"
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Messages:
-    """A chat, for the model's own template: (role, content), oldest first."""
-
-    messages: Sequence[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What a client wants. Empty `model` and `request_id`: the one served, one we make up."""
-
-    prompt: str | Sequence[int] | Messages
-    sampling: SamplingParams
-    model: str = ""
-    request_id: str = ""
-    priority: int = 0  # lower goes first
-    ttft_deadline_ms: int = 0  # 0: none
-    protocol: Literal["grpc", "http"] = "grpc"  # it came by; for the metrics
 
 
 class Served:
@@ -114,6 +78,15 @@ class Served:
             self._last_ms = now
 
 
+@dataclass(frozen=True, eq=False)
+class Admitted:
+    """A request that may be submitted, and what it holds of its key's quota."""
+
+    request: Request
+    lease: RequestLease
+    protocol: str
+
+
 class FrontDoor:
     def __init__(
         self,
@@ -128,12 +101,7 @@ class FrontDoor:
         self._fleet = fleet
         self._quotas = Quotas()
         self._detokenizer = Detokenizer(files.tokenizer)
-        self._template = (
-            TemplateProcess(files.chat_template, files.special_tokens, template_limits)
-            if files.chat_template
-            else None
-        )
-        self._texts = ThreadPoolExecutor(_TEXT_THREADS, thread_name_prefix="texts")
+        self._prompts = Prompts(files, lambda: self.max_model_tokens, template_limits)
         self._draining = False
         self._running = 0
         self._idle = asyncio.Event()
@@ -146,34 +114,96 @@ class FrontDoor:
         Raises:
             Refusal: it is not served.
         """
+        async with self.admit([ask], caller) as [admitted], self.submit(admitted) as served:
+            yield served
+
+    @contextlib.asynccontextmanager
+    async def admit(self, asks: Sequence[Ask], caller: Caller) -> AsyncIterator[list[Admitted]]:
+        """The choices of one call, ask by ask: all checked and within the caller's quota before
+        any of them is submitted, so that no answer has begun when one is refused.
+
+        Raises:
+            Refusal: not all of them are served.
+        """
         arrived_at_ms = now_ms()
         with self._counted(), contextlib.ExitStack() as stack:
-            with self._refusals_counted(ask.protocol):
-                leased = stack.enter_context(self._leased(caller, arrived_at_ms))
-                request = await self._checked(ask, caller, arrived_at_ms)
-                leased.reserve(request)
-            outcome: Reason | Finished | None = None
+            with self._refusals_counted(asks[0].protocol):
+                count = sum(ask.answers for ask in asks)
+                leases = stack.enter_context(leased(self._quotas, caller, count))
+                choices = await self._all_checked(asks, caller, arrived_at_ms)
+                reserve_all(leases, choices, caller)
+            yield [
+                Admitted(request, lease, asks[0].protocol)
+                for request, lease in zip(choices, leases, strict=True)
+            ]
+
+    @contextlib.asynccontextmanager
+    async def submit(self, admitted: Admitted) -> AsyncIterator[Served]:
+        """Its answer; leaving the context takes it back from the workers.
+
+        Raises:
+            Refusal: it is not served.
+        """
+        request = admitted.request
+        outcome: Reason | Finished | None = None
+        try:
+            with refusals():
+                answer = self._fleet.submit(request)
+            served = Served(request, answer, self._detokenizer, self.metrics)
+            yield served
+            outcome = served.finished
+        except Refusal as error:
+            outcome = error.reason
+            raise
+        finally:
+            self._fleet.let_go(request)
+            admitted.lease.end()
+            self.metrics.ended(admitted.protocol, outcome, request)
+
+    async def _all_checked(
+        self, asks: Sequence[Ask], caller: Caller, arrived_at_ms: float
+    ) -> list[Request]:
+        """A refusal says which of several prompts it is about."""
+        choices: list[Request] = []
+        for index, ask in enumerate(asks):
             try:
                 with refusals():
-                    answer = self._fleet.submit(request)
-                served = Served(request, answer, self._detokenizer, self.metrics)
-                yield served
-                outcome = served.finished
+                    choices += await self._checked(ask, caller, arrived_at_ms)
             except Refusal as error:
-                outcome = error.reason
+                if len(asks) > 1:
+                    error.prompt = index
                 raise
-            finally:
-                self._fleet.let_go(request)
-                self.metrics.ended(ask.protocol, outcome, request)
+        return choices
 
-    async def _checked(self, ask: Ask, caller: Caller, arrived_at_ms: float) -> Request:
-        """The request that `ask` makes."""
+    async def _checked(self, ask: Ask, caller: Caller, arrived_at_ms: float) -> list[Request]:
+        """The requests that `ask` makes, one for each choice."""
         if self._draining:
             raise Refusal(Reason.UNAVAILABLE, SHUTTING_DOWN)
         check_request_id(ask.request_id)
         check_urgency(ask.priority, ask.ttft_deadline_ms, priority_min=caller.priority_min)
         self.check_model(ask.model)
-        return self._request(ask, caller, await self._prompt(ask.prompt), arrived_at_ms)
+        prompt = await self._prompts.tokens(ask.prompt)
+        sampling = check_sampling(
+            ask.sampling,
+            eos_token_ids=self.files.eos_token_ids,
+            vocab_size=self.files.vocab_size,
+            prompt_tokens=len(prompt),
+            max_model_tokens=self.max_model_tokens,
+            limits=DEFAULT_LIMITS,
+            draw_seed=lambda: secrets.randbits(64),
+        )
+        return [
+            Request(
+                request_id=(not index and ask.request_id) or f"req-{uuid.uuid4().hex}",
+                prompt=prompt,
+                sampling=replace(sampling, seed=choice_seed(sampling.seed, index)),
+                times=Times(arrived_at_ms=arrived_at_ms),
+                tenant=caller.tenant,
+                priority=ask.priority,
+                ttft_deadline_ms=ask.ttft_deadline_ms,
+            )
+            for index in range(ask.answers)
+        ]
 
     @contextlib.contextmanager
     def _refusals_counted(self, protocol: str) -> Iterator[None]:
@@ -185,11 +215,17 @@ class FrontDoor:
             self.metrics.refused(protocol, error.reason)
             raise
 
-    async def tokenize(self, model: str, text: str, caller: Caller = ANYBODY) -> list[int]:
-        """The ids of `text` as a prompt, a request of the caller's quota; raises Refusal."""
-        with self._leased(caller, now_ms()), refusals():
+    async def tokenize(
+        self, model: str, text: str, caller: Caller = ANYBODY
+    ) -> tuple[list[int], list[str]]:
+        """The ids of `text` as a prompt and their tokens, a request of the caller's quota.
+
+        Raises:
+            Refusal: there are none, or more than a prompt may have.
+        """
+        with refusals(), leased(self._quotas, caller, 1):
             self.check_model(model)
-            return await self._tokenize(text, add_special_tokens=True)
+            return await self._prompts.tokenize(text)
 
     def check_model(self, name: str) -> None:
         """Raises Refusal for a model that is not served."""
@@ -206,7 +242,7 @@ class FrontDoor:
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template is not None
+        return self._prompts.has_chat_template
 
     @property
     def max_model_tokens(self) -> int:
@@ -221,86 +257,10 @@ class FrontDoor:
 
     async def open(self) -> None:
         """Raises ChatTemplateError for a template that is none."""
-        if self._template is not None:
-            await self._template.start()
+        await self._prompts.open()
 
     async def close(self) -> None:
-        if self._template is not None:
-            await self._template.close()
-        self._texts.shutdown(wait=False, cancel_futures=True)
-
-    # ---- from words to tokens
-
-    async def _prompt(self, prompt: str | Sequence[int] | Messages) -> Sequence[int]:
-        if isinstance(prompt, str):
-            return await self._tokenize(prompt, add_special_tokens=True)
-        if not isinstance(prompt, Messages):
-            check_token_ids(
-                prompt, vocab_size=self.files.vocab_size, max_model_tokens=self.max_model_tokens
-            )
-            return prompt
-        if self._template is None:
-            raise Refusal(
-                Reason.UNSUPPORTED,
-                f"model {self.files.name!r} has no chat template: send a prompt instead "
-                "(Generate, /v1/completions)",
-            )
-        check_messages(prompt.messages, DEFAULT_LIMITS)
-        text = await self._template.render(prompt.messages)
-        # The template writes the special tokens itself.
-        return await self._tokenize(text, add_special_tokens=False)
-
-    async def _tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        check_text(
-            text,
-            max_model_tokens=self.max_model_tokens,
-            longest_token_bytes=self.files.longest_token_bytes,
-            limits=DEFAULT_LIMITS,
-        )
-        tokenizer = self.files.tokenizer
-        ids = await self._off_loop(len(text), _encode, tokenizer, text, add_special_tokens)
-        if not ids:
-            raise InvalidRequest("text: no token comes of it")
-        return ids
-
-    async def _off_loop(self, size: int, work: Callable[..., T], *args: Any) -> T:
-        """Runs what may take long on a thread, so that nobody's stream waits for it."""
-        if size <= _INLINE_CHARS:
-            return work(*args)
-        return await asyncio.get_running_loop().run_in_executor(self._texts, work, *args)
-
-    def _request(
-        self, ask: Ask, caller: Caller, prompt: Sequence[int], arrived_at_ms: float
-    ) -> Request:
-        sampling = check_sampling(
-            ask.sampling,
-            eos_token_ids=self.files.eos_token_ids,
-            vocab_size=self.files.vocab_size,
-            prompt_tokens=len(prompt),
-            max_model_tokens=self.max_model_tokens,
-            limits=DEFAULT_LIMITS,
-            draw_seed=lambda: secrets.randbits(64),
-        )
-        return Request(
-            request_id=ask.request_id or f"req-{uuid.uuid4().hex}",
-            prompt=prompt,
-            sampling=sampling,
-            times=Times(arrived_at_ms=arrived_at_ms),
-            tenant=caller.tenant,
-            priority=ask.priority,
-            ttft_deadline_ms=ask.ttft_deadline_ms,
-        )
-
-    @contextlib.contextmanager
-    def _leased(self, caller: Caller, arrived_at_ms: float) -> "Iterator[_Leased]":
-        """A request's part of its caller's quota, given back at the end; raises Refusal."""
-        with refusals():
-            lease = self._quotas.enter(caller.name, caller.quota, arrived_at_ms)
-        leased = _Leased(self._quotas, lease)
-        try:
-            yield leased
-        finally:
-            self._quotas.end(lease, leased.used_tokens, now_ms())
+        await self._prompts.close()
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -315,29 +275,6 @@ class FrontDoor:
                 self._idle.set()
 
 
-class _Leased:
-    """A lease, and the request whose tokens are reserved in it."""
-
-    def __init__(self, quotas: Quotas, lease: Lease) -> None:
-        self._quotas = quotas
-        self._lease = lease
-        self._request: Request | None = None
-
-    def reserve(self, request: Request) -> None:
-        """Raises QuotaExceededError or BeyondQuotaError."""
-        tokens = len(request.prompt), request.sampling.max_tokens
-        self._quotas.reserve(self._lease, *tokens, now_ms())
-        self._request = request
-
-    @property
-    def used_tokens(self) -> int:
-        """A request that no worker has begun has used none."""
-        request = self._request
-        if request is None or request.times.prefill_began_at_ms is None:
-            return 0
-        return request.prompt_tokens_now
-
-
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
     """Whatever the client is to be told leaves as a Refusal."""
@@ -348,7 +285,3 @@ def refusals() -> Iterator[None]:
         if told is None or told is error:
             raise
         raise told from error
-
-
-def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids

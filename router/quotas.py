@@ -121,6 +121,34 @@ class Quotas:
         account.running += 1
         return Lease(quota, account)
 
+    def enter_all(self, name: str, quota: Quota, count: int, now_ms: float) -> list[Lease]:
+        """Counts the `count` requests of one call, or none of them.
+
+        Raises:
+            QuotaExceededError: as `enter`.
+            BeyondQuotaError: never so many in one call.
+        """
+        for limit, when in (
+            (quota.requests_at_once, "at once"),
+            (quota.requests_per_minute, "a minute"),
+        ):
+            if limit is not None and count > limit:
+                raise BeyondQuotaError(
+                    f"{count} answers in one call are {count} requests, more than {limit} {when}, "
+                    "the quota of this API key: ask for fewer"
+                )
+        leases: list[Lease] = []
+        try:
+            for _ in range(count):
+                leases.append(self.enter(name, quota, now_ms))  # noqa: PERF401  # kept if one is refused
+        except QuotaExceededError:
+            for lease in leases:
+                if lease.account.requests is not None:
+                    lease.account.requests.level += 1
+                self.end(lease, 0, now_ms)
+            raise
+        return leases
+
     def reserve(self, lease: Lease, prompt_tokens: int, max_tokens: int, now_ms: float) -> None:
         """Takes the tokens that the request may use at most: so no number of requests at once
         can use more than the quota, whatever their answers turn out to be. Once a lease.

@@ -16,7 +16,7 @@ from router.commands import (
     Trouble,
 )
 from router.quotas import BeyondQuotaError, QuotaExceededError
-from router.template_process import TemplateBusyError
+from router.template_process import TemplateBusyError, TemplateDownError
 
 RETRY_HINT_MS = 1000  # where nothing is predicted
 _RETRY_MS = (100, 60_000)  # least and most: a prediction may be far off
@@ -68,7 +68,7 @@ def refusal(error: Exception) -> Refusal | None:
             return _exhausted(error, RETRY_HINT_MS)
         case QuotaExceededError():
             return _exhausted(error, RETRY_HINT_MS if error.retry_ms is None else error.retry_ms)
-        case Trouble():
+        case TemplateDownError() | Trouble():
             return Refusal(Reason.UNAVAILABLE, str(error))
         case _:
             return None

@@ -103,7 +103,7 @@ class Request:
     state: RequestState = RequestState.QUEUED
     answer: list[int] = field(default_factory=list)  # the token log
     ending: Ending | None = None  # the decode worker's word, before all is wound up
-    tenant: str = ""  # its prefixes are its own; to come from who was authenticated
+    tenant: str = ""  # the salt of who was authenticated: its prefixes are its own
     chain: PrefixChain | None = None  # over the prompt of the newest attempt
     priority: int = 0  # lower goes first
     ttft_deadline_ms: int = 0  # after arrival; 0: none

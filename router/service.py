@@ -10,7 +10,9 @@ import grpc
 
 from kvrelay.wire import inference_pb2, inference_pb2_grpc
 from kvrelay.wire.inference_pb2 import Delta, GenerateResponse
-from router.frontdoor import Ask, FrontDoor, Messages
+from router.admission import DEFAULT_LIMITS, InvalidRequest, check_message_count
+from router.ask import Ask, Messages
+from router.frontdoor import FrontDoor
 from router.guard import CALLER
 from router.refusals import Reason, Refusal
 from router.request import Request
@@ -37,9 +39,17 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
         by_ids = request.WhichOneof("prompt") == "token_ids"
-        await self._serve(request, list(request.token_ids.ids) if by_ids else request.text, context)
+        prompt: str | Sequence[int] = request.token_ids.ids if by_ids else request.text
+        if len(prompt) <= self._door.max_model_tokens and by_ids:  # more of them are refused
+            prompt = list(request.token_ids.ids)
+        await self._serve(request, prompt, context)
 
     async def Chat(self, request: inference_pb2.ChatRequest, context: Any) -> None:
+        try:
+            check_message_count(len(request.messages), DEFAULT_LIMITS)  # before they are made
+        except InvalidRequest as error:
+            self._door.metrics.refused("grpc", Reason.INVALID)
+            await _abort(context, Refusal(Reason.INVALID, str(error)))
         prompt = Messages([(message.role, message.content) for message in request.messages])
         await self._serve(request, prompt, context)
 
@@ -47,10 +57,9 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         self, request: inference_pb2.TokenizeRequest, context: Any
     ) -> inference_pb2.TokenizeResponse:
         try:
-            ids = await self._door.tokenize(request.model, request.text, CALLER.get())
+            ids, tokens = await self._door.tokenize(request.model, request.text, CALLER.get())
         except Refusal as error:
             await _abort(context, error)
-        tokens = [self._door.files.tokenizer.id_to_token(token) or "" for token in ids]
         return inference_pb2.TokenizeResponse(token_ids=ids, tokens=tokens)
 
     async def ListModels(

@@ -16,8 +16,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from kvrelay.wire.inference_pb2 import Delta, Finished
+from router.ask import Ask
 from router.callers import Caller
-from router.frontdoor import Ask, FrontDoor, Served
+from router.frontdoor import FrontDoor, Served
 from router.http.bodies import Body
 from router.http.choices import serve_choices
 from router.http.errors import HttpError, internal, of_refusal
@@ -58,7 +59,7 @@ class WholeReply:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         call = self._call
-        served = serve_choices(self._door, call.asks, call.body.choices, call.caller, self._take)
+        served = serve_choices(self._door, call.asks, call.caller, self._take)
         try:
             await while_connected(receive, served)
         except Refusal as error:
@@ -114,7 +115,7 @@ class EventStream:
 
     async def _serve(self) -> None:
         call = self._call
-        await serve_choices(self._door, call.asks, call.body.choices, call.caller, self._take)
+        await serve_choices(self._door, call.asks, call.caller, self._take)
         last = [b"[DONE]"]
         if self._usage_wanted:
             last.insert(0, _json(call.form.usage_chunk(self._tally.usage())))

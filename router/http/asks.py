@@ -1,15 +1,13 @@
-"""Owns what a body asks of the front door: one Ask for each prompt, and how choices are seeded."""
+"""Owns what a body asks of the front door: one Ask for each prompt."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
 from kvrelay.wire.inference_pb2 import SamplingParams
 from router.admission import DEFAULT_LIMITS
-from router.frontdoor import Ask, Messages
+from router.ask import Ask, Messages
 from router.http.bodies import Body, ChatBody, CompletionBody
 from router.http.errors import invalid
-from router.request import Request
 
 _SEEDS = 2**64
 
@@ -38,25 +36,6 @@ def completion_asks(body: CompletionBody, request_id: str) -> list[Ask]:
     return [first, *(replace(first, prompt=prompt, request_id="") for prompt in prompts[1:])]
 
 
-def next_choice(ask: Ask, served: Request, index: int) -> Ask:
-    """Choice `index`, 1 or more, of an ask whose choice 0 is `served`.
-
-    The prompt is not tokenized again, and the seed is another, which follows from choice 0's.
-    """
-    sampling = SamplingParams()
-    sampling.CopyFrom(ask.sampling)
-    sampling.seed = choice_seed(served.sampling.seed, index)
-    return replace(ask, prompt=served.prompt, sampling=sampling, request_id="")
-
-
-def choice_seed(seed: int, index: int) -> int:
-    """The seed of a choice, 64 bits; choice 0 has the request's own."""
-    if index == 0:
-        return seed
-    folded = seed.to_bytes(8, "little") + index.to_bytes(8, "little")
-    return int.from_bytes(hashlib.blake2b(folded, digest_size=8).digest(), "little")
-
-
 def _ask(
     body: Body, prompt: str | Sequence[int] | Messages, max_tokens: int | None, request_id: str
 ) -> Ask:
@@ -68,6 +47,7 @@ def _ask(
         priority=body.priority or 0,
         ttft_deadline_ms=body.ttft_deadline_ms or 0,
         protocol="http",
+        answers=body.choices,
     )
 
 

@@ -19,6 +19,12 @@ Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 T = TypeVar("T")
 Many = Annotated[list[T], Field(fail_fast=True)]  # one error of a million is enough
 
+
+def _most(length: int) -> Any:
+    """Of a list; no more of it are looked at."""
+    return Field(max_length=length)
+
+
 # They change nothing in the answer.
 HARMLESS = frozenset(
     {
@@ -131,7 +137,7 @@ def _tagged(form: str | None) -> str | None:
 
 Content = Annotated[
     Annotated[str, _form("text")]
-    | Annotated[Many[TextPart], _form("parts")]
+    | Annotated[Many[TextPart], _most(DEFAULT_LIMITS.content_parts_max), _form("parts")]
     | Annotated[None, _form("none")],
     Discriminator(
         lambda value: _tagged(_content_form(value)),
@@ -165,9 +171,9 @@ def _prompt_form(value: object) -> str | None:
 
 Prompt = Annotated[
     Annotated[str, _form("text")]
-    | Annotated[Many[str], _form("texts")]
+    | Annotated[Many[str], _most(DEFAULT_LIMITS.choices_max), _form("texts")]
     | Annotated[Many[int], _form("ids")]
-    | Annotated[Many[Many[int]], _form("lists")],
+    | Annotated[Many[Many[int]], _most(DEFAULT_LIMITS.choices_max), _form("lists")],
     Discriminator(
         lambda value: _tagged(_prompt_form(value)),
         custom_error_type="prompt",
@@ -184,7 +190,7 @@ def _stop_form(value: object) -> str | None:
 
 Stop = Annotated[
     Annotated[str, _form("text")]
-    | Annotated[Many[str], _form("texts")]
+    | Annotated[Many[str], _most(DEFAULT_LIMITS.stop_strings_max), _form("texts")]
     | Annotated[None, _form("none")],
     Discriminator(
         lambda value: _tagged(_stop_form(value)),
@@ -217,7 +223,7 @@ class Body(_Received):
     top_k: Int32 | None = Field(None, description="0 and -1 keep all tokens.")
     min_p: float | None = Field(None, description="0 to 1.")
     repetition_penalty: float | None = Field(None, description="Over 0; 1 is none.")
-    stop_token_ids: Many[UInt32] | None = None
+    stop_token_ids: Annotated[Many[UInt32], _most(DEFAULT_LIMITS.stop_token_ids_max)] | None = None
     priority: Int32 | None = Field(None, description="Lower goes first.")
 
     # Our own
@@ -234,7 +240,7 @@ class Body(_Received):
 class ChatBody(Body):
     model_config = ConfigDict(json_schema_extra=_described(CHAT_NOT_SUPPORTED, HARMLESS))
 
-    messages: Many[ChatMessage]
+    messages: Annotated[Many[ChatMessage], _most(DEFAULT_LIMITS.messages_max)]
     max_completion_tokens: Int32 | None = Field(None, description="Newer name of max_tokens.")
 
     def check_extras(self) -> None:

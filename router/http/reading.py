@@ -1,6 +1,7 @@
 """Owns the way from the bytes of a request to its body: limits first, then types."""
 
 import asyncio
+import reprlib
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -10,17 +11,21 @@ from starlette.requests import Request
 from kvrelay.config import RouterConfig
 from router.http.bodies import FORMS
 from router.http.errors import HttpError, invalid
+from router.http.shape import Shape, ShapeError
 
 B = TypeVar("B", bound=BaseModel)
 
 _SHOWN_CHARS = 80  # of a value that is wrong
+_SHOWN = reprlib.Repr()  # looks at no more of a value than is shown
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 2 * _SHOWN_CHARS
 
 
 async def read_body(request: Request, kind: type[B], config: RouterConfig) -> B:
     """The request's JSON body.
 
     Raises:
-        HttpError: it is not JSON, too large, too slow, or not what the route takes.
+        HttpError: it is not JSON, too large, of too many things, too slow, or not what the route
+            takes.
         ClientDisconnect: the client has gone.
     """
     _check_content_type(request.headers.get("content-type", ""))
@@ -38,7 +43,7 @@ def parse(kind: type[B], data: bytes) -> B:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
+        first = error.errors(include_url=False)[0]
         raise invalid(_in_words(first)) from None
 
 
@@ -56,10 +61,15 @@ async def _read(request: Request, bytes_max: int) -> bytes:
     if told.isdecimal() and int(told) > bytes_max:
         raise _too_large(bytes_max)
     data = bytearray()
+    shape = Shape()
     async for piece in request.stream():
         data += piece
         if len(data) > bytes_max:
             raise _too_large(bytes_max)
+        try:
+            shape.add(piece)
+        except ShapeError as error:
+            raise invalid(f"the body is too much: {error}", code="body_too_complex") from None
     return bytes(data)
 
 
@@ -81,7 +91,9 @@ def _in_words(error: Any) -> str:
         return f"the body: {what}"
     if error["type"] == "missing":
         return f"{path}: missing, it is required"
-    given = ascii(error["input"])
+    if error["type"] == "too_long":
+        return f"{path}: too many, at most {error['ctx']['max_length']} allowed"
+    given = _SHOWN.repr(error["input"]).encode("ascii", "backslashreplace").decode()
     if len(given) > _SHOWN_CHARS:
         given = f"{given[:_SHOWN_CHARS]}..."
     return f"{path}: {what}, given was {given}"

@@ -174,3 +174,20 @@ def test_a_lowered_quota_is_good_while_requests_of_the_old_one_end():
     quotas.end(old, 0, 2)
     quotas.reserve(lease, 50, 50, 2)
     assert exceeded(enter, quotas, low, 2).retry_ms == 600
+
+
+def test_the_requests_of_one_call_are_counted_all_or_none():
+    quotas = Quotas()
+    quota = Quota(requests_at_once=3, requests_per_minute=4)
+    first, second = quotas.enter_all("a", quota, 2, 0.0)
+    with pytest.raises(QuotaExceededError, match="3 requests of this API key are running"):
+        quotas.enter_all("a", quota, 2, 0.0)
+    third, *_ = quotas.enter_all("a", quota, 1, 0.0)
+    for lease in (first, second, third):
+        quotas.end(lease, 0, 0.0)
+    with pytest.raises(QuotaExceededError, match="4 requests a minute"):
+        quotas.enter_all("a", quota, 2, 0.0)
+    assert quotas.enter_all("a", quota, 1, 0.0), "those refused have used up nothing"
+    for count in (4, 5):
+        with pytest.raises(BeyondQuotaError, match=f"{count} answers in one call"):
+            quotas.enter_all("a", quota, count, 0.0)

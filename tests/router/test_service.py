@@ -14,7 +14,8 @@ from tokenizers import normalizers
 
 from kvrelay.config import RouterConfig
 from kvrelay.wire import inference_pb2 as pb
-from router import frontdoor
+from router import prompts
+from router.admission import InvalidRequest
 from router.callers import ANYBODY, Callers
 from router.fleet import Fleet
 from router.frontdoor import FrontDoor
@@ -135,9 +136,9 @@ async def test_long_texts_are_tokenized_off_the_loop(monkeypatch, length, on_loo
 
         def encode(*_: Any) -> list[int]:
             threads.append(threading.current_thread().name)
-            return []
+            raise InvalidRequest("text: no token comes of it")
 
-        monkeypatch.setattr(frontdoor, "_encode", encode)
+        monkeypatch.setattr(prompts, "_encode", encode)
         with pytest.raises(Aborted):
             await service.Generate(pb.GenerateRequest(text="a" * length), Context())
         [name] = threads

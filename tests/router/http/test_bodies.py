@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from router.frontdoor import Messages
-from router.http.asks import chat_ask, choice_seed, completion_asks
+from router.ask import Messages, choice_seed
+from router.http.asks import chat_ask, completion_asks
 from router.http.bodies import (
     CHAT_NOT_SUPPORTED,
     COMPLETION_NOT_SUPPORTED,
