@@ -42,6 +42,7 @@ from router.template_process import TemplateLimits, TemplateProcess
 
 # Shorter texts are tokenized faster than a thread could be told to.
 _INLINE_CHARS = 4096
+_SHOWN_CHARS = 128  # of a model's name that a client made up
 _TEXT_THREADS = 2  # for longer ones
 _UNBOUNDED_TOKENS = 1 << 20
 SHUTTING_DOWN = "the router is shutting down"
@@ -51,7 +52,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Messages:
-    """A chat, for the model's own template: (role, content), oldest first."""
+    """A chat, for the model's own template: (role, content), oldest first. Checked before it is
+    copied: what a client sends may be far too long."""
 
     messages: Sequence[tuple[str, str]]
 
@@ -196,7 +198,7 @@ class FrontDoor:
         if name and name != self.files.name:
             raise Refusal(
                 Reason.NOT_FOUND,
-                f"model {name!r} is not served here; {self.files.name!r} is",
+                f"model {name[:_SHOWN_CHARS]!r} is not served here; {self.files.name!r} is",
             )
 
     @property
@@ -238,7 +240,7 @@ class FrontDoor:
             check_token_ids(
                 prompt, vocab_size=self.files.vocab_size, max_model_tokens=self.max_model_tokens
             )
-            return prompt
+            return list(prompt)
         if self._template is None:
             raise Refusal(
                 Reason.UNSUPPORTED,
@@ -246,7 +248,7 @@ class FrontDoor:
                 "(Generate, /v1/completions)",
             )
         check_messages(prompt.messages, DEFAULT_LIMITS)
-        text = await self._template.render(prompt.messages)
+        text = await self._template.render(list(prompt.messages))
         # The template writes the special tokens itself.
         return await self._tokenize(text, add_special_tokens=False)
 

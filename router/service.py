@@ -35,11 +35,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
         by_ids = request.WhichOneof("prompt") == "token_ids"
-        await self._serve(request, list(request.token_ids.ids) if by_ids else request.text, context)
+        await self._serve(request, request.token_ids.ids if by_ids else request.text, context)
 
     async def Chat(self, request: inference_pb2.ChatRequest, context: Any) -> None:
-        prompt = Messages([(message.role, message.content) for message in request.messages])
-        await self._serve(request, prompt, context)
+        await self._serve(request, Messages(_Pairs(request.messages)), context)
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Any
@@ -106,6 +105,21 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             prompt_tokens=len(request.prompt),
             seed=request.sampling.seed,
         )
+
+
+class _Pairs(Sequence[tuple[str, str]]):
+    """Messages as (role, content), each made when it is looked at: there may be millions, and
+    only their number is looked at then."""
+
+    def __init__(self, messages: Sequence[inference_pb2.ChatMessage]) -> None:
+        self._messages = messages
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def __getitem__(self, index: Any) -> Any:
+        message = self._messages[index]
+        return message.role, message.content
 
 
 async def _abort(context: Any, refusal: Refusal) -> None:

@@ -1,0 +1,136 @@
+"""Well-behaved streams beside a test that is not: their tokens, and the gaps between them.
+
+Gaps are measured in turns: a window in which nobody else is there, a window with whatever the test
+does. So both have seen the same weather, on a machine that others use as well.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from call_sender import CallSender
+
+from kvrelay.client import AsyncClient
+
+_PROMPT = "once upon a time"
+_WINDOW_S = 2.0
+_WARM_S = 1.0  # until the first window: batches fill, prompts are cached
+_ANSWER_S = 60.0  # only a broken test waits so long
+
+
+@dataclass
+class Gaps:
+    """In ms, in windows without others and with them."""
+
+    alone: list[float] = field(default_factory=list)
+    beside: list[float] = field(default_factory=list)
+
+    def p(self, percent: float) -> tuple[float, float]:
+        return float(np.percentile(self.alone, percent)), float(np.percentile(self.beside, percent))
+
+    @property
+    def p99_ratio(self) -> float:
+        alone, beside = self.p(99)
+        return beside / alone
+
+    def __str__(self) -> str:
+        rows = [f"p{p}: {self.p(p)[0]:.2f} alone, {self.p(p)[1]:.2f} beside" for p in (50, 95, 99)]
+        return f"gaps in ms of {len(self.alone)} and {len(self.beside)}; " + "; ".join(rows)
+
+
+class Bystanders:
+    """`count` streams, each begun again when it ends; answers of `tokens` tokens."""
+
+    def __init__(self, client: AsyncClient, *, count: int = 4, tokens: int = 300) -> None:
+        self.gaps = Gaps()
+        self.answers = 0
+        self._client = client
+        self._count = count
+        self._tokens = tokens
+        self._window: list[float] | None = None  # where gaps go now
+        self._window_began_s = 0.0
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator["Bystanders"]:
+        """Raises what went wrong with them, wrong tokens included."""
+        right = [await self._ask(number) for number in range(self._count)]
+        async with asyncio.TaskGroup() as group:
+            streams = [
+                group.create_task(self._stream(number, right[number]))
+                for number in range(self._count)
+            ]
+            await asyncio.sleep(_WARM_S)
+            yield self
+            for stream in streams:
+                stream.cancel()
+        assert self.answers >= self._count, "they have seen nothing"
+
+    @contextlib.contextmanager
+    def alone(self) -> Any:
+        with self._measured(self.gaps.alone):
+            yield
+
+    @contextlib.contextmanager
+    def beside(self) -> Any:
+        with self._measured(self.gaps.beside):
+            yield
+
+    @contextlib.contextmanager
+    def _measured(self, gaps: list[float]) -> Any:
+        self._window, self._window_began_s = gaps, time.monotonic()
+        try:
+            yield
+        finally:
+            self._window = None
+
+    async def _ask(self, number: int) -> tuple[int, ...]:
+        return (await self._generate(number).result()).token_ids
+
+    def _generate(self, number: int) -> Any:
+        options = {"max_tokens": self._tokens, "temperature": 1.0, "seed": number}
+        return self._client.generate(f"{_PROMPT} {number}", timeout_s=_ANSWER_S, **options)
+
+    async def _stream(self, number: int, right: tuple[int, ...]) -> None:
+        while True:
+            got: list[int] = []
+            last_s: float | None = None
+            async for delta in self._generate(number).deltas():
+                if not delta.token_ids:
+                    continue
+                now_s = time.monotonic()
+                if (
+                    last_s is not None
+                    and self._window is not None
+                    and last_s >= self._window_began_s
+                ):
+                    self._window.append((now_s - last_s) * 1000)
+                last_s = now_s
+                got += delta.token_ids
+                assert tuple(got) == right[: len(got)], f"bystander {number} got other tokens"
+            assert len(got) == len(right), f"bystander {number} got {len(got)} tokens"
+            self.answers += 1
+
+
+async def sent_in_turns(
+    bystanders: Bystanders, sender: CallSender, calls: int, per_s: float
+) -> tuple[Counter[str], list[str]]:
+    """Sends so many, in windows that take turns with windows of equal length without any.
+
+    Returns the statuses that came back, and what nobody should have got.
+    """
+    statuses: Counter[str] = Counter()
+    wrong: list[str] = []
+    window_calls = round(per_s * _WINDOW_S)
+    for first in range(0, calls, window_calls):
+        with bystanders.alone():
+            await asyncio.sleep(_WINDOW_S)
+        with bystanders.beside():
+            said = await sender.send(first, min(window_calls, calls - first), per_s)
+        statuses.update(said["statuses"])
+        wrong += said["wrong"]
+    return statuses, wrong
