@@ -79,7 +79,7 @@ class TemplateProcess:
             raise TemplateBusyError(f"{len(self._renderings)} chats wait to be rendered")
         rendering = asyncio.create_task(self._render(messages))
         self._renderings.add(rendering)
-        rendering.add_done_callback(self._renderings.discard)
+        rendering.add_done_callback(self._rendered)
         # To its end, even if the client is gone: the process would have to end with it.
         await asyncio.wait([rendering])
         return rendering.result()
@@ -91,6 +91,11 @@ class TemplateProcess:
             rendering.cancel()
         await asyncio.gather(*renderings, return_exceptions=True)
         await self._end()
+
+    def _rendered(self, rendering: "asyncio.Task[str]") -> None:
+        self._renderings.discard(rendering)
+        if not rendering.cancelled():
+            rendering.exception()  # whoever waits sees it; a client that is gone needs no log
 
     async def _render(self, messages: Sequence[tuple[str, str]]) -> str:
         size = sum(len(role) + len(content) for role, content in messages)

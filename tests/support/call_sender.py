@@ -1,16 +1,18 @@
 """A process that sends generated calls, for tests that measure who is beside them: what it takes
 to make and send them is not the tested process's. Run as a script.
 
-On stdin one line {"first": N, "count": N} for a round; on stdout one line of what came of it:
+On stdin one line {"first": N, "count": N, "per_s": RATE} for a round; on stdout one line of what came of it:
 {"statuses": {name: count}, "wrong": [what nobody should get]}. It ends when stdin does.
 """
 
 import asyncio
+import base64
 import json
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ class CallSender:
     """The process, as the test sees it."""
 
     def __init__(self, kind: str, address: str, *arguments: str) -> None:
-        """kind: grpc, with a seed and perhaps a key."""
+        """kind: grpc, with a seed and a key; or http, with a file of calls, one a line of JSON."""
         self._process = subprocess.Popen(
             [sys.executable, __file__, kind, address, *arguments],
             stdin=subprocess.PIPE,
@@ -68,13 +70,12 @@ class CallSender:
 
 
 class _Grpc:
-    def __init__(self, address: str, seed: str, key: str = "") -> None:
+    def __init__(self, address: str, seed: str, key: str) -> None:
         from generated_calls import STREAMING, generated_call
 
         self._make, self._streaming = generated_call, STREAMING
         self._seed = int(seed)
         self._key = key
-        # Calls of one channel share a connection; those of a few are in each other's way less.
         self._channel = grpc.aio.insecure_channel(address, options=_OPEN_SIZES)
 
     def call(self, number: int) -> Any:
@@ -83,7 +84,7 @@ class _Grpc:
     async def send(self, call: Any) -> tuple[str, str]:
         """The status, and why it is wrong, if it is."""
         metadata = list(call.metadata)
-        if self._key and not any(name == "authorization" for name, _ in metadata):
+        if not any(name == "authorization" for name, _ in metadata):
             metadata.append(("authorization", f"Bearer {self._key}"))
         streaming = call.method in self._streaming
         kind = self._channel.unary_stream if streaming else self._channel.unary_unary
@@ -125,6 +126,42 @@ class _Grpc:
         await self._channel.close()
 
 
+class _Http:
+    """Calls as `written` has them, in turn and again from the first."""
+
+    def __init__(self, address: str, file: str) -> None:
+        import httpx2
+
+        self._calls = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        self._client = httpx2.AsyncClient(base_url=f"http://{address}", timeout=_TIMEOUT_S)
+
+    def call(self, number: int) -> Any:
+        return self._calls[number % len(self._calls)]
+
+    async def send(self, call: Any) -> tuple[str, str]:
+        """The status, and the answer where the server failed."""
+        answer = await self._client.request(
+            call["method"],
+            call["path"],
+            headers=[(name.encode(), value.encode()) for name, value in call["headers"].items()],
+            content=base64.b64decode(call["body"]),
+        )
+        wrong = answer.text[:200] if answer.status_code >= 500 else ""
+        return str(answer.status_code), wrong
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+def written(method: str, path: str, headers: Mapping[str, str], body: bytes) -> str:
+    """One line of a file of HTTP calls."""
+    encoded = base64.b64encode(body).decode()
+    return json.dumps({"method": method, "path": path, "headers": dict(headers), "body": encoded})
+
+
+_SIDES = {"grpc": _Grpc, "http": _Http}
+
+
 async def _round(side: Any, first: int, count: int, per_s: float) -> dict[str, Any]:
     statuses: Counter[str] = Counter()
     wrong: list[str] = []
@@ -147,8 +184,8 @@ async def _round(side: Any, first: int, count: int, per_s: float) -> dict[str, A
 
 
 async def _main() -> None:
-    _, address, *arguments = sys.argv[1:]
-    side = _Grpc(address, *arguments)
+    kind, address, *arguments = sys.argv[1:]
+    side: Any = _SIDES[kind](address, *arguments)
     try:
         while line := await asyncio.to_thread(sys.stdin.readline):
             print(json.dumps(await _round(side, **json.loads(line))), flush=True)
