@@ -3,8 +3,8 @@
 KVRELAY_FUZZ_REQUESTS is their number. Whatever they are, each gets a status that the contract has,
 nobody dies, every block comes back, and the streams beside them get their tokens, in time: the p99
 of the gaps between tokens is at most 1.2 times that of windows without such calls, which take turns
-with those that have them; of either kind of window it is the median that counts. What is compared is
-the cost of refusing: calls that are right ask for four tokens at most. All come 50 a second, from a
+with those that have them; the median window of either kind is what counts. What is compared is the
+cost of refusing: calls that are right ask for four tokens at most. All come 50 a second, from a
 process of their own; router, workers and bystanders share this one.
 """
 

@@ -1,8 +1,8 @@
 """A process that sends generated calls, for tests that measure who is beside them: what it takes
 to make and send them is not the tested process's. Run as a script.
 
-On stdin one line {"first": N, "count": N, "per_s": RATE} for a round; on stdout one line of what came of it:
-{"statuses": {name: count}, "wrong": [what nobody should get]}. It ends when stdin does.
+On stdin one line {"first": N, "count": N, "per_s": RATE} for a round; on stdout one line of what
+came of it: {"statuses": {name: count}, "wrong": [what nobody should get]}. It ends when stdin does.
 """
 
 import asyncio
