@@ -2,10 +2,12 @@
 
 KVRELAY_FUZZ_REQUESTS is their number. Whatever they are, each gets a status that the contract has,
 nobody dies, every block comes back, and the streams beside them get their tokens, in time: the p99
-of the gaps between tokens is at most 1.2 times that of windows without such calls, which take turns
-with those that have them; the median window of either kind is what counts. What is compared is the
-cost of refusing: calls that are right ask for four tokens at most. All come 50 a second, from a
-process of their own; router, workers and bystanders share this one.
+of the gaps between tokens is at most 1.2 times that of windows without hostile calls, which take
+turns with those that have them; the median window of either kind is what counts. What is compared
+is the cost of refusing: calls that a window's workers had to do with, which ask for four tokens for
+the most part, come again in the window after it. Calls come 50 a second, from a process of their
+own; router, workers and bystanders share this one. A machine on which windows without hostile calls
+differ as much cannot tell.
 """
 
 import asyncio
@@ -69,4 +71,4 @@ async def test_generated_calls_harm_nobody(model, keys, caplog, local_prefill):
     assert sum(statuses.values()) == CALLS
     assert {"INVALID_ARGUMENT", "UNAUTHENTICATED", "OK", "CANCELLED"} <= statuses.keys()
     assert [line for line in caplog.messages if NO_NEWS not in line] == []
-    assert bystanders.gaps.p99_ratio <= P99_RATIO_MAX, bystanders.gaps
+    bystanders.gaps.check(P99_RATIO_MAX)

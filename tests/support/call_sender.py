@@ -1,8 +1,9 @@
 """A process that sends generated calls, for tests that measure who is beside them: what it takes
 to make and send them is not the tested process's. Run as a script.
 
-On stdin one line {"first": N, "count": N, "per_s": RATE} for a round; on stdout one line of what
-came of it: {"statuses": {name: count}, "wrong": [what nobody should get]}. It ends when stdin does.
+On stdin one line {"first": N, "count": N, "per_s": RATE, "only": [N, ...] or null} for a round; on
+stdout one line of what came of it: {"statuses": {name: count}, "accepted": [N, ...], "wrong": [what
+nobody should get]}. It ends when stdin does.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ _TIMEOUT_S = 60.0  # of one call; nobody should wait so long
 _AT_ONCE = 64
 _EVENTS_MAX = 10  # of one stream: who asked for more by accident goes away
 _WRONG_SHOWN = 20
+_ACCEPTED = {"OK", "CANCELLED", "200"}  # workers may have had to do with it
 _OPEN_SIZES = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 _REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -47,10 +49,15 @@ class CallSender:
             cwd=_ROOT,
         )
 
-    async def send(self, first: int, count: int, per_s: float) -> dict[str, Any]:
-        """Sends calls `first` to `first + count - 1`, so many a second; what came of them."""
-        asked = json.dumps({"first": first, "count": count, "per_s": per_s})
-        return await asyncio.to_thread(self._ask, asked)
+    async def send(
+        self, first: int, count: int, per_s: float, only: list[int] | None = None
+    ) -> dict[str, Any]:
+        """Sends calls `first` to `first + count - 1`, so many a second; what came of them.
+
+        only: of these, each when it would be its turn.
+        """
+        asked = {"first": first, "count": count, "per_s": per_s, "only": only}
+        return await asyncio.to_thread(self._ask, json.dumps(asked))
 
     def _ask(self, line: str) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -162,8 +169,11 @@ def written(method: str, path: str, headers: Mapping[str, str], body: bytes) -> 
 _SIDES = {"grpc": _Grpc, "http": _Http}
 
 
-async def _round(side: Any, first: int, count: int, per_s: float) -> dict[str, Any]:
+async def _round(
+    side: Any, first: int, count: int, per_s: float, only: list[int] | None
+) -> dict[str, Any]:
     statuses: Counter[str] = Counter()
+    accepted: list[int] = []
     wrong: list[str] = []
     room = asyncio.Semaphore(_AT_ONCE)
 
@@ -171,16 +181,21 @@ async def _round(side: Any, first: int, count: int, per_s: float) -> dict[str, A
         async with room:
             name, why = await side.send(call)
         statuses[name] += 1
+        if name in _ACCEPTED:
+            accepted.append(number)
         if why and len(wrong) < _WRONG_SHOWN:
             wrong.append(f"call {number}: {name}: {why}")
 
     began_s = time.monotonic()
+    sent = set(range(first, first + count) if only is None else only)
     async with asyncio.TaskGroup() as group:
-        for at in range(count):
-            call = side.call(first + at)
-            await asyncio.sleep(max(0.0, began_s + at / per_s - time.monotonic()))
-            group.create_task(one(first + at, call))
-    return {"statuses": statuses, "wrong": wrong}
+        for number in range(first, first + count):
+            call = side.call(number) if number in sent else None
+            due_s = began_s + (number - first) / per_s
+            await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+            if call is not None:
+                group.create_task(one(number, call))
+    return {"statuses": statuses, "accepted": accepted, "wrong": wrong}
 
 
 async def _main() -> None:
