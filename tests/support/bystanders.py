@@ -6,6 +6,7 @@ the same weather, on a machine that others use as well.
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -39,6 +40,8 @@ class Gaps:
     @property
     def noise_ratio(self) -> float:
         """What the machine makes of it: between windows that do not differ, at least 1."""
+        if len(self.alone) < 2:
+            return math.inf
         even, odd = _p99_ms(self.alone[::2]), _p99_ms(self.alone[1::2])
         return max(even, odd) / min(even, odd)
 

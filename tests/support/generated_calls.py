@@ -1,5 +1,5 @@
 """Calls of the public gRPC service made up from its descriptors: slightly wrong ones, what is no
-message at all, and some that turn out to be right. The same number gives the same call, in any process.
+message at all, and some that turn out right. The same number gives the same call, in any process.
 
 What is right asks for little, so that what the calls cost is what they cost to refuse.
 """
