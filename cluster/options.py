@@ -12,6 +12,7 @@ from kvrelay.tls import CertificatesError, member_name
 from router.exposure import ExposureError, bind_host, check_exposure
 from router.keys import KeysError, KeySet
 
+_PORT_MAX = 65_535
 LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 
@@ -22,13 +23,15 @@ class ServeError(Exception):
 @dataclass(frozen=True)
 class ServeOptions:
     """What a person can choose. `threads` 0 shares the cores out evenly among the workers;
-    `prefill` 0 leaves prompts to the decode workers.
+    `prefill` 0 leaves prompts to the decode workers. `port` and `http_port` are the first router's;
+    the others have the next numbers, or with 0 any free ones.
 
     Raises ServeError for choices that do not go together.
     """
 
     prefill: int = 1
     decode: int = 1
+    routers: int = 1
     host: str = "127.0.0.1"
     port: int = 50051
     http_port: int = 8000
@@ -66,6 +69,7 @@ class ServeOptions:
             except CertificatesError as error:
                 raise ServeError(f"--certificates: {error}") from None
         self._check_callers()
+        self._check_ports()
         if self.quantize == "int8" and self.dtype != "float32":
             raise ServeError(
                 "--quantize int8 computes the rest in float32:"
@@ -86,6 +90,14 @@ class ServeOptions:
             raise ServeError(f"--api-keys: {error}") from None
         except ExposureError as error:
             raise ServeError(f"--host: {error}") from None
+
+    def _check_ports(self) -> None:
+        for name, port in (("--port", self.port), ("--http-port", self.http_port)):
+            if port and port + self.routers - 1 > _PORT_MAX:
+                raise ServeError(
+                    f"{name} {port}: {self.routers} routers take that port and the next ones, "
+                    f"{_PORT_MAX} at most: choose a lower one, or 0 for free ones"
+                )
 
     @property
     def log_level(self) -> str:

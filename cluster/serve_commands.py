@@ -53,6 +53,13 @@ class _Finite(click.FloatRange):
 )
 @click.option("--decode", type=click.IntRange(1, 64), default=1, help="Decode workers.")
 @click.option(
+    "--routers",
+    type=click.IntRange(1, 64),
+    default=1,
+    help="Router processes, each with all workers. --port and --http-port are the first one's;"
+    " the next have the next numbers.",
+)
+@click.option(
     "--host",
     default="127.0.0.1",
     help="Address to listen on; others than loopback need --certificates.",
@@ -163,8 +170,9 @@ class _Finite(click.FloatRange):
 def serve(model: str, **options: Any) -> None:
     """Serve MODEL: a Hugging Face id, a folder with safetensors, a .gguf file, or smollm2.
 
-    Prints one line `ready grpc=HOST:PORT http=HOST:PORT` when requests can be served. Ctrl-C
-    finishes what is running; a second Ctrl-C does not wait for it.
+    Prints one line `ready grpc=HOST:PORT http=HOST:PORT` when requests can be served, and with
+    --routers a line `router grpc=HOST:PORT http=HOST:PORT` for each further one. Ctrl-C finishes
+    what is running; a second Ctrl-C does not wait for it.
     """
     try:
         chosen = ServeOptions(**options)
@@ -176,8 +184,9 @@ def serve(model: str, **options: Any) -> None:
         _Interrupts() as stop,
         _serving(model, chosen, stop) as cluster,
     ):
-        ready = f"ready grpc={cluster.address} http={cluster.http_address}"
-        print(ready, file=sys.__stdout__, flush=True)
+        first, *further = cluster.routers.addresses
+        lines = [f"ready {first}", *(f"router {router}" for router in further)]
+        print("\n".join(lines), file=sys.__stdout__, flush=True)
         stop.polite = True
         cluster.watch(stop.stopping)
         with contextlib.suppress(OSError):  # the terminal may be gone

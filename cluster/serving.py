@@ -1,4 +1,4 @@
-"""One serving cluster on this host: Ray with the two pools, a router process, and their end.
+"""One serving cluster on this host: Ray with the two pools, router processes, and their end.
 
 `kvrelay serve` and `kvrelay demo` own one Serving each. Whatever happens, `stop` leaves no process,
 no shared memory and no socket: everything lives in one run folder and in processes started here.
@@ -8,20 +8,14 @@ import contextlib
 import fcntl
 import logging
 import os
-import re
 import secrets
-import select
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import grpc
 import psutil
 from pydantic import ValidationError
 
@@ -30,18 +24,17 @@ from cluster.model_store import PreparedModel
 from cluster.options import ServeError, ServeOptions
 from cluster.pools import Pools
 from cluster.preparation import Progress
+from cluster.routers import READY_S, Routers
 from kvrelay.cache import default_cache
 from kvrelay.config import RouterConfig, WorkerConfig
 from kvrelay.membership import new_cluster_key
-from kvrelay.wire import control_pb2, control_pb2_grpc
+from kvrelay.wire import control_pb2
 
 log = logging.getLogger(__name__)
 
-READY_S = 30.0
 _WATCH_S = 0.5
 _TELL_S = 2.0
 _END_S = 5.0
-_STARTED = re.compile(r"router grpc=(?P<grpc>\S+) http=(?P<http>\S+)")  # what the router says
 _RUN_DIR_PREFIX = "kvr-"
 _OWNER_LOCK = "owner.lock"
 # A unix socket's path may have 107 bytes; the run folder and Ray's names in it take some 84.
@@ -57,13 +50,10 @@ class Serving:
     def __init__(
         self, model: PreparedModel, options: ServeOptions, *, router_module: str = "router"
     ) -> None:
-        self.address = ""  # gRPC's
-        self.http_address = ""
-        self._router_module = router_module
         self._options = options
         self._run_dir = _temp_dir() / f"{_RUN_DIR_PREFIX}{secrets.token_hex(4)}"
         try:
-            self._router_config, worker_config = _configs(model, options, self._run_dir)
+            router_configs, worker_config = _configs(model, options, self._run_dir)
         except ValidationError as error:
             wrong = (f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
             raise ServeError("; ".join(wrong)) from None
@@ -72,47 +62,53 @@ class Serving:
         decode = {"kv_dtype": options.decode_kv_dtype} if options.decode_kv_dtype else {}
         ray_dir = self._run_dir / "ray"
         self._pools = Pools(worker_config, slots(options), ray_dir, {"decode": decode})
-        self._router: subprocess.Popen[str] | None = None
+        self.routers = Routers(router_configs, router_module)
+
+    @property
+    def address(self) -> str:
+        """gRPC's, at the first router."""
+        return self.routers.addresses[0].grpc
+
+    @property
+    def http_address(self) -> str:
+        """That of OpenAI's API, at the first router."""
+        return self.routers.addresses[0].http
 
     def start(self, report: Progress) -> None:
-        """Returns when requests can be served, at `address` and `http_address`.
+        """Returns when requests can be served, at each of `routers.addresses`.
 
         Raises:
-            ServeError: a port of the router's is taken, a worker cannot load the model, ...
+            ServeError: a router's port is taken, a worker cannot load the model, ...
         """
         _remove_abandoned(self._run_dir.parent)
         _make_run_dir(self._run_dir)
         report("starting the router", None)
-        self._router = self._start_router()
-        self.address, self.http_address = self._router_addresses(self._router)
+        self.routers.start()
         report("starting Ray", None)
         self._pools.start_ray()
         total = self._options.prefill + self._options.decode
         for loaded in self._pools.start_workers():
             report(f"loading the model into {total} workers", loaded / total)
         report("connecting router and workers", None)
-        self._tell_router(READY_S, ready_s=READY_S)
+        self.routers.tell(self._workers(), READY_S, ready_s=READY_S)
 
     def watch(self, stopping: threading.Event) -> None:
         """Replaces workers that die; returns when `stopping` is set.
 
         Raises:
-            ServeError: the router died.
+            ServeError: a router died.
         """
-        assert self._router is not None, "start first"
         told = True
         while not stopping.is_set():
             if self._pools.replace_dead(_WATCH_S):
                 told = False
-            if self._router.poll() is not None:
-                raise ServeError(f"the router ended with status {self._router.returncode}")
+            self.routers.check()
             if not told:
-                told = self._told_router()
+                told = self._told_routers()
 
     def stop(self, hurry: threading.Event | None = None) -> None:
         """Finishes running requests, at most drain_s (or until `hurry` is set), and ends all."""
-        if self._router is not None:
-            self._stop_router(self._router, hurry or threading.Event())
+        self.routers.stop(self._options.drain_s, hurry or threading.Event())
         # Now, while the workers that Ray may leave behind are still below us.
         processes = set(psutil.Process().children(recursive=True))
         with contextlib.suppress(Exception):
@@ -120,80 +116,28 @@ class Serving:
         _end(processes | set(psutil.Process().children(recursive=True)))
         shutil.rmtree(self._run_dir, ignore_errors=True)
 
-    def _start_router(self) -> "subprocess.Popen[str]":
-        router = subprocess.Popen(
-            [sys.executable, "-m", self._router_module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C in a terminal is for us; we tell the router
-        )
-        assert router.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            router.stdin.write(self._router_config.model_dump_json() + "\n")
-            router.stdin.flush()
-        return router
-
-    def _router_addresses(self, router: "subprocess.Popen[str]") -> tuple[str, str]:
-        """Those of gRPC and HTTP."""
-        assert router.stdout is not None
-        if not select.select([router.stdout], [], [], READY_S)[0]:
-            router.kill()
-            raise ServeError(f"the router did not start within {READY_S:g} s")
-        line = router.stdout.readline()
-        started = _STARTED.fullmatch(line.strip())
-        if started is None:
-            router.wait()
-            reason = line.strip().removeprefix("failed ") or "see its traceback above"
-            raise ServeError(f"the router did not start: {reason}")
-        return started["grpc"], started["http"]
-
-    def _told_router(self) -> bool:
-        """False when the router could not be told now, which may pass."""
+    def _told_routers(self) -> bool:
+        """False when a router could not be told now, which may pass."""
         try:
-            self._tell_router(_TELL_S)
+            self.routers.tell(self._workers(), _TELL_S)
         except ServeError as error:
             log.error("%s; trying again", error)
             return False
         return True
 
-    def _tell_router(self, timeout_s: float, *, ready_s: float = 0.0) -> None:
-        """With ready_s, returns when the router is connected to all of them."""
-        workers = control_pb2.WorkerSet(
+    def _workers(self) -> control_pb2.WorkerSet:
+        return control_pb2.WorkerSet(
             prefill_addresses=self._pools.addresses("prefill"),
             decode_addresses=self._pools.addresses("decode"),
         )
-        with grpc.insecure_channel(f"unix:{self._router_config.control_socket}") as channel:
-            stub = control_pb2_grpc.RouterControlStub(channel)
-            try:
-                stub.SetWorkers(workers, timeout=timeout_s, wait_for_ready=True)
-                if ready_s:
-                    stub.WaitReady(control_pb2.WaitReadyRequest(), timeout=ready_s)
-            except grpc.RpcError as error:
-                reason = " ".join(str(error.details()).split())
-                raise ServeError(f"the router does not take the workers: {reason}") from error
-
-    def _stop_router(self, router: "subprocess.Popen[str]", hurry: threading.Event) -> None:
-        router.send_signal(signal.SIGTERM)
-        waited_s = 0.0
-        while router.poll() is None:
-            if hurry.is_set() or waited_s > self._options.drain_s + READY_S:
-                router.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                router.wait(timeout=0.1)
-            waited_s += 0.1
-        for stream in (router.stdin, router.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):  # what a router that died has not read
-                    stream.close()
 
 
 def _configs(
     model: PreparedModel, options: ServeOptions, run_dir: Path
-) -> tuple[RouterConfig, WorkerConfig]:
+) -> tuple[list[RouterConfig], WorkerConfig]:
     cluster_key = new_cluster_key()
     certificates = options.certificates.absolute() if options.certificates else None
-    router = RouterConfig(
+    first = RouterConfig(
         model_path=model.path,
         model_name=model.name,
         cluster_key=cluster_key,
@@ -208,6 +152,7 @@ def _configs(
         certificates=certificates,
         insecure=options.insecure,
     )
+    routers = [first, *(_further(first, number) for number in range(1, options.routers))]
     worker = WorkerConfig(
         model_path=model.path,
         cluster_key=cluster_key,
@@ -229,7 +174,17 @@ def _configs(
         chunk_tokens=options.chunk_tokens,
         itl_target_ms=options.itl_target_ms,
     )
-    return router, worker
+    return routers, worker
+
+
+def _further(first: RouterConfig, number: int) -> RouterConfig:
+    """The config of router `number`, counted from 0: next ports, a control socket of its own."""
+    own = {
+        "control_socket": first.control_socket.with_name(f"control-{number}.sock"),
+        "port": first.port and first.port + number,  # 0: any free one, for each
+        "http_port": first.http_port and first.http_port + number,
+    }
+    return first.model_copy(update=own)
 
 
 def _temp_dir() -> Path:

@@ -232,7 +232,7 @@ class FrontDoor:
         if name and name != self.files.name:
             raise Refusal(
                 Reason.NOT_FOUND,
-                f"model {name!r} is not served here; {self.files.name!r} is",
+                f"model {name[:_SHOWN_CHARS]!r} is not served here; {self.files.name!r} is",
             )
 
     @property

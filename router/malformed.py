@@ -5,16 +5,25 @@ usual case. Installed by router/main.py on the public server.
 """
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-_MESSAGE = "the request is not a valid protobuf message; is all text in it valid UTF-8?"
+from router.field_count import has_more_fields
+
+_NO_MESSAGE = "the request is not a valid protobuf message; is all text in it valid UTF-8?"
+_FIELDS_MAX = 12_000  # far more than any request may have, and parsed in a millisecond
+_TOO_MANY = f"the request: more than {_FIELDS_MAX} fields; does it have too many messages?"
+_SMALL_BYTES = 64 << 10  # there, parsing takes no longer than counting
 
 
+@dataclass(frozen=True)
 class _Malformed:
     """Stands in for a request that could not be read."""
+
+    why: str
 
 
 class MalformedRequests(grpc.aio.ServerInterceptor):
@@ -35,10 +44,12 @@ class MalformedRequests(grpc.aio.ServerInterceptor):
 
 def _forgiving(read: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     def forgiving(data: bytes) -> Any:
+        if len(data) > _SMALL_BYTES and has_more_fields(data, _FIELDS_MAX):
+            return _Malformed(_TOO_MANY)
         try:
             return read(data)
         except DecodeError:
-            return _Malformed()
+            return _Malformed(_NO_MESSAGE)
 
     return forgiving
 
@@ -48,7 +59,7 @@ def _checked(serve: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any]
 
     async def checked(request: Any, context: Any) -> Any:
         if isinstance(request, _Malformed):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _MESSAGE)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, request.why)
         return await serve(request, context)
 
     return checked

@@ -19,6 +19,9 @@ from router.quotas import BeyondQuotaError, QuotaExceededError
 from router.template_process import TemplateBusyError, TemplateDownError
 
 RETRY_HINT_MS = 1000  # where nothing is predicted
+# Of one message, whose start and end say the most. What a client sent may be in it, megabytes; and
+# gRPC sends it as a header, a character in twelve bytes at most, of which clients take 8 KiB.
+_START_CHARS, _END_CHARS = 400, 100
 _RETRY_MS = (100, 60_000)  # least and most: a prediction may be far off
 
 
@@ -43,6 +46,8 @@ class Refusal(Exception):
     """
 
     def __init__(self, reason: Reason, message: str, retry_ms: int | None = None) -> None:
+        if len(message) > _START_CHARS + _END_CHARS:
+            message = f"{message[:_START_CHARS]} ... {message[-_END_CHARS:]}"
         super().__init__(message)
         if retry_ms is None and reason is Reason.UNAVAILABLE:
             retry_ms = RETRY_HINT_MS

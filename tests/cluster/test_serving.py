@@ -5,10 +5,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
-import grpc
 import psutil
 import pytest
 from click.testing import CliRunner
@@ -162,68 +160,23 @@ def test_workers_are_told_what_was_chosen(temp_dir, monkeypatch):
     assert config.cache_dir == Path("/tmp/own-cache")
 
 
-# ---- the router
+# ---- what the routers are told
 
 
-def test_a_router_that_says_nothing(temp_dir, monkeypatch):
-    monkeypatch.setattr(serving, "READY_S", 0.1)
-    quiet = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with subprocess.Popen(quiet, stdout=subprocess.PIPE, text=True) as router:
-        with pytest.raises(ServeError, match="did not start within"):
-            new_serving()._router_addresses(router)
-        assert router.wait(10) == -signal.SIGKILL
+def test_each_router_has_ports_and_a_control_socket_of_its_own(temp_dir):
+    options = ServeOptions(routers=3, port=50_000, http_port=0)
+    routers, _ = serving._configs(PreparedModel("tiny", temp_dir), options, temp_dir / "kvr-1")
+    assert [router.port for router in routers] == [50_000, 50_001, 50_002]
+    assert [router.http_port for router in routers] == [0, 0, 0]
+    assert len({router.control_socket for router in routers}) == 3
+    assert len({router.cluster_key for router in routers}) == 1
 
 
-def test_a_router_that_started_says_both_addresses(temp_dir):
-    line = "router grpc=127.0.0.1:1 http=127.0.0.1:2"
-    with subprocess.Popen(["echo", line], stdout=subprocess.PIPE, text=True) as router:
-        addresses = new_serving()._router_addresses(router)
-    assert addresses == ("127.0.0.1:1", "127.0.0.1:2")
-
-
-def test_a_router_that_fails_says_why(temp_dir):
-    line = "failed HTTP port 127.0.0.1:8000 is taken; choose another with --http-port"
-    with (
-        subprocess.Popen(["echo", line], stdout=subprocess.PIPE, text=True) as router,
-        pytest.raises(ServeError, match=r"did not start: HTTP port .* is taken"),
-    ):
-        new_serving()._router_addresses(router)
-
-
-def test_a_router_that_cannot_be_told_is_told_again(temp_dir, monkeypatch, caplog):
-    cluster = new_serving()
-    cluster._router = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    stopping, told = threading.Event(), []
-
-    class Refusal(grpc.RpcError):
-        def details(self) -> str:
-            return "not\nnow"
-
-    class Stub:
-        def __init__(self, channel: object) -> None: ...
-
-        def SetWorkers(self, workers, timeout, wait_for_ready):
-            told.append(workers)
-            if len(told) < 3:
-                raise Refusal
-            stopping.set()
-
-    deaths = iter([True])
-    monkeypatch.setattr(cluster._pools, "replace_dead", lambda wait_s: next(deaths, False))
-    monkeypatch.setattr(serving.control_pb2_grpc, "RouterControlStub", Stub)
-    try:
-        cluster.watch(stopping)
-        assert len(told) == 3
-        assert (
-            caplog.messages == ["the router does not take the workers: not now; trying again"] * 2
-        )
-
-        stopping.clear()
-        cluster._router.communicate(b"\n")
-        with pytest.raises(ServeError, match="the router ended with status 0"):
-            cluster.watch(stopping)
-    finally:
-        cluster._router.kill()
+@pytest.mark.parametrize("option", ["port", "http_port"])
+def test_ports_beyond_the_last_are_refused(option):
+    ServeOptions(**{option: 65_534, "routers": 2})
+    with pytest.raises(ServeError, match=r"port 65534: 3 routers take that port and the next"):
+        ServeOptions(**{option: 65_534, "routers": 3})
 
 
 # ---- the end

@@ -343,6 +343,10 @@ async def test_bytes_that_are_no_message(channel, bystander, method, data):
     await assert_refused(raw(channel, method, data), INVALID, *words)
 
 
+async def test_millions_of_fields_are_refused_without_reading_them(channel, bystander):
+    await assert_refused(raw(channel, "Chat", b"\x1a\x00" * (4 << 20)), INVALID, "12000 fields")
+
+
 async def test_a_message_over_the_size_limit(stub, bystander):
     call = stub.Generate(generate("x" * (40 << 20)))
     await assert_refused(call, grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max", "8388608")

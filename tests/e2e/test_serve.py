@@ -123,8 +123,17 @@ class Server:
         return [p for p in self._family if p.is_running() and p.status() != "zombie"]
 
     def router(self) -> psutil.Process:
-        [router] = [p for p in self.family() if p.cmdline()[-2:] == ["-m", "router"]]
+        [router] = self.routers()
         return router
+
+    def routers(self) -> list[psutil.Process]:
+        return [p for p in self.family() if p.cmdline()[-2:] == ["-m", "router"]]
+
+    def further_routers(self, count: int) -> list[tuple[str, str]]:
+        """The (gRPC, HTTP) addresses of the lines after the first."""
+        lines = [self._lines.get(timeout=READY_S) for _ in range(count)]
+        found = [re.fullmatch(r"router grpc=(\S+) http=(\S+)\n", line or "") for line in lines]
+        return [(one[1], one[2]) for one in found if one]
 
     def workers(self) -> set[psutil.Process]:
         return {p for p in self.family() if _name(p).startswith("ray::WorkerActor")}
@@ -391,6 +400,34 @@ def test_decode_workers_alone_until_sigterm(server, model):
         end_politely(alone, lambda: alone.process.send_signal(signal.SIGTERM))
 
 
+def test_two_routers_until_one_dies(server, model):
+    prompt = [7 + at % 50 for at in range(100)]
+    with server.client() as client:
+        expected = client.generate(prompt, max_tokens=20, **SAMPLED).result().token_ids
+    with serving(model, "--routers", "2") as two:
+        [(second, second_http)] = two.further_routers(1)
+        assert len(two.routers()) == 2
+        with two.client() as a, Client(second, timeout_s=ANSWER_S) as b:
+            answers = [
+                client.generate(prompt, max_tokens=20, **SAMPLED).result() for client in (a, b)
+            ]
+        assert [answer.token_ids for answer in answers] == [expected] * 2
+        assert [answer.cached_tokens for answer in answers] == [0, 96]
+        assert httpx2.get(f"http://{second_http}/ready").json() == {"status": "ok"}
+
+        [victim] = [p for p in two.routers() if int(second.rsplit(":")[-1]) in ports_of(p)]
+        victim.kill()
+        assert two.wait_end() == 1
+        assert two.stderr.splitlines()[-1] == "error: a router ended with status -9"
+        assert len(two.printed) == 2
+        two.assert_nothing_left()
+
+
+def ports_of(process: psutil.Process) -> set[int]:
+    connections = process.net_connections("inet")
+    return {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
+
+
 def test_sigint_to_the_process_group(model):
     """Ctrl-C in a terminal reaches every process of the group."""
     with serving(model, "--transport", "shm") as server:
@@ -501,6 +538,13 @@ def test_a_port_that_is_taken(model, option):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with starting(model, option, str(port)) as server:
+            assert_error(server, "router", str(port))
+
+
+def test_a_port_that_the_second_router_finds_taken(model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with starting(model, "--port", str(port - 1), "--routers", "2") as server:
             assert_error(server, "router", str(port))
 
 

@@ -129,6 +129,29 @@ async def test_a_text_of_which_no_token_comes_is_the_clients_mistake(method):
         assert context.details == "text: no token comes of it"
 
 
+@pytest.mark.parametrize("message", [pb.GenerateRequest, pb.ChatRequest, pb.TokenizeRequest])
+async def test_a_model_name_without_end_is_not_echoed_whole(message):
+    async with service_of() as (service, _):
+        context = Context()
+        method = getattr(service, message.DESCRIPTOR.name.removesuffix("Request"))
+        with pytest.raises(Aborted):
+            await method(message(model="x" * (1 << 20)), context)
+        assert context.code is grpc.StatusCode.NOT_FOUND
+        assert len(context.details) < 300
+        assert context.details.endswith("is not served here; 'tiny' is")
+
+
+async def test_of_messages_that_are_too_many_only_their_number_is_looked_at(monkeypatch):
+    monkeypatch.setattr("router.service._Pairs.__getitem__", None)
+    async with service_of() as (service, _):
+        context = Context()
+        messages = [pb.ChatMessage(role="user", content="hi")] * 100_000
+        with pytest.raises(Aborted):
+            await service.Chat(pb.ChatRequest(messages=messages), context)
+        assert context.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert context.details == "messages: 100000, at most 1024 allowed"
+
+
 @pytest.mark.parametrize(("length", "on_loop"), [(1, True), (5000, False)])
 async def test_long_texts_are_tokenized_off_the_loop(monkeypatch, length, on_loop):
     async with service_of() as (service, _):

@@ -22,12 +22,18 @@ from router.main import Router
 class LocalCluster:
     prefill: list[PrefillService]
     decode: list[DecodeService]
-    router: Router
+    routers: list[Router]
 
-    def client(self, **credentials: Any) -> AsyncClient:
-        """With the cluster's certificates, unless told otherwise."""
-        own = {"certificates": self.router._config.certificates}
-        return AsyncClient(self.router.address, **{**own, **credentials})
+    @property
+    def router(self) -> Router:
+        """The only one, or the first."""
+        return self.routers[0]
+
+    def client(self, router: Router | None = None, **credentials: Any) -> AsyncClient:
+        """Of the first router, with the cluster's certificates, unless told otherwise."""
+        router = router or self.router
+        own = {"certificates": router._config.certificates}
+        return AsyncClient(router.address, **{**own, **credentials})
 
     def all_free(self) -> bool:
         """Every block is free, or cached and nobody's."""
@@ -46,6 +52,7 @@ async def local_cluster(
     *,
     prefill: int = 1,
     decode: int = 1,
+    routers: int = 1,
     worker: dict[str, Any] | None = None,
     decode_worker: dict[str, Any] | None = None,
     router: dict[str, Any] | None = None,
@@ -80,10 +87,14 @@ async def local_cluster(
             decodes = [await DecodeService.start(own) for _ in range(decode)]
             for started in (*prefills, *decodes):
                 stack.push_async_callback(started.stop)
-            front = await Router.start(router_config)
-            stack.push_async_callback(front.stop)
-            front.fleet.set_workers([p.address for p in prefills], [d.address for d in decodes])
-            await front.fleet.wait_ready()
-            cluster = LocalCluster(prefills, decodes, front)
+            fronts = []
+            for number in range(routers):
+                own_socket = {"control_socket": run_dir / f"control-{number}.sock"}
+                front = await Router.start(router_config.model_copy(update=own_socket))
+                stack.push_async_callback(front.stop)
+                front.fleet.set_workers([p.address for p in prefills], [d.address for d in decodes])
+                await front.fleet.wait_ready()
+                fronts.append(front)
+            cluster = LocalCluster(prefills, decodes, fronts)
             yield cluster
             cluster.check_ledgers()

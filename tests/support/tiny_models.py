@@ -113,6 +113,13 @@ def make_endless(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def make_slow(folder: Path, **changes: Any) -> Path:
+    """An endless one whose steps take some 10 ms, as those of small models that are of use. With
+    steps that take next to nothing, gaps between tokens would be those of the tests' own Python."""
+    shapes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
+    return make_endless(folder, **shapes, **changes)
+
+
 def make_not_decoder_only(folder: Path) -> Path:
     """Writes a tiny BERT, complete with tokenizer: a model that kvrelay must refuse."""
     tokenizer = _tokenizer()
