@@ -6,7 +6,14 @@ Plain records, kept up to date by router/workers.py.
 from dataclasses import dataclass
 from math import inf
 
-from router.policy import NEUTRAL, NEUTRAL_BLOCK_MS, DecodeView, PrefillView, Rates
+from router.policy import (
+    CHUNK_TOKENS,
+    NEUTRAL,
+    NEUTRAL_BLOCK_MS,
+    DecodeView,
+    PrefillView,
+    Rates,
+)
 
 _Standing = tuple[float, float]  # backlog in tokens, blocks that are lacking: less is better
 NO_ROOM: _Standing = (inf, inf)
@@ -21,7 +28,10 @@ class PrefillWorker:
     rates: Rates = NEUTRAL
     block_ms: float = NEUTRAL_BLOCK_MS  # of a hand-off, that no computing hides; a moving mean
     queued_tokens: int = 0  # its own figure, which knows of other routers
+    queued_prompts: int = 0  # that those tokens are of
     asked_tokens: int = 0  # our prompts that are not computed yet, those under way included
+    asked_prompts: int = 0
+    chunk_tokens: int = CHUNK_TOKENS  # of prompts in one step, at most
     full: bool = False  # it has just refused for want of room
     standing: _Standing = NO_ROOM
 
@@ -37,6 +47,10 @@ class PrefillWorker:
     def backlog_tokens(self) -> int:
         return max(self.queued_tokens, self.asked_tokens)
 
+    @property
+    def backlog_prompts(self) -> int:
+        return max(self.queued_prompts, self.asked_prompts)
+
     def view(self, cached_blocks: int) -> PrefillView:
         return PrefillView(
             self.worker_id,
@@ -45,8 +59,11 @@ class PrefillWorker:
             self.block_size,
             self.rates,
             self.block_ms,
+            0.0,
             cached_blocks,
             self.full,
+            self.backlog_prompts,
+            self.chunk_tokens,
         )
 
 
@@ -63,7 +80,10 @@ class DecodeWorker:
     rates: Rates = NEUTRAL
     running: int = 0  # its own figure, which knows of other routers
     queued_tokens: int = 0  # of prompts to be computed there; its own figure as well
+    queued_prompts: int = 0  # that those tokens are of
     asked_tokens: int = 0  # of our prompts that it is to compute itself and has not yet
+    asked_prompts: int = 0
+    chunk_tokens: int = CHUNK_TOKENS  # of prompts in one step, at most
     asked_blocks: int = 0  # of our Reserves that it has not answered yet
     asked: int = 0  # sequences of ours, running and on their way
     full: bool = False
@@ -86,11 +106,14 @@ class DecodeWorker:
     def sequences(self) -> int:
         return max(self.running, self.asked)
 
+    @property
+    def backlog_prompts(self) -> int:
+        return max(self.queued_prompts, self.asked_prompts)
+
     def view(self, cached_blocks: int) -> DecodeView:
         return DecodeView(
             self.worker_id,
             self.room_blocks,
-            self.blocks_total,
             self.sequences,
             self.block_size,
             self.rates,
@@ -98,6 +121,8 @@ class DecodeWorker:
             self.backlog_tokens,
             self.itl_target_ms,
             self.full,
+            self.backlog_prompts,
+            self.chunk_tokens,
         )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from kvrelay.config import RouterConfig
 from kvrelay.kv.layout import blocks_for, reserved_blocks
 from kvrelay.wire import worker_pb2
-from router.policy import NEUTRAL, Choice, Placement, Rates, Wish, place, rates_of
+from router.policy import CHUNK_TOKENS, NEUTRAL, Choice, Placement, Rates, Wish, place, rates_of
 from router.request import Request, RequestState
 from router.shortlist import Shortlist
 from router.worker import DecodeWorker, PrefillWorker, Worker
@@ -57,6 +57,7 @@ class Workers:
             info.layout.block_size,
             info.blocks_total,
             rates=self._usual,
+            chunk_tokens=info.chunk_tokens or CHUNK_TOKENS,
         )
         self.prefill[worker_id] = worker
         self._prefill_list.up(worker, self._names_max(worker))
@@ -74,6 +75,7 @@ class Workers:
             info.itl_target_ms,
             blocks_free=info.blocks_total,
             rates=self._usual,
+            chunk_tokens=info.chunk_tokens or CHUNK_TOKENS,
         )
         self.decode[worker_id] = worker
         self._decode_list.up(worker, self._names_max(worker))
@@ -96,6 +98,7 @@ class Workers:
         if worker is None:
             return
         worker.queued_tokens = load.queued_tokens
+        worker.queued_prompts = load.queued_prompts
         worker.full = refused
         if load.HasField("cost"):
             worker.rates = self._usual = rates_of(load.cost, self._usual)
@@ -108,6 +111,7 @@ class Workers:
         worker.blocks_free = load.blocks_free
         worker.running = load.running
         worker.queued_tokens = load.queued_tokens
+        worker.queued_prompts = load.queued_prompts
         worker.full = refused
         if load.HasField("cost"):
             worker.rates = self._usual = rates_of(load.cost, self._usual)
@@ -169,6 +173,7 @@ class Workers:
         moved = 0 if computes is decode else blocks_for(prompt_tokens, decode.block_size)
         self._claims[key] = _Claim(computes, decode, placement.tokens, blocks, moved)
         computes.asked_tokens += placement.tokens
+        computes.asked_prompts += 1
         decode.asked_blocks += blocks
         decode.asked += 1
         self._rank(computes)
@@ -182,7 +187,9 @@ class Workers:
 
     def computed(self, key: int) -> None:
         """The prompt is no backlog any more."""
-        self._give_back(self._claims[key], prompt=True)
+        claim = self._claims[key]
+        if claim.prompt_tokens:  # called for every token of the answer
+            self._give_back(claim, prompt=True)
 
     def handed_off(self, key: int, exposed_ms: float) -> None:
         """Notes what the hand-off cost for each block."""
@@ -201,7 +208,8 @@ class Workers:
         if blocks:
             claim.decode.asked_blocks -= claim.blocks
             claim.blocks = 0
-        if prompt:
+        if prompt and claim.prompt_tokens:
+            claim.computes.asked_prompts -= 1
             claim.computes.asked_tokens -= claim.prompt_tokens
             claim.prompt_tokens = 0
         self._rank(claim.computes)
@@ -230,7 +238,7 @@ class Workers:
         assert self._claims.keys() == {r.key for r in requests}
         for p in self.prefill.values():
             mine = [r for r in requests if r.prefill_id == p.worker_id and not r.handed_off]
-            assert p.asked_tokens == _uncomputed(mine), (p, mine)
+            assert (p.asked_tokens, p.asked_prompts) == _uncomputed(mine), (p, mine)
             self._prefill_list.check(p)
         for d in self.decode.values():
             mine = [r for r in requests if r.decode_id == d.worker_id]
@@ -241,11 +249,13 @@ class Workers:
             ]
             assert d.asked_blocks == sum(blocks), (d, blocks)
             assert d.asked == len(mine), (d, len(mine))
-            assert d.asked_tokens == _uncomputed([r for r in mine if r.prefill_here]), (d, mine)
+            here = [r for r in mine if r.prefill_here]
+            assert (d.asked_tokens, d.asked_prompts) == _uncomputed(here), (d, mine)
             self._decode_list.check(d)
 
 
-def _uncomputed(requests: Collection[Request]) -> int:
-    """Tokens of prompts that no token of an answer has followed yet."""
+def _uncomputed(requests: Collection[Request]) -> tuple[int, int]:
+    """Tokens of prompts that no token of an answer has followed yet, and how many prompts."""
     assert all(r.placement is not None for r in requests)
-    return sum(r.placement.tokens for r in requests if r.placement and len(r.answer) == r.base)
+    left = [r.placement.tokens for r in requests if r.placement and len(r.answer) == r.base]
+    return sum(left), len(left)

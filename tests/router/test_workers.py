@@ -12,6 +12,7 @@ from kvrelay.wire import worker_pb2 as pb
 from router.admission import Sampling
 from router.policy import NEUTRAL_BLOCK_MS, Placement
 from router.request import Request, Times
+from router.shortlist import Shortlist
 from router.workers import Workers
 
 
@@ -148,3 +149,46 @@ def test_a_decode_worker_that_has_computed_no_prompt_is_no_faster_than_the_prefi
     cost = pb.StepCost(base_ms=50, ms_per_sequence=0.1)
     workers.decode_load("d1", pb.DecodeLoad(blocks_free=1000, cost=cost), refused=False)
     assert pair(workers, request()) == ("p1", "d1")
+
+
+def test_prompts_are_counted_with_their_tokens():
+    workers = workers_of("p1", "d1")
+    p1, d1 = workers.prefill["p1"], workers.decode["d1"]
+    workers.claim(1, Placement("p1", "d1", 0, 0, 40), 40, 10)
+    workers.claim(2, Placement("p1", "d1", 0, 0, 8), 8, 10)
+    workers.claim(3, Placement(None, "d1", 0, 0, 8), 8, 10)
+    assert (p1.backlog_prompts, d1.backlog_prompts) == (2, 1)
+    workers.computed(1)
+    workers.release(3)
+    assert (p1.backlog_prompts, d1.backlog_prompts) == (1, 0)
+    workers.prefill_load("p1", pb.PrefillLoad(queued_tokens=9, queued_prompts=3), refused=False)
+    load = pb.DecodeLoad(blocks_free=9, queued_tokens=9, queued_prompts=2)
+    workers.decode_load("d1", load, refused=False)
+    assert (p1.backlog_prompts, d1.backlog_prompts) == (3, 2)
+    for key in (1, 2):
+        workers.computed(key)
+        workers.release(key)
+    workers.check([])
+
+
+@pytest.mark.parametrize(("told", "kept"), [(0, 256), (64, 64)])
+def test_a_worker_says_how_long_its_chunks_are(told, kept):
+    workers = workers_of()
+    layout = transfer_pb2.KvLayout(model_fingerprint="m", block_size=4)
+    info = pb.WorkerInfo(layout=layout, blocks_total=9, max_model_tokens=9, chunk_tokens=told)
+    workers.prefill_up("p1", info)
+    workers.decode_up("d1", info)
+    assert workers.prefill["p1"].view(0).chunk_tokens == kept
+    assert workers.decode["d1"].view(0).chunk_tokens == kept
+
+
+def test_only_the_first_token_changes_who_is_busy(monkeypatch):
+    workers = workers_of("p1", "d1")
+    workers.claim(1, Placement("p1", "d1", 0, 0, 40), 40, 10)
+    workers.computed(1)
+
+    def rank(*args: Any) -> bool:
+        raise AssertionError("nothing has changed")
+
+    monkeypatch.setattr(Shortlist, "rank", rank)
+    workers.computed(1)
