@@ -211,11 +211,11 @@ def _through_p(computing: Sequence[_Computing], answer: _Answer, wish: Wish) -> 
     if wish.avoid:
         good = [c for c in computing if (c.worker_id, d.worker_id) not in wish.avoid]
         computing = good or computing
-    costs_ms = [c.ms + blocks * c.block_ms for c in computing]
+    costs_ms = [ms + blocks * block_ms for _, ms, block_ms, *_ in computing]
     ttft_ms = min(costs_ms)
     p = computing[costs_ms.index(ttft_ms)]
     return _Option(
-        (p.worker_id, d.worker_id) in wish.avoid,
+        bool(wish.avoid) and (p.worker_id, d.worker_id) in wish.avoid,
         answer.late,
         ttft_ms + answer.ms,
         d.sequences,
@@ -236,7 +236,7 @@ def _here_on_d(answer: _Answer, wish: Wish, *, p_refused: bool) -> _Option:
     tokens = tokens_left(d, wish)
     ttft_ms, harm_ms, harmless = local_ms(d, tokens)
     return _Option(
-        (None, d.worker_id) in wish.avoid,
+        bool(wish.avoid) and (None, d.worker_id) in wish.avoid,
         answer.late or not harmless,
         ttft_ms + answer.ms + harm_ms,
         d.sequences,
@@ -251,8 +251,10 @@ def _here_on_d(answer: _Answer, wish: Wish, *, p_refused: bool) -> _Option:
 
 
 def _takes(worker: PrefillView | DecodeView, tokens: int, wish: Wish) -> bool:
+    if not worker.queued_tokens:
+        return True
     ahead = tokens_ahead(worker, tokens, worker.chunk_tokens)
-    return not ahead or ahead + tokens <= wish.backlog_tokens_max
+    return ahead + tokens <= wish.backlog_tokens_max
 
 
 # ---- the formulas
@@ -267,14 +269,17 @@ def tokens_left(worker: PrefillView | DecodeView, wish: Wish) -> int:
 def tokens_ahead(worker: PrefillView | DecodeView, tokens: int, chunk: int) -> int:
     """Of other prompts, computed there before the last of so many of this one: prompts take turns,
     and each of them has a chunk for every chunk of this one at most."""
-    queued, prompts = worker.queued_tokens, worker.queued_prompts
-    return min(queued, prompts * ceil(tokens / chunk) * chunk) if queued and prompts else queued
+    queued = worker.queued_tokens
+    if not queued or not worker.queued_prompts:
+        return queued
+    return min(queued, worker.queued_prompts * ceil(tokens / chunk) * chunk)
 
 
 def prefill_ms(p: PrefillView, tokens: int) -> float:
     """Until P has computed a prompt of so many tokens, with what comes before it there."""
-    tokens += tokens_ahead(p, tokens, p.chunk_tokens)
-    return tokens * p.rates.prompt_token_ms + ceil(tokens / p.chunk_tokens) * p.rates.base_ms
+    chunk, rates = p.chunk_tokens, p.rates
+    tokens += tokens_ahead(p, tokens, chunk)
+    return tokens * rates.prompt_token_ms + ceil(tokens / chunk) * rates.base_ms
 
 
 def local_ms(d: DecodeView, tokens: int) -> tuple[float, float, bool]:
@@ -284,13 +289,13 @@ def local_ms(d: DecodeView, tokens: int) -> tuple[float, float, bool]:
     prompt, chunk by chunk; one more than now, for D's time is wanted by whoever comes next too.
     harmless: the steps of running sequences have room for a block at least.
     """
-    step_ms = d.rates.base_ms + d.sequences * d.rates.sequence_ms
+    base_ms, token_ms, sequence_ms = d.rates
+    step_ms = base_ms + d.sequences * sequence_ms
     chunk = d.chunk_tokens
     if d.itl_target_ms:
-        chunk = min(chunk, int((d.itl_target_ms - step_ms) / d.rates.prompt_token_ms))
+        chunk = min(chunk, int((d.itl_target_ms - step_ms) / token_ms))
     harmless = chunk >= d.block_size or not d.sequences
     chunk = max(chunk, d.block_size)
-    own_ms = tokens * d.rates.prompt_token_ms
+    harm_ms = (d.sequences + 1) * tokens * token_ms
     tokens += tokens_ahead(d, tokens, chunk)
-    ttft_ms = ceil(tokens / chunk) * step_ms + tokens * d.rates.prompt_token_ms
-    return ttft_ms, (d.sequences + 1) * own_ms, harmless
+    return ceil(tokens / chunk) * step_ms + tokens * token_ms, harm_ms, harmless

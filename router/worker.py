@@ -3,20 +3,18 @@
 Plain records, kept up to date by router/workers.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
-from router.policy import (
-    CHUNK_TOKENS,
-    NEUTRAL,
-    NEUTRAL_BLOCK_MS,
-    DecodeView,
-    PrefillView,
-    Rates,
-)
+from router.measured import HandOffs, MeasuredRates
+from router.policy import CHUNK_TOKENS, NEUTRAL, DecodeView, PrefillView, Rates
 
 _Standing = tuple[float, float]  # backlog in tokens, blocks that are lacking: less is better
 NO_ROOM: _Standing = (inf, inf)
+
+
+def _unmeasured() -> MeasuredRates:
+    return MeasuredRates(NEUTRAL)
 
 
 @dataclass
@@ -25,8 +23,8 @@ class PrefillWorker:
     number: int  # in the order of coming; never used twice
     block_size: int
     blocks_total: int
-    rates: Rates = NEUTRAL
-    block_ms: float = NEUTRAL_BLOCK_MS  # of a hand-off, that no computing hides; a moving mean
+    measured: MeasuredRates = field(default_factory=_unmeasured)
+    hand_offs: HandOffs = field(default_factory=HandOffs)
     queued_tokens: int = 0  # its own figure, which knows of other routers
     queued_prompts: int = 0  # that those tokens are of
     asked_tokens: int = 0  # our prompts that are not computed yet, those under way included
@@ -34,6 +32,10 @@ class PrefillWorker:
     chunk_tokens: int = CHUNK_TOKENS  # of prompts in one step, at most
     full: bool = False  # it has just refused for want of room
     standing: _Standing = NO_ROOM
+
+    @property
+    def rates(self) -> Rates:
+        return self.measured.rates
 
     @property
     def room_blocks(self) -> int:
@@ -58,8 +60,8 @@ class PrefillWorker:
             self.blocks_total,
             self.block_size,
             self.rates,
-            self.block_ms,
-            0.0,
+            self.hand_offs.block_ms,
+            self.hand_offs.hand_off_ms,
             cached_blocks,
             self.full,
             self.backlog_prompts,
@@ -77,7 +79,7 @@ class DecodeWorker:
     max_model_tokens: int
     itl_target_ms: int
     blocks_free: int  # its own figure; what it could evict included
-    rates: Rates = NEUTRAL
+    measured: MeasuredRates = field(default_factory=_unmeasured)
     running: int = 0  # its own figure, which knows of other routers
     queued_tokens: int = 0  # of prompts to be computed there; its own figure as well
     queued_prompts: int = 0  # that those tokens are of
@@ -88,6 +90,10 @@ class DecodeWorker:
     asked: int = 0  # sequences of ours, running and on their way
     full: bool = False
     standing: _Standing = NO_ROOM
+
+    @property
+    def rates(self) -> Rates:
+        return self.measured.rates
 
     @property
     def room_blocks(self) -> int:
