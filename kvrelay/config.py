@@ -103,6 +103,8 @@ class RouterConfig(_Frozen):
     measured_fade_ms: int = Field(default=10_000, ge=0)  # a worker without work for longer: what it
     # has measured fades to what is usual, or one bad figure would keep work from it for ever
     index_names_max: int = 65_536  # cached blocks of one worker that the router remembers
+    index_names_total_max: int = Field(default=4_194_304, ge=1)  # of all workers of a role; some
+    # 200 bytes each
     drain_ms: int = 30_000  # running requests at shutdown
 
     # OpenAI's API over HTTP, on the same host

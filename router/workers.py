@@ -45,8 +45,8 @@ class Workers:
         # The middle of what workers measure, for those that have not yet: a new one must look
         # neither better nor worse than the others, nor D than P.
         self._usual = NEUTRAL
-        self._prefill_list: Shortlist[PrefillWorker] = Shortlist()
-        self._decode_list: Shortlist[DecodeWorker] = Shortlist()
+        self._prefill_list: Shortlist[PrefillWorker] = Shortlist(config.index_names_total_max)
+        self._decode_list: Shortlist[DecodeWorker] = Shortlist(config.index_names_total_max)
         self._claims: dict[int, _Claim] = {}  # by the attempt's key
 
     # ---- what they say
@@ -146,6 +146,8 @@ class Workers:
 
     def fade(self, now_ms: float) -> None:
         """Lets go of what is old, a part of it at each call; called about once a second."""
+        self._prefill_list.index.sweep()
+        self._decode_list.index.sweep()
         workers: list[Worker] = [*self.prefill.values(), *self.decode.values()]
         self._usual = usual_of([worker.measured for worker in workers], self._usual)
         fade_ms = self._config.measured_fade_ms
