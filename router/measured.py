@@ -109,16 +109,10 @@ class HandOffs:
     """Exposed time of a hand-off: hand_off_ms, and block_ms for each block of it."""
 
     def __init__(self) -> None:
-        self._fixed = _Middle(0.0)
-        self._block = _Middle(NEUTRAL_BLOCK_MS)
-
-    @property
-    def hand_off_ms(self) -> float:
-        return self._fixed.value
-
-    @property
-    def block_ms(self) -> float:
-        return self._block.value
+        self.hand_off_ms = 0.0
+        self.block_ms = NEUTRAL_BLOCK_MS
+        self._fixed = _Middle(self.hand_off_ms)
+        self._block = _Middle(self.block_ms)
 
     def note(self, blocks: int, exposed_ms: float) -> None:
         if blocks <= 0 or not 0 <= exposed_ms < inf:
@@ -127,11 +121,16 @@ class HandOffs:
             self._block.add(max(0.0, exposed_ms - self.hand_off_ms) / blocks)
         else:
             self._fixed.add(max(0.0, exposed_ms - blocks * self.block_ms))
+        self._bring_up_to_date()
 
     def look(self, now_ms: float, fade_ms: float) -> None:
         """Lets old figures fade; called about once a second."""
         self._fixed.look(now_ms, fade_ms)
         self._block.look(now_ms, fade_ms)
+        self._bring_up_to_date()
+
+    def _bring_up_to_date(self) -> None:
+        self.hand_off_ms, self.block_ms = self._fixed.value, self._block.value
 
 
 class _Middle:

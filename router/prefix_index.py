@@ -141,11 +141,10 @@ class PrefixIndex:
 
     def holders(self, name: bytes) -> Collection[int]:
         held = self._holders.get(name, ())
-        if isinstance(held, int):
-            return () if held in self._gone else (held,)
-        if not self._gone or self._gone.keys().isdisjoint(held):
-            return held
-        return set(held) - self._gone.keys()
+        holders = (held,) if isinstance(held, int) else held
+        if self._gone and not self._gone.keys().isdisjoint(holders):
+            return set(holders) - self._gone.keys()
+        return holders
 
     def longest(self, chain: Sequence[bytes], holders_min: int = 1) -> int:
         """Leading blocks of `chain` that at least so many workers hold.
@@ -154,10 +153,9 @@ class PrefixIndex:
         that is not so the number may be any that fits; nothing is wrong but the prediction.
         """
 
-        def held(block: int) -> bool:
-            return len(self.holders(chain[block])) >= holders_min
-
-        return _bisect(held, len(chain))
+        if holders_min == 1 and not self._gone:  # nearly always: without a call for each look
+            return _bisect(lambda block: chain[block] in self._holders, len(chain))
+        return _bisect(lambda block: len(self.holders(chain[block])) >= holders_min, len(chain))
 
     def depth(self, worker: int, chain: Sequence[bytes], longest: int) -> int:
         """Leading blocks of `chain` that the worker holds, found as in `longest`, which is given:
