@@ -102,7 +102,11 @@ class RouterConfig(_Frozen):
     prefill_backlog_tokens: int = 4096  # a worker with more waiting gets no new prompt
     local_prefill: LocalPrefill = "auto"  # prompts computed by decode workers: where it is
     # predicted to be better, or only when there are no prefill workers
+    measured_fade_ms: int = Field(default=10_000, ge=0)  # a worker without work for longer: what it
+    # has measured fades to what is usual, or one bad figure would keep work from it for ever
     index_names_max: int = 65_536  # cached blocks of one worker that the router remembers
+    index_names_total_max: int = Field(default=4_194_304, ge=1)  # of all workers of a role; some
+    # 200 bytes each
     drain_ms: int = 30_000  # running requests at shutdown
 
     # OpenAI's API over HTTP, on the same host

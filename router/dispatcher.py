@@ -163,6 +163,7 @@ class Dispatcher:
     def expire(self, now_ms: float) -> list[Command]:
         """Ends the waits whose time is up; called about once a second."""
         self._workers.forget_refusals()
+        self._workers.fade(now_ms)
         commands: list[Command] = []
         for request in list(self._requests.values()):
             if request.state is RequestState.QUEUED:

@@ -21,6 +21,7 @@ _TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _QUEUE_S = (0.001, *_TTFT_S)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 10)
 _WHOLE_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+_RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 1.1, 1.25, 1.5, 2, 3, 5, 10, 30)
 _EXPOSED_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
 
@@ -83,6 +84,14 @@ class Metrics:
         self._exposed = histogram(
             "kv_exposed", "End of prefill until the decode worker had all KV.", _EXPOSED_S
         )
+        self._predictions = Histogram(
+            "prediction_ratio",
+            "TTFT from placement on, and TPOT: as measured, in that predicted at placement.",
+            ("of", "kind"),
+            namespace="kvrelay",
+            buckets=_RATIOS,
+            registry=self._registry,
+        )
 
     # ---- what happens
 
@@ -111,10 +120,27 @@ class Metrics:
             if len(request.answer) > 1:
                 gaps_ms = times.last_token_at_ms - times.first_token_at_ms
                 self._tpot.observe(gaps_ms / (len(request.answer) - 1) / 1000)
+        self._compare(request)
+
+    def _compare(self, request: Request) -> None:
+        """What was predicted, with what came. Of a request that was placed again nothing: what it
+        lost by that was not for its placement to know."""
+        times, predicted = request.times, request.placement
+        first_ms, last_ms = times.first_token_at_ms, times.last_token_at_ms
+        if predicted is None or request.attempt != 1 or first_ms is None or last_ms is None:
+            return
+        kind = _kind(here=predicted.prefill is None)
+        if predicted.predicted_ttft_ms > 0:
+            ratio = (first_ms - request.placed_at_ms) / predicted.predicted_ttft_ms
+            self._predictions.labels("ttft", kind).observe(ratio)
+        gaps = len(request.answer) - 1
+        if gaps > 0 and predicted.predicted_tpot_ms > 0:
+            ratio = (last_ms - first_ms) / gaps / predicted.predicted_tpot_ms
+            self._predictions.labels("tpot", kind).observe(ratio)
 
     def placed(self, reserve: worker_pb2.Reserve) -> None:
         """A request was placed."""
-        self._placements.labels("local" if reserve.prefill_here else "prefill_worker").inc()
+        self._placements.labels(_kind(here=reserve.prefill_here)).inc()
         if reserve.attempt > 1:
             self._retries.inc()
 
@@ -166,6 +192,11 @@ class TokenGaps:
 class _Collector:
     def __init__(self, collect: Callable[[], Iterator[Metric]]) -> None:
         self.collect = collect
+
+
+def _kind(*, here: bool) -> str:
+    """Where the prompt is computed."""
+    return "local" if here else "prefill_worker"
 
 
 def _outcome(outcome: Reason | Finished | None) -> str:

@@ -4,14 +4,14 @@ Pure; called by router/workers.py. All formulas of placement are here. Costs are
 what workers have measured of their own steps.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import ceil
 from typing import NamedTuple
 
 from kvrelay.kv.layout import blocks_for, reserved_blocks
 from kvrelay.wire import worker_pb2
 
-_STEP_TOKENS = 256  # of prompts in one step, where nothing else limits it
+CHUNK_TOKENS = 256  # of prompts in one step of a worker that does not say how many it takes
 _ANSWER_TOKENS_MAX = 64  # of an answer that count: most end before their limit
 _MESSAGES_MS = 2.0  # of a hand-off: what is said before and after, which no worker measures
 
@@ -30,15 +30,22 @@ NEUTRAL = Rates(base_ms=5.0, prompt_token_ms=0.25, sequence_ms=0.5)
 NEUTRAL_BLOCK_MS = 0.1  # of handing one block over
 
 
+_RATES_MIN, _RATES_MAX = 1e-6, 1e6  # ms; beyond them a figure is a mistake
+
+
 def rates_of(cost: worker_pb2.StepCost, usual: Rates = NEUTRAL) -> Rates:
-    """What a worker has measured, completed by what is usual; `usual` itself when that is all."""
+    """What a worker has measured, completed by what is usual; `usual` itself when that is all.
+
+    A step may cost nothing but its tokens; every other figure must be one that can be computed
+    with and divided by.
+    """
     token, sequence = cost.ms_per_prompt_token, cost.ms_per_sequence
     if not (cost.base_ms or token or sequence):
         return usual
     return Rates(
-        cost.base_ms,
-        token or usual.prompt_token_ms,
-        sequence or usual.sequence_ms,
+        cost.base_ms if 0 <= cost.base_ms <= _RATES_MAX else usual.base_ms,
+        token if _RATES_MIN <= token <= _RATES_MAX else usual.prompt_token_ms,
+        sequence if _RATES_MIN <= sequence <= _RATES_MAX else usual.sequence_ms,
     )
 
 
@@ -51,8 +58,11 @@ class PrefillView(NamedTuple):
     block_size: int
     rates: Rates = NEUTRAL
     block_ms: float = NEUTRAL_BLOCK_MS  # of a hand-off, that no computing hides
+    hand_off_ms: float = 0.0  # the same of a hand-off of any size
     cached_blocks: int = 0  # leading ones of the prompt
     full: bool = False  # it has just refused for want of room
+    queued_prompts: int = 0  # that take turns; 0 with tokens: nobody knows, so all come first
+    chunk_tokens: int = CHUNK_TOKENS  # of prompts in one step, at most
 
 
 class DecodeView(NamedTuple):
@@ -60,7 +70,6 @@ class DecodeView(NamedTuple):
 
     worker_id: str
     blocks_free: int
-    blocks_total: int
     sequences: int  # running and on their way
     block_size: int
     rates: Rates = NEUTRAL
@@ -68,6 +77,8 @@ class DecodeView(NamedTuple):
     queued_tokens: int = 0  # of prompts that it computes itself
     itl_target_ms: float = 0.0  # 0: none
     full: bool = False  # it has just refused for want of room
+    queued_prompts: int = 0  # as of a prefill worker
+    chunk_tokens: int = CHUNK_TOKENS
 
 
 Pair = tuple[str | None, str]
@@ -109,15 +120,17 @@ class Choice(NamedTuple):
 def place(
     prefill: Sequence[PrefillView], decode: Sequence[DecodeView], wish: Wish
 ) -> Choice | None:
-    """The placement with the least cost; None when no decode worker has room.
+    """The placement with the least cost; None when no worker has room, so that nothing is worth a
+    wait but room.
 
     The cost is the predicted TTFT, the time of the answer's tokens, and what others lose. Before
     it count: that a pair has not failed the request, that D can compute a prompt without missing
     its ITL target for those whose answers it writes, and that it keeps the target once it writes
     this answer too.
 
-    A worker that has more than backlog_tokens_max of prompts to compute does not take another now:
-    what cannot start soon stays where it can still go elsewhere. An idle one takes any prompt.
+    A worker that would compute more than backlog_tokens_max, with what comes before this prompt,
+    does not take it now: what cannot start soon stays where it can still go elsewhere. An idle one
+    takes any prompt. Whoever has just refused is left out.
     """
     able_d = [
         d
@@ -125,57 +138,129 @@ def place(
         if not d.full
         and reserved_blocks(wish.prompt_tokens, wish.max_tokens, d.block_size) <= d.blocks_free
     ]
-    able_p = [p for p in prefill if blocks_for(wish.prompt_tokens, p.block_size) <= p.blocks_total]
-    best = min(_options(able_p, able_d, wish), default=None)
-    if best is None:
-        return None
-    (_, _, _, _, _, decode_id, prefill_id), ttft_ms, tpot_ms, tokens, now = best
-    return Choice(Placement(prefill_id or None, decode_id, ttft_ms, tpot_ms, tokens), now)
-
-
-# In the order in which they count: the pair has failed before, a target is missed, cost in ms,
-# sequences on D, room on D, names of D and P ("": D itself).
-_Rank = tuple[bool, bool, float, int, int, str, str]
-# TTFT, TPOT, tokens left, whether it may go there now. Plain tuples, for speed.
-_Option = tuple[_Rank, float, float, int, bool]
-
-
-def _options(
-    prefill: Sequence[PrefillView], decode: Sequence[DecodeView], wish: Wish
-) -> Iterator[_Option]:
-    computing = []
-    for p in sorted(prefill):  # by name, which decides among equals
-        tokens = tokens_left(p, wish)
-        ms = prefill_ms(p, tokens) + _MESSAGES_MS
-        computing.append((ms, p.block_ms, p.worker_id, tokens, _takes(p, tokens, wish)))
-    answer_tokens = min(wish.max_tokens, _ANSWER_TOKENS_MAX)
-    for d in decode:
-        name, sequences, room = d.worker_id, d.sequences, -d.blocks_free
-        tpot_ms = d.rates.base_ms + (sequences + 1) * d.rates.sequence_ms
-        slow = 0 < d.itl_target_ms < tpot_ms
-        answer_ms = answer_tokens * tpot_ms
-        blocks = max(0, blocks_for(wish.prompt_tokens, d.block_size) - d.cached_blocks)
+    large = [p for p in prefill if blocks_for(wish.prompt_tokens, p.block_size) <= p.blocks_total]
+    able_p = [p for p in large if not p.full]
+    computing = [_computing(p, wish) for p in sorted(able_p)]  # by name, which decides among equals
+    options = []
+    for d in able_d:
+        answer = _answer(d, wish)
         if computing:
-            # Only the best of them can win.
-            good = [c for c in computing if (c[2], name) not in wish.avoid] if wish.avoid else []
-            costs = [ms + blocks * block_ms for ms, block_ms, *_ in good or computing]
-            ttft_ms = min(costs)
-            _, _, p_name, tokens, takes = (good or computing)[costs.index(ttft_ms)]
-            failed = (p_name, name) in wish.avoid
-            rank = (failed, slow, ttft_ms + answer_ms, sequences, room, name, p_name)
-            yield rank, ttft_ms, tpot_ms, tokens, takes
-        if wish.local or not prefill:
-            tokens = tokens_left(d, wish)
-            ttft_ms, harm_ms, harmless = local_ms(d, tokens)
-            failed = (None, name) in wish.avoid
-            cost_ms = ttft_ms + answer_ms + harm_ms
-            rank = (failed, slow or not harmless, cost_ms, sequences, room, name, "")
-            yield rank, ttft_ms, tpot_ms, tokens, _takes(d, tokens, wish)
+            options.append(_through_p(computing, answer, wish))
+        if wish.local or not large:
+            options.append(_here_on_d(answer, wish, p_refused=len(able_p) < len(large)))
+    if not options:
+        return None
+    best = _Option(*min(options))
+    return Choice(
+        Placement(best.prefill or None, best.decode, best.ttft_ms, best.tpot_ms, best.tokens),
+        best.now,
+    )
+
+
+class _Option(NamedTuple):
+    """A placement; its fields are in the order in which they count, so the least is the best.
+
+    Most are made as plain tuples, which is three times as fast, and only the best is named.
+    """
+
+    failed: bool  # the pair, before
+    late: bool  # a target is missed
+    cost_ms: float
+    sequences: int  # on D
+    blocks_lacking: int  # on D: less room is more
+    decode: str
+    prefill: str  # "": D itself
+    ttft_ms: float
+    tpot_ms: float
+    tokens: int  # of the prompt, to be computed
+    now: bool  # whether it may go there now
+
+
+_PlainOption = tuple[bool, bool, float, int, int, str, str, float, float, int, bool]
+
+
+class _Computing(NamedTuple):
+    """The prompt on a prefill worker, but for the hand-off of its blocks."""
+
+    worker_id: str
+    ms: float
+    block_ms: float
+    tokens: int
+    now: bool
+
+
+class _Answer(NamedTuple):
+    """The answer on a decode worker, wherever its prompt is computed."""
+
+    d: DecodeView
+    tpot_ms: float
+    ms: float
+    late: bool
+
+
+def _computing(p: PrefillView, wish: Wish) -> _Computing:
+    tokens = tokens_left(p, wish)
+    ms = prefill_ms(p, tokens) + p.hand_off_ms + _MESSAGES_MS
+    return _Computing(p.worker_id, ms, p.block_ms, tokens, _takes(p, tokens, wish))
+
+
+def _answer(d: DecodeView, wish: Wish) -> _Answer:
+    tpot_ms = d.rates.base_ms + (d.sequences + 1) * d.rates.sequence_ms
+    ms = min(wish.max_tokens, _ANSWER_TOKENS_MAX) * tpot_ms
+    return _Answer(d, tpot_ms, ms, 0 < d.itl_target_ms < tpot_ms)
+
+
+def _through_p(computing: Sequence[_Computing], answer: _Answer, wish: Wish) -> _PlainOption:
+    """With the best prefill worker for this decode worker: no other can win."""
+    d = answer.d
+    blocks = max(0, blocks_for(wish.prompt_tokens, d.block_size) - d.cached_blocks)
+    if wish.avoid:
+        good = [c for c in computing if (c.worker_id, d.worker_id) not in wish.avoid]
+        computing = good or computing
+    costs_ms = [ms + blocks * block_ms for _, ms, block_ms, *_ in computing]
+    ttft_ms = min(costs_ms)
+    p = computing[costs_ms.index(ttft_ms)]
+    return (
+        bool(wish.avoid) and (p.worker_id, d.worker_id) in wish.avoid,
+        answer.late,
+        ttft_ms + answer.ms,
+        d.sequences,
+        -d.blocks_free,
+        d.worker_id,
+        p.worker_id,
+        ttft_ms,
+        answer.tpot_ms,
+        p.tokens,
+        p.now,
+    )
+
+
+def _here_on_d(answer: _Answer, wish: Wish, *, p_refused: bool) -> _PlainOption:
+    """p_refused: a prefill worker that has just refused may have room again soon, so this is no
+    reason to make running answers late."""
+    d = answer.d
+    tokens = tokens_left(d, wish)
+    ttft_ms, harm_ms, harmless = local_ms(d, tokens)
+    return (
+        bool(wish.avoid) and (None, d.worker_id) in wish.avoid,
+        answer.late or not harmless,
+        ttft_ms + answer.ms + harm_ms,
+        d.sequences,
+        -d.blocks_free,
+        d.worker_id,
+        "",
+        ttft_ms,
+        answer.tpot_ms,
+        tokens,
+        _takes(d, tokens, wish) and (harmless or not p_refused),
+    )
 
 
 def _takes(worker: PrefillView | DecodeView, tokens: int, wish: Wish) -> bool:
-    backlog = worker.queued_tokens
-    return not worker.full and (not backlog or backlog + tokens <= wish.backlog_tokens_max)
+    if not worker.queued_tokens:
+        return True
+    ahead = tokens_ahead(worker, tokens, worker.chunk_tokens)
+    return ahead + tokens <= wish.backlog_tokens_max
 
 
 # ---- the formulas
@@ -187,10 +272,20 @@ def tokens_left(worker: PrefillView | DecodeView, wish: Wish) -> int:
     return wish.prompt_tokens - cached * worker.block_size
 
 
+def tokens_ahead(worker: PrefillView | DecodeView, tokens: int, chunk: int) -> int:
+    """Of other prompts, computed there before the last of so many of this one: prompts take turns,
+    and each of them has a chunk for every chunk of this one at most."""
+    queued = worker.queued_tokens
+    if not queued or not worker.queued_prompts:
+        return queued
+    return min(queued, worker.queued_prompts * ceil(tokens / chunk) * chunk)
+
+
 def prefill_ms(p: PrefillView, tokens: int) -> float:
-    """Until P has computed a prompt of so many tokens, behind all that it has to compute."""
-    tokens += p.queued_tokens
-    return tokens * p.rates.prompt_token_ms + ceil(tokens / _STEP_TOKENS) * p.rates.base_ms
+    """Until P has computed a prompt of so many tokens, with what comes before it there."""
+    chunk, rates = p.chunk_tokens, p.rates
+    tokens += tokens_ahead(p, tokens, chunk)
+    return tokens * rates.prompt_token_ms + ceil(tokens / chunk) * rates.base_ms
 
 
 def local_ms(d: DecodeView, tokens: int) -> tuple[float, float, bool]:
@@ -200,13 +295,13 @@ def local_ms(d: DecodeView, tokens: int) -> tuple[float, float, bool]:
     prompt, chunk by chunk; one more than now, for D's time is wanted by whoever comes next too.
     harmless: the steps of running sequences have room for a block at least.
     """
-    step_ms = d.rates.base_ms + d.sequences * d.rates.sequence_ms
-    chunk = _STEP_TOKENS
+    base_ms, token_ms, sequence_ms = d.rates
+    step_ms = base_ms + d.sequences * sequence_ms
+    chunk = d.chunk_tokens
     if d.itl_target_ms:
-        chunk = min(chunk, int((d.itl_target_ms - step_ms) / d.rates.prompt_token_ms))
+        chunk = min(chunk, int((d.itl_target_ms - step_ms) / token_ms))
     harmless = chunk >= d.block_size or not d.sequences
-    own_ms = tokens * d.rates.prompt_token_ms
-    tokens += d.queued_tokens
-    steps = ceil(tokens / max(chunk, d.block_size))
-    ttft_ms = steps * step_ms + tokens * d.rates.prompt_token_ms
-    return ttft_ms, (d.sequences + 1) * own_ms, harmless
+    chunk = max(chunk, d.block_size)
+    harm_ms = (d.sequences + 1) * tokens * token_ms
+    tokens += tokens_ahead(d, tokens, chunk)
+    return ceil(tokens / chunk) * step_ms + tokens * token_ms, harm_ms, harmless

@@ -20,8 +20,8 @@ W = TypeVar("W", PrefillWorker, DecodeWorker)
 class Shortlist(Generic[W]):
     """Workers in order of load and of room, and by the blocks they cache."""
 
-    def __init__(self) -> None:
-        self.index = PrefixIndex()
+    def __init__(self, names_total_max: int) -> None:
+        self.index = PrefixIndex(names_total_max)
         self._workers: dict[int, W] = {}  # by number
         self._by_load = Ranking()
         self._by_room = Ranking()

@@ -3,13 +3,18 @@
 Plain records, kept up to date by router/workers.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
-from router.policy import NEUTRAL, NEUTRAL_BLOCK_MS, DecodeView, PrefillView, Rates
+from router.measured import HandOffs, MeasuredRates
+from router.policy import CHUNK_TOKENS, NEUTRAL, DecodeView, PrefillView, Rates
 
 _Standing = tuple[float, float]  # backlog in tokens, blocks that are lacking: less is better
 NO_ROOM: _Standing = (inf, inf)
+
+
+def _unmeasured() -> MeasuredRates:
+    return MeasuredRates(NEUTRAL)
 
 
 @dataclass
@@ -18,12 +23,19 @@ class PrefillWorker:
     number: int  # in the order of coming; never used twice
     block_size: int
     blocks_total: int
-    rates: Rates = NEUTRAL
-    block_ms: float = NEUTRAL_BLOCK_MS  # of a hand-off, that no computing hides; a moving mean
+    measured: MeasuredRates = field(default_factory=_unmeasured)
+    hand_offs: HandOffs = field(default_factory=HandOffs)
     queued_tokens: int = 0  # its own figure, which knows of other routers
+    queued_prompts: int = 0  # that those tokens are of
     asked_tokens: int = 0  # our prompts that are not computed yet, those under way included
+    asked_prompts: int = 0
+    chunk_tokens: int = CHUNK_TOKENS  # of prompts in one step, at most
     full: bool = False  # it has just refused for want of room
     standing: _Standing = NO_ROOM
+
+    @property
+    def rates(self) -> Rates:
+        return self.measured.rates
 
     @property
     def room_blocks(self) -> int:
@@ -37,6 +49,10 @@ class PrefillWorker:
     def backlog_tokens(self) -> int:
         return max(self.queued_tokens, self.asked_tokens)
 
+    @property
+    def backlog_prompts(self) -> int:
+        return max(self.queued_prompts, self.asked_prompts)
+
     def view(self, cached_blocks: int) -> PrefillView:
         return PrefillView(
             self.worker_id,
@@ -44,9 +60,12 @@ class PrefillWorker:
             self.blocks_total,
             self.block_size,
             self.rates,
-            self.block_ms,
+            self.hand_offs.block_ms,
+            self.hand_offs.hand_off_ms,
             cached_blocks,
             self.full,
+            self.backlog_prompts,
+            self.chunk_tokens,
         )
 
 
@@ -60,14 +79,21 @@ class DecodeWorker:
     max_model_tokens: int
     itl_target_ms: int
     blocks_free: int  # its own figure; what it could evict included
-    rates: Rates = NEUTRAL
+    measured: MeasuredRates = field(default_factory=_unmeasured)
     running: int = 0  # its own figure, which knows of other routers
     queued_tokens: int = 0  # of prompts to be computed there; its own figure as well
+    queued_prompts: int = 0  # that those tokens are of
     asked_tokens: int = 0  # of our prompts that it is to compute itself and has not yet
+    asked_prompts: int = 0
+    chunk_tokens: int = CHUNK_TOKENS  # of prompts in one step, at most
     asked_blocks: int = 0  # of our Reserves that it has not answered yet
     asked: int = 0  # sequences of ours, running and on their way
     full: bool = False
     standing: _Standing = NO_ROOM
+
+    @property
+    def rates(self) -> Rates:
+        return self.measured.rates
 
     @property
     def room_blocks(self) -> int:
@@ -86,11 +112,14 @@ class DecodeWorker:
     def sequences(self) -> int:
         return max(self.running, self.asked)
 
+    @property
+    def backlog_prompts(self) -> int:
+        return max(self.queued_prompts, self.asked_prompts)
+
     def view(self, cached_blocks: int) -> DecodeView:
         return DecodeView(
             self.worker_id,
             self.room_blocks,
-            self.blocks_total,
             self.sequences,
             self.block_size,
             self.rates,
@@ -98,6 +127,8 @@ class DecodeWorker:
             self.backlog_tokens,
             self.itl_target_ms,
             self.full,
+            self.backlog_prompts,
+            self.chunk_tokens,
         )
 
 

@@ -6,16 +6,18 @@ load, so that a placement costs no look at every running request or every worker
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import islice
 
 from kvrelay.config import RouterConfig
 from kvrelay.kv.layout import blocks_for, reserved_blocks
 from kvrelay.wire import worker_pb2
-from router.policy import NEUTRAL, Choice, Placement, Rates, Wish, place, rates_of
+from router.measured import MeasuredRates, usual_of
+from router.policy import CHUNK_TOKENS, NEUTRAL, Choice, Placement, Rates, Wish, place
 from router.request import Request, RequestState
 from router.shortlist import Shortlist
 from router.worker import DecodeWorker, PrefillWorker, Worker
 
-_NEWEST_SHARE = 0.2  # of a mean that the newest hand-off makes up
+_SAMPLE = 64  # workers of each role that say what is usual when another comes
 
 
 @dataclass
@@ -40,11 +42,11 @@ class Workers:
         self.room_grew = False  # since somebody set it to False: who waits may find a place
         self._config = config
         self._numbers = 0
-        # The newest that any worker has measured, for those that have not yet: a new one must look
+        # The middle of what workers measure, for those that have not yet: a new one must look
         # neither better nor worse than the others, nor D than P.
         self._usual = NEUTRAL
-        self._prefill_list: Shortlist[PrefillWorker] = Shortlist()
-        self._decode_list: Shortlist[DecodeWorker] = Shortlist()
+        self._prefill_list: Shortlist[PrefillWorker] = Shortlist(config.index_names_total_max)
+        self._decode_list: Shortlist[DecodeWorker] = Shortlist(config.index_names_total_max)
         self._claims: dict[int, _Claim] = {}  # by the attempt's key
 
     # ---- what they say
@@ -56,7 +58,8 @@ class Workers:
             self._next_number(),
             info.layout.block_size,
             info.blocks_total,
-            rates=self._usual,
+            measured=self._measured_by_nobody(),
+            chunk_tokens=info.chunk_tokens or CHUNK_TOKENS,
         )
         self.prefill[worker_id] = worker
         self._prefill_list.up(worker, self._names_max(worker))
@@ -73,7 +76,8 @@ class Workers:
             info.max_model_tokens,
             info.itl_target_ms,
             blocks_free=info.blocks_total,
-            rates=self._usual,
+            measured=self._measured_by_nobody(),
+            chunk_tokens=info.chunk_tokens or CHUNK_TOKENS,
         )
         self.decode[worker_id] = worker
         self._decode_list.up(worker, self._names_max(worker))
@@ -96,10 +100,11 @@ class Workers:
         if worker is None:
             return
         worker.queued_tokens = load.queued_tokens
+        worker.queued_prompts = load.queued_prompts
         worker.full = refused
-        if load.HasField("cost"):
-            worker.rates = self._usual = rates_of(load.cost, self._usual)
-        self._rank(worker)
+        if load.queued_tokens:
+            worker.measured.prompts.note()
+        self._hear(worker, load)
 
     def decode_load(self, worker_id: str, load: worker_pb2.DecodeLoad, *, refused: bool) -> None:
         worker = self.decode.get(worker_id)
@@ -108,9 +113,19 @@ class Workers:
         worker.blocks_free = load.blocks_free
         worker.running = load.running
         worker.queued_tokens = load.queued_tokens
+        worker.queued_prompts = load.queued_prompts
         worker.full = refused
+        if load.queued_tokens:
+            worker.measured.prompts.note()
+        if load.running:
+            worker.measured.answers.note()
+        self._hear(worker, load)
+
+    def _hear(self, worker: Worker, load: worker_pb2.PrefillLoad | worker_pb2.DecodeLoad) -> None:
         if load.HasField("cost"):
-            worker.rates = self._usual = rates_of(load.cost, self._usual)
+            worker.measured.hear(load.cost, self._usual)
+            if self._usual is NEUTRAL:
+                self._usual = usual_of([worker.measured], NEUTRAL)
         self._rank(worker)
 
     def blocks_changed(self, worker_id: str, changes: worker_pb2.BlockChanges) -> bool:
@@ -127,6 +142,25 @@ class Workers:
         for worker in workers:
             if worker.full:
                 worker.full = False
+                self._rank(worker)
+
+    def fade(self, now_ms: float) -> None:
+        """Lets go of what is old, a part of it at each call; called about once a second."""
+        self._prefill_list.index.sweep()
+        self._decode_list.index.sweep()
+        workers: list[Worker] = [*self.prefill.values(), *self.decode.values()]
+        self._usual = usual_of([worker.measured for worker in workers], self._usual)
+        fade_ms = self._config.measured_fade_ms
+        for worker in workers:
+            before = worker.rates
+            if worker.backlog_tokens:
+                worker.measured.prompts.note()
+            if isinstance(worker, PrefillWorker):
+                worker.hand_offs.look(now_ms, fade_ms)
+            elif worker.sequences:
+                worker.measured.answers.note()
+            worker.measured.look(self._usual, now_ms, fade_ms)
+            if worker.rates is not before:
                 self._rank(worker)
 
     # ---- what is asked of them
@@ -169,6 +203,9 @@ class Workers:
         moved = 0 if computes is decode else blocks_for(prompt_tokens, decode.block_size)
         self._claims[key] = _Claim(computes, decode, placement.tokens, blocks, moved)
         computes.asked_tokens += placement.tokens
+        computes.asked_prompts += 1
+        computes.measured.prompts.note()
+        decode.measured.answers.note()
         decode.asked_blocks += blocks
         decode.asked += 1
         self._rank(computes)
@@ -182,15 +219,15 @@ class Workers:
 
     def computed(self, key: int) -> None:
         """The prompt is no backlog any more."""
-        self._give_back(self._claims[key], prompt=True)
+        claim = self._claims[key]
+        if claim.prompt_tokens:  # called for every token of the answer
+            self._give_back(claim, prompt=True)
 
     def handed_off(self, key: int, exposed_ms: float) -> None:
-        """Notes what the hand-off cost for each block."""
+        """Notes what the hand-off cost."""
         claim = self._claims[key]
-        worker = claim.computes
-        if isinstance(worker, PrefillWorker) and claim.moved_blocks > 0:
-            block_ms = exposed_ms / claim.moved_blocks
-            worker.block_ms += _NEWEST_SHARE * (block_ms - worker.block_ms)
+        if isinstance(claim.computes, PrefillWorker):
+            claim.computes.hand_offs.note(claim.moved_blocks, exposed_ms)
 
     def release(self, key: int) -> None:
         claim = self._claims.pop(key)
@@ -201,7 +238,8 @@ class Workers:
         if blocks:
             claim.decode.asked_blocks -= claim.blocks
             claim.blocks = 0
-        if prompt:
+        if prompt and claim.prompt_tokens:
+            claim.computes.asked_prompts -= 1
             claim.computes.asked_tokens -= claim.prompt_tokens
             claim.prompt_tokens = 0
         self._rank(claim.computes)
@@ -212,6 +250,15 @@ class Workers:
     def _next_number(self) -> int:
         self._numbers += 1
         return self._numbers
+
+    def _measured_by_nobody(self) -> MeasuredRates:
+        """Of a worker that comes."""
+        sample: list[Worker] = [
+            *islice(self.prefill.values(), _SAMPLE),
+            *islice(self.decode.values(), _SAMPLE),
+        ]
+        self._usual = usual_of([worker.measured for worker in sample], self._usual)
+        return MeasuredRates(self._usual)
 
     def _names_max(self, worker: Worker) -> int:
         """It cannot cache more blocks than it has."""
@@ -230,7 +277,7 @@ class Workers:
         assert self._claims.keys() == {r.key for r in requests}
         for p in self.prefill.values():
             mine = [r for r in requests if r.prefill_id == p.worker_id and not r.handed_off]
-            assert p.asked_tokens == _uncomputed(mine), (p, mine)
+            assert (p.asked_tokens, p.asked_prompts) == _uncomputed(mine), (p, mine)
             self._prefill_list.check(p)
         for d in self.decode.values():
             mine = [r for r in requests if r.decode_id == d.worker_id]
@@ -241,11 +288,13 @@ class Workers:
             ]
             assert d.asked_blocks == sum(blocks), (d, blocks)
             assert d.asked == len(mine), (d, len(mine))
-            assert d.asked_tokens == _uncomputed([r for r in mine if r.prefill_here]), (d, mine)
+            here = [r for r in mine if r.prefill_here]
+            assert (d.asked_tokens, d.asked_prompts) == _uncomputed(here), (d, mine)
             self._decode_list.check(d)
 
 
-def _uncomputed(requests: Collection[Request]) -> int:
-    """Tokens of prompts that no token of an answer has followed yet."""
+def _uncomputed(requests: Collection[Request]) -> tuple[int, int]:
+    """Tokens of prompts that no token of an answer has followed yet, and how many prompts."""
     assert all(r.placement is not None for r in requests)
-    return sum(r.placement.tokens for r in requests if r.placement and len(r.answer) == r.base)
+    left = [r.placement.tokens for r in requests if r.placement and len(r.answer) == r.base]
+    return sum(left), len(left)

@@ -62,7 +62,7 @@ def prefill_view(name: str, **more: Any) -> PrefillView:
 
 
 def decode_view(name: str, **more: Any) -> DecodeView:
-    own = {"blocks_free": 100, "blocks_total": 100, "sequences": 0, "block_size": 16}
+    own = {"blocks_free": 100, "sequences": 0, "block_size": 16}
     return DecodeView(name, **{**own, **more})
 
 

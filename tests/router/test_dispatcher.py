@@ -1118,6 +1118,18 @@ def test_a_full_queue_says_how_long_it_will_take():
     assert refused.value.retry_ms > 0
 
 
+def test_a_worker_that_looked_slow_meets_deadlines_again_after_a_while():
+    bench = Bench("p1", "p2", "d1")
+    measured(bench)
+    cost = pb.StepCost(base_ms=1, ms_per_prompt_token=500)
+    event = pb.PrefillEvent(load=pb.PrefillLoad(cost=cost))
+    bench.take(bench.dispatcher.on_prefill_event("p2", event, 0))
+    for second in range(60):
+        bench.expire(second * 1000)
+    bench.down("p1")
+    assert bench.submit(ttft_deadline_ms=100).state is S.RESERVING
+
+
 # ---- cached blocks
 
 

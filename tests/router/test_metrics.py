@@ -10,6 +10,7 @@ from kvrelay.wire import inference_pb2, worker_pb2
 from kvrelay.wire.inference_pb2 import Finished
 from router.admission import Sampling
 from router.metrics import Metrics
+from router.policy import Placement
 from router.refusals import Reason
 from router.request import Request, Times
 from router.workers import Workers
@@ -108,6 +109,28 @@ def test_placements():
     assert seen["kvrelay_placements_total{kind=prefill_worker}"] == 1
     assert seen["kvrelay_placements_total{kind=local}"] == 1
     assert seen["kvrelay_retries_total"] == 1
+
+
+@pytest.mark.parametrize(("prefill", "kind"), [(None, "local"), ("p1", "prefill_worker")])
+def test_what_was_predicted_is_compared_with_what_came(prefill, kind):
+    metrics = Metrics()
+    placed = request(**ANSWERED)
+    placed.placement = Placement(prefill, "d1", 60.0, 25.0, 3)
+    placed.placed_at_ms, placed.attempt = 1080.0, 1
+    metrics.ended("grpc", None, placed)
+    seen = values(metrics)
+    for of, ratio in (("ttft", 2), ("tpot", 2)):
+        assert seen[f"kvrelay_prediction_ratio_sum{{kind={kind},of={of}}}"] == ratio
+        assert seen[f"kvrelay_prediction_ratio_count{{kind={kind},of={of}}}"] == 1
+
+
+def test_a_request_that_was_placed_again_says_nothing_of_predictions():
+    metrics = Metrics()
+    placed = request(**ANSWERED)
+    placed.placement = Placement("p1", "d1", 60.0, 25.0, 3)
+    for placed.attempt in (0, 2):
+        metrics.ended("grpc", None, placed)
+    assert not [name for name in values(metrics) if "prediction_ratio_count" in name]
 
 
 def test_workers_are_those_of_now():

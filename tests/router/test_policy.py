@@ -25,7 +25,7 @@ def p(name: str = "p1", queued: int = 0, total: int = 1000, **more) -> PrefillVi
 
 
 def d(name: str = "d1", free: int = 1000, sequences: int = 0, **more) -> DecodeView:
-    return DecodeView(name, free, 1000, sequences, block_size=4, **more)
+    return DecodeView(name, free, sequences, block_size=4, **more)
 
 
 def wish(prompt: int = 8, answer: int = 4, *, backlog: int = 50, **more) -> Wish:
@@ -92,10 +92,33 @@ def test_a_busy_prefill_worker_takes_prompts_up_to_the_backlog(queued, cached, t
     assert (chosen(prefill, [d()], prompt=8) is not None) == takes
 
 
-def test_a_prefill_worker_that_has_just_refused_is_waited_for():
-    choice = place([p(full=True)], [d()], wish())
-    assert choice is not None
-    assert (choice.placement.pair, choice.now) == (("p1", "d1"), False)
+def test_a_short_prompt_is_not_kept_from_a_worker_that_would_serve_it_next():
+    busy = p(queued=4000, queued_prompts=1)
+    assert chosen([busy], [d()], prompt=32, backlog=4000) == ("p1", "d1")
+    assert chosen([busy], [d()], prompt=2100, backlog=4000) is None
+    assert chosen([p(queued=4000)], [d()], prompt=32, backlog=4000) is None, "nobody knows"
+
+
+def test_so_with_decode_workers_that_compute_prompts():
+    busy = d(queued_tokens=4000, queued_prompts=1)
+    assert chosen([], [busy], prompt=32, backlog=4000) == (None, "d1")
+    assert chosen([], [busy], prompt=2100, backlog=4000) is None
+
+
+def test_who_has_just_refused_is_left_out():
+    assert chosen([p("p1", full=True), p("p2", queued=40)], [d()]) == ("p2", "d1")
+    assert chosen([p(full=True)], [d()], prompt=1500, local=True) == (None, "d1")
+
+
+def test_where_all_have_refused_nobody_has_room():
+    assert place([p(full=True)], [d()], wish()) is None
+    assert place([p()], [d(full=True)], wish()) is None
+
+
+def test_a_refusal_is_no_reason_to_make_running_answers_late():
+    late = d(sequences=9, rates=Rates(10, 0.01, 1), itl_target_ms=19)
+    choice = place([p(full=True)], [late], wish(local=True))
+    assert (choice.placement.pair, choice.now) == ((None, "d1"), False)
 
 
 @pytest.mark.parametrize(("total", "pair"), [(2, ("p1", "d1")), (1, (None, "d1"))])
@@ -131,6 +154,19 @@ def test_rates_that_were_not_measured_are_the_usual_ones():
     assert rates_of(StepCost(base_ms=1, ms_per_prompt_token=2), usual) == Rates(1, 2, 9)
 
 
+@pytest.mark.parametrize("wrong", [1e-320, 1e-9, 1e300, float("nan"), float("inf"), -1.0])
+def test_figures_that_cannot_be_are_the_usual_ones(wrong):
+    usual = Rates(7, 8, 9)
+    cost = StepCost(base_ms=1, ms_per_prompt_token=wrong, ms_per_sequence=2)
+    assert rates_of(cost, usual) == Rates(1, 8, 2)
+    cost = StepCost(base_ms=1, ms_per_prompt_token=2, ms_per_sequence=wrong)
+    assert rates_of(cost, usual) == Rates(1, 2, 9)
+    cost = StepCost(base_ms=wrong, ms_per_prompt_token=2, ms_per_sequence=3)
+    assert rates_of(cost, usual).base_ms in ((wrong, 7) if 0 <= wrong < 1 else (7,))
+    worker = d(sequences=3, rates=rates_of(StepCost(ms_per_prompt_token=wrong)), itl_target_ms=50)
+    assert place([p(rates=worker.rates)], [worker], wish(local=True)) is not None
+
+
 @pytest.mark.parametrize(
     ("prompt", "cached", "left"), [(10, 0, 10), (10, 2, 2), (8, 2, 4), (9, 9, 1), (1, 1, 1)]
 )
@@ -141,6 +177,35 @@ def test_the_last_token_of_a_prompt_is_always_computed(prompt, cached, left):
 def test_a_prompt_waits_for_all_that_the_prefill_worker_has_queued():
     worker = p(queued=300, rates=Rates(10, 0.5, 0))
     assert prefill_ms(worker, 100) == 400 * 0.5 + 2 * 10
+
+
+@pytest.mark.parametrize(
+    ("own", "prompts", "ahead"),
+    [(32, 1, 256), (256, 1, 256), (257, 1, 512), (32, 3, 768), (5000, 1, 4000), (32, 0, 4000)],
+)
+def test_prompts_take_turns_chunk_by_chunk(own, prompts, ahead):
+    worker = p(queued=4000, queued_prompts=prompts, rates=Rates(0, 0.5, 0))
+    assert prefill_ms(worker, own) == (ahead + own) * 0.5
+    worker = d(queued_tokens=4000, queued_prompts=prompts, rates=Rates(0, 0.5, 0))
+    assert local_ms(worker, own)[0] == (ahead + own) * 0.5
+
+
+def test_turns_and_steps_are_as_long_as_the_worker_says():
+    worker = p(queued=4000, queued_prompts=1, chunk_tokens=64, rates=Rates(10, 0.5, 0))
+    assert prefill_ms(worker, 32) == 96 * 0.5 + 2 * 10
+    worker = d(queued_tokens=4000, queued_prompts=1, chunk_tokens=64, rates=Rates(10, 0.5, 0))
+    assert local_ms(worker, 32)[0] == 96 * 0.5 + 2 * 10
+
+
+def test_turns_are_as_long_as_the_target_allows():
+    worker = d(
+        queued_tokens=900,
+        queued_prompts=1,
+        sequences=10,
+        rates=Rates(10, 0.5, 1),
+        itl_target_ms=40,  # leaves 20 ms, for 40 tokens
+    )
+    assert local_ms(worker, 100)[0] == 6 * 20 + 220 * 0.5
 
 
 def test_a_faster_prefill_worker_is_worth_a_longer_queue():

@@ -21,9 +21,9 @@ def everything(number: int, *blocks: int) -> BlockChanges:
     return BlockChanges(number=number, everything=True, added=names(*blocks))
 
 
-def index_of(*held: list[int], names_max: int = 100) -> PrefixIndex:
+def index_of(*held: list[int], names_max: int = 100, total_max: int = 1000) -> PrefixIndex:
     """Worker 1 holds the first list of blocks, worker 2 the second, and so on."""
-    index = PrefixIndex()
+    index = PrefixIndex(total_max)
     for worker, blocks in enumerate(held, start=1):
         index.up(worker, names_max)
         assert index.change(worker, everything(1, *blocks))
@@ -65,7 +65,7 @@ def test_a_gap_asks_once_for_everything_and_believes_nothing_until_it_comes():
 
 
 def test_a_worker_that_does_not_begin_with_everything_is_asked_for_it():
-    index = PrefixIndex()
+    index = PrefixIndex(1000)
     index.up(1, 100)
     assert not index.change(1, BlockChanges(number=1, added=names(1)))
 
@@ -97,6 +97,43 @@ def test_a_worker_with_too_many_names_is_not_remembered_beyond_its_limit():
     index.check()
 
 
+def test_what_a_worker_held_that_is_gone_is_deleted_a_part_at_a_time():
+    index = index_of(list(range(50)), [0, 1], [0])
+    index.down(1)
+    assert len(index) == 50, "nothing yet"
+    assert set(index.holders(name(0))) == {2, 3}
+    assert (set(index.holders(name(1))), set(index.holders(name(9)))) == ({2}, set())
+    assert index.longest(CHAIN) == 2
+    for left in (30, 10, 2):
+        index.sweep(20)
+        index.check()
+        assert len(index) in range(left, left + 3)
+    assert len(index) == 2
+    index.sweep(20)
+    assert set(index.holders(name(0))) == {2, 3}
+
+
+def test_what_comes_makes_room_for_itself():
+    index = index_of(list(range(50)), [60], total_max=50)
+    index.down(1)
+    assert index.change(2, BlockChanges(number=2, added=names(*range(61, 81))))
+    assert len(index) == (50 - 2 * 20) + 20
+    index.check()
+
+
+def test_all_workers_together_have_a_limit_too():
+    index = index_of(list(range(40)), total_max=50)
+    index.up(2, 100)
+    index.up(3, 100)
+    assert index.change(2, everything(1, *range(100, 140)))
+    assert len(index) == 50
+    assert index.change(1, BlockChanges(number=2, added=names(41), removed=names(*range(10))))
+    assert not index.holders(name(41)), "it has more than a third still"
+    assert index.change(3, everything(1, *range(200, 240)))
+    assert len(index) == 50
+    index.check()
+
+
 @pytest.mark.parametrize("held", range(21))
 def test_the_longest_prefix_is_found_whatever_its_length(held):
     index = index_of(list(range(held)), list(range(held // 2)))
@@ -122,7 +159,7 @@ def test_a_cache_with_holes_gives_a_prefix_that_somebody_may_hold(held):
 @settings(max_examples=60, deadline=None)
 def test_after_any_changes_it_is_what_a_naive_model_is(seed, steps):
     dice = random.Random(seed)
-    index, held, number, gap = PrefixIndex(), {}, {}, {}
+    index, held, number, gap = PrefixIndex(1000), {}, {}, {}
     for _ in range(steps):
         worker = dice.randrange(5)
         if worker not in held:
@@ -130,6 +167,8 @@ def test_after_any_changes_it_is_what_a_naive_model_is(seed, steps):
             held[worker], number[worker], gap[worker] = set(), 0, True
         elif dice.random() < 0.1:
             index.down(worker)
+            index.sweep(dice.randrange(4))
+            index.check()
             del held[worker]
             continue
         number[worker] += 2 if dice.random() < 0.1 else 1

@@ -18,7 +18,7 @@ def worker(number: int, asked: int = 0, free: int = 10) -> DecodeWorker:
 
 def shortlist_of(*workers: DecodeWorker, **cached: int) -> Shortlist[DecodeWorker]:
     """cached: leading blocks of CHAIN, by the worker's name."""
-    shortlist: Shortlist[DecodeWorker] = Shortlist()
+    shortlist: Shortlist[DecodeWorker] = Shortlist(1000)
     for one in workers:
         shortlist.up(one, 100)
         added = join_hashes(CHAIN[: cached.get(one.worker_id, 0)])

@@ -12,6 +12,7 @@ from kvrelay.wire import worker_pb2 as pb
 from router.admission import Sampling
 from router.policy import NEUTRAL_BLOCK_MS, Placement
 from router.request import Request, Times
+from router.shortlist import Shortlist
 from router.workers import Workers
 
 
@@ -88,8 +89,8 @@ def test_hand_offs_that_were_slow_count():
         workers.reserved(key, cached_blocks=60)  # 40 are moved
         workers.handed_off(key, exposed_ms=200)
         workers.release(key)
-    assert workers.prefill["p1"].block_ms == pytest.approx(5, rel=0.1)
-    assert workers.prefill["p2"].block_ms == NEUTRAL_BLOCK_MS
+    assert workers.prefill["p1"].hand_offs.block_ms == pytest.approx(5, rel=0.1)
+    assert workers.prefill["p2"].hand_offs.block_ms == NEUTRAL_BLOCK_MS
     assert pair(workers, request()) == ("p2", "d1")
 
 
@@ -98,7 +99,7 @@ def test_a_hand_off_of_no_blocks_says_nothing_of_their_cost():
     workers.claim(1, Placement("p1", "d1", 0, 0, 4), 400, 10)
     workers.reserved(1, cached_blocks=100)
     workers.handed_off(1, exposed_ms=200)
-    assert workers.prefill["p1"].block_ms == NEUTRAL_BLOCK_MS
+    assert workers.prefill["p1"].hand_offs.block_ms == NEUTRAL_BLOCK_MS
 
 
 def test_nothing_is_chosen_where_no_decode_worker_has_room():
@@ -148,3 +149,105 @@ def test_a_decode_worker_that_has_computed_no_prompt_is_no_faster_than_the_prefi
     cost = pb.StepCost(base_ms=50, ms_per_sequence=0.1)
     workers.decode_load("d1", pb.DecodeLoad(blocks_free=1000, cost=cost), refused=False)
     assert pair(workers, request()) == ("p1", "d1")
+
+
+def test_prompts_are_counted_with_their_tokens():
+    workers = workers_of("p1", "d1")
+    p1, d1 = workers.prefill["p1"], workers.decode["d1"]
+    workers.claim(1, Placement("p1", "d1", 0, 0, 40), 40, 10)
+    workers.claim(2, Placement("p1", "d1", 0, 0, 8), 8, 10)
+    workers.claim(3, Placement(None, "d1", 0, 0, 8), 8, 10)
+    assert (p1.backlog_prompts, d1.backlog_prompts) == (2, 1)
+    workers.computed(1)
+    workers.release(3)
+    assert (p1.backlog_prompts, d1.backlog_prompts) == (1, 0)
+    workers.prefill_load("p1", pb.PrefillLoad(queued_tokens=9, queued_prompts=3), refused=False)
+    load = pb.DecodeLoad(blocks_free=9, queued_tokens=9, queued_prompts=2)
+    workers.decode_load("d1", load, refused=False)
+    assert (p1.backlog_prompts, d1.backlog_prompts) == (3, 2)
+    for key in (1, 2):
+        workers.computed(key)
+        workers.release(key)
+    workers.check([])
+
+
+@pytest.mark.parametrize(("told", "kept"), [(0, 256), (64, 64)])
+def test_a_worker_says_how_long_its_chunks_are(told, kept):
+    workers = workers_of()
+    layout = transfer_pb2.KvLayout(model_fingerprint="m", block_size=4)
+    info = pb.WorkerInfo(layout=layout, blocks_total=9, max_model_tokens=9, chunk_tokens=told)
+    workers.prefill_up("p1", info)
+    workers.decode_up("d1", info)
+    assert workers.prefill["p1"].view(0).chunk_tokens == kept
+    assert workers.decode["d1"].view(0).chunk_tokens == kept
+
+
+def test_only_the_first_token_changes_who_is_busy(monkeypatch):
+    workers = workers_of("p1", "d1")
+    workers.claim(1, Placement("p1", "d1", 0, 0, 40), 40, 10)
+    workers.computed(1)
+
+    def rank(*args: Any) -> bool:
+        raise AssertionError("nothing has changed")
+
+    monkeypatch.setattr(Shortlist, "rank", rank)
+    workers.computed(1)
+
+
+def told(workers: Workers, worker: str, base_ms: float, token_ms: float, **load: int) -> None:
+    cost = pb.StepCost(base_ms=base_ms, ms_per_prompt_token=token_ms, ms_per_sequence=1)
+    if worker[0] == "p":
+        workers.prefill_load(worker, pb.PrefillLoad(cost=cost, **load), refused=False)
+    else:
+        message = pb.DecodeLoad(blocks_free=1000, cost=cost, **load)
+        workers.decode_load(worker, message, refused=False)
+
+
+def test_a_worker_with_one_bad_measurement_is_tried_again():
+    workers = workers_of("p1", "p2", "d1", local_prefill="never")
+    told(workers, "p1", 500, 20)
+    told(workers, "p2", 5, 0.2, queued_tokens=100)
+    assert pair(workers, request()) == ("p2", "d1")
+    for second in range(10):
+        workers.fade(second * 1000)
+        told(workers, "p2", 5, 0.2, queued_tokens=100)
+    assert workers.prefill["p1"].rates.prompt_token_ms == 20
+    for second in range(10, 60):
+        workers.fade(second * 1000)
+        told(workers, "p1", 500, 20)  # as it says every second, without any work
+        told(workers, "p2", 5, 0.2, queued_tokens=100)
+    assert pair(workers, request()) == ("p1", "d1")
+    workers.claim(1, Placement("p1", "d1", 0, 0, 400), 400, 10)
+    told(workers, "p1", 400, 15)
+    assert workers.prefill["p1"].rates.prompt_token_ms == 15, "it has measured again"
+    workers.release(1)
+
+
+def test_a_decode_worker_whose_prompts_looked_slow_is_tried_again_though_it_decodes():
+    workers = workers_of("p1", "d1")
+    told(workers, "p1", 5, 0.2, queued_tokens=100)
+    told(workers, "d1", 5, 50, running=3)
+    assert pair(workers, request(prompt=8)) == ("p1", "d1")
+    for second in range(60):
+        workers.fade(second * 1000)
+        told(workers, "p1", 5, 0.2, queued_tokens=100)
+        told(workers, "d1", 6, 50 + second / 1000, running=3)
+    assert workers.decode["d1"].rates.base_ms == 6
+    assert pair(workers, request(prompt=8)) == (None, "d1")
+
+
+def test_what_is_usual_is_not_the_newest():
+    workers = workers_of("p1", "p2", "p3", "d1")
+    for worker, token_ms in (("p1", 0.2), ("p2", 0.3), ("p3", 80)):
+        told(workers, worker, 5, token_ms)
+    layout = transfer_pb2.KvLayout(model_fingerprint="m", block_size=4)
+    workers.prefill_up("p4", pb.WorkerInfo(layout=layout, blocks_total=1000))
+    assert workers.prefill["p4"].rates.prompt_token_ms == 0.3
+
+
+def test_one_slow_hand_off_sends_nobody_elsewhere():
+    workers = workers_of("p1", "d1")
+    workers.claim(1, Placement("p1", "d1", 0, 0, 200), 200, 10)
+    workers.handed_off(1, exposed_ms=2000)
+    workers.release(1)
+    assert pair(workers, request(prompt=1500)) == ("p1", "d1")
