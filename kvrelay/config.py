@@ -97,6 +97,8 @@ class RouterConfig(_Frozen):
     worker_proof_ms: int = 10_000  # a worker's answer that it holds the cluster's key
     reserve_ms: int = 10_000  # a decode worker's answer to Reserve
     attempts_max: int = 3  # placements of one request that failed; no room is no failure
+    shun_ms: int = Field(default=500, ge=1)  # a worker that failed comes last; doubled each time
+    shun_max_ms: int = Field(default=10_000, ge=1)
     prefill_backlog_tokens: int = 4096  # a worker with more waiting gets no new prompt
     local_prefill: LocalPrefill = "auto"  # prompts computed by decode workers: where it is
     # predicted to be better, or only when there are no prefill workers

@@ -172,7 +172,7 @@ class Dispatcher:
                 and now_ms - request.placed_at_ms > self._config.reserve_ms
             ):
                 why = f"{request.decode_id} did not answer Reserve"
-                commands += self._retry(request, why, now_ms)
+                commands += self._retry(request, why, now_ms, [request.decode_id])
         self._workers.room_grew = True  # predictions may have changed without any word of room
         return commands + self._pump(now_ms)
 
@@ -181,6 +181,7 @@ class Dispatcher:
     def _pump(self, now_ms: float) -> list[Command]:
         """Places waiting requests for as long as there is room."""
         commands: list[Command] = []
+        self._workers.forgive(now_ms)
         while self._workers.room_grew or self._queue.changed:
             self._workers.room_grew = self._queue.changed = False
             for request in self._queue.heads():
@@ -253,6 +254,9 @@ class Dispatcher:
         """An answer is complete when D has ended it and P, if any, has said what it cost."""
         if request.ending is None or not request.handed_off:
             return []
+        for worker_id in (request.prefill_id, request.decode_id):
+            if worker_id is not None:
+                self._workers.succeeded(worker_id)
         self._end(request)
         return [Finished(request, request.ending)]
 
@@ -283,9 +287,16 @@ class Dispatcher:
             # Its peer knew before us, and the attempt since then met the same death.
             request.suspects.clear()
             request.attempt -= 1
-        return self._retry(request, f"{role} worker {worker_id} was lost", now_ms)
+        return self._retry(request, f"{role} worker {worker_id} was lost", now_ms, [worker_id])
 
-    def _retry(self, request: Request, why: str, now_ms: float) -> list[Command]:
+    def _retry(
+        self, request: Request, why: str, now_ms: float, blamed: Sequence[str | None] = ()
+    ) -> list[Command]:
+        """blamed: workers that may be the cause; both of its pair unless it is known better."""
+        for worker_id in blamed or (request.prefill_id, request.decode_id):
+            if worker_id is not None:
+                request.failures[worker_id] += 1
+                self._workers.failed(worker_id, now_ms)
         commands = self._attempts.withdraw(request)
         ending = request.complete()
         if ending is not None:
@@ -294,7 +305,6 @@ class Dispatcher:
         if request.attempt >= self._config.attempts_max:
             trouble = UnavailableTrouble(f"failed {request.attempt} times, last: {why}")
             return commands + self._fail(request, trouble)
-        request.failed_pairs.add((request.prefill_id, request.decode_id))
         request.on(RequestEvent.RETRY)
         request.queued_at_ms = now_ms
         self._queue.push(request, now_ms)

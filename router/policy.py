@@ -4,8 +4,9 @@ Pure; called by router/workers.py. All formulas of placement are here. Costs are
 what workers have measured of their own steps.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
+from types import MappingProxyType
 from typing import NamedTuple
 
 from kvrelay.kv.layout import blocks_for, reserved_blocks
@@ -53,6 +54,7 @@ class PrefillView(NamedTuple):
     block_ms: float = NEUTRAL_BLOCK_MS  # of a hand-off, that no computing hides
     cached_blocks: int = 0  # leading ones of the prompt
     full: bool = False  # it has just refused for want of room
+    shunned: bool = False  # it has failed whoever was there last
 
 
 class DecodeView(NamedTuple):
@@ -68,6 +70,7 @@ class DecodeView(NamedTuple):
     queued_tokens: int = 0  # of prompts that it computes itself
     itl_target_ms: float = 0.0  # 0: none
     full: bool = False  # it has just refused for want of room
+    shunned: bool = False  # it has failed whoever was there last
 
 
 Pair = tuple[str | None, str]
@@ -88,14 +91,14 @@ class Placement(NamedTuple):
 class Wish(NamedTuple):
     """What placement needs to know of a request.
 
-    avoid: pairs that have failed it. local: decode workers may compute the prompt themselves
-    although there are prefill workers.
+    failures: attempts of it that have failed, by worker. local: decode workers may compute the
+    prompt themselves although there are prefill workers.
     """
 
     prompt_tokens: int
     max_tokens: int
     backlog_tokens_max: int
-    avoid: frozenset[Pair] = frozenset()
+    failures: Mapping[str, int] = MappingProxyType({})
     local: bool = True
 
 
@@ -112,9 +115,9 @@ def place(
     """The placement with the least cost; None when no decode worker has room.
 
     The cost is the predicted TTFT, the time of the answer's tokens, and what others lose. Before
-    it count: that a pair has not failed the request, that D can compute a prompt without missing
-    its ITL target for those whose answers it writes, and that it keeps the target once it writes
-    this answer too.
+    it count: how often both have failed the request, that they have not just failed others, that D
+    can compute a prompt without missing its ITL target for those whose answers it writes, and that
+    it keeps the target once it writes this answer too.
 
     A worker that has more than backlog_tokens_max of prompts to compute does not take another now:
     what cannot start soon stays where it can still go elsewhere. An idle one takes any prompt.
@@ -129,13 +132,14 @@ def place(
     best = min(_options(able_p, able_d, wish), default=None)
     if best is None:
         return None
-    (_, _, _, _, _, decode_id, prefill_id), ttft_ms, tpot_ms, tokens, now = best
+    (*_, decode_id, prefill_id), ttft_ms, tpot_ms, tokens, now = best
     return Choice(Placement(prefill_id or None, decode_id, ttft_ms, tpot_ms, tokens), now)
 
 
-# In the order in which they count: the pair has failed before, a target is missed, cost in ms,
-# sequences on D, room on D, names of D and P ("": D itself).
-_Rank = tuple[bool, bool, float, int, int, str, str]
+# In the order in which they count: failures of both for this request, how many of the two are
+# shunned, a target is missed, cost in ms, sequences on D, room on D, names of D and P ("": D
+# itself).
+_Rank = tuple[int, int, bool, float, int, int, str, str]
 # TTFT, TPOT, tokens left, whether it may go there now. Plain tuples, for speed.
 _Option = tuple[_Rank, float, float, int, bool]
 
@@ -143,8 +147,15 @@ _Option = tuple[_Rank, float, float, int, bool]
 def _options(
     prefill: Sequence[PrefillView], decode: Sequence[DecodeView], wish: Wish
 ) -> Iterator[_Option]:
+    failures = wish.failures
+    # Whatever D it is, the most trusted of them win.
+    failed_p, shunned_p = min(
+        ((failures.get(p.worker_id, 0), p.shunned) for p in prefill), default=(0, False)
+    )
     computing = []
     for p in sorted(prefill):  # by name, which decides among equals
+        if (failures.get(p.worker_id, 0), p.shunned) != (failed_p, shunned_p):
+            continue
         tokens = tokens_left(p, wish)
         ms = prefill_ms(p, tokens) + _MESSAGES_MS
         computing.append((ms, p.block_ms, p.worker_id, tokens, _takes(p, tokens, wish)))
@@ -154,22 +165,22 @@ def _options(
         tpot_ms = d.rates.base_ms + (sequences + 1) * d.rates.sequence_ms
         slow = 0 < d.itl_target_ms < tpot_ms
         answer_ms = answer_tokens * tpot_ms
+        failed, shunned = failures.get(name, 0), d.shunned
         blocks = max(0, blocks_for(wish.prompt_tokens, d.block_size) - d.cached_blocks)
         if computing:
             # Only the best of them can win.
-            good = [c for c in computing if (c[2], name) not in wish.avoid] if wish.avoid else []
-            costs = [ms + blocks * block_ms for ms, block_ms, *_ in good or computing]
+            costs = [ms + blocks * block_ms for ms, block_ms, *_ in computing]
             ttft_ms = min(costs)
-            _, _, p_name, tokens, takes = (good or computing)[costs.index(ttft_ms)]
-            failed = (p_name, name) in wish.avoid
-            rank = (failed, slow, ttft_ms + answer_ms, sequences, room, name, p_name)
+            _, _, p_name, tokens, takes = computing[costs.index(ttft_ms)]
+            trust = (failed + failed_p, shunned + shunned_p)
+            rank = (*trust, slow, ttft_ms + answer_ms, sequences, room, name, p_name)
             yield rank, ttft_ms, tpot_ms, tokens, takes
         if wish.local or not prefill:
             tokens = tokens_left(d, wish)
             ttft_ms, harm_ms, harmless = local_ms(d, tokens)
-            failed = (None, name) in wish.avoid
             cost_ms = ttft_ms + answer_ms + harm_ms
-            rank = (failed, slow or not harmless, cost_ms, sequences, room, name, "")
+            slow |= not harmless
+            rank = (failed, int(shunned), slow, cost_ms, sequences, room, name, "")
             yield rank, ttft_ms, tpot_ms, tokens, _takes(d, tokens, wish)
 
 

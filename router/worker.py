@@ -23,6 +23,8 @@ class PrefillWorker:
     queued_tokens: int = 0  # its own figure, which knows of other routers
     asked_tokens: int = 0  # our prompts that are not computed yet, those under way included
     full: bool = False  # it has just refused for want of room
+    shunned: bool = False  # it comes last for a while: attempts there have failed
+    shun_ms: float = 0.0  # how long the last time, since an attempt there ended well
     standing: _Standing = NO_ROOM
 
     @property
@@ -47,6 +49,7 @@ class PrefillWorker:
             self.block_ms,
             cached_blocks,
             self.full,
+            self.shunned,
         )
 
 
@@ -67,6 +70,8 @@ class DecodeWorker:
     asked_blocks: int = 0  # of our Reserves that it has not answered yet
     asked: int = 0  # sequences of ours, running and on their way
     full: bool = False
+    shunned: bool = False
+    shun_ms: float = 0.0
     standing: _Standing = NO_ROOM
 
     @property
@@ -98,6 +103,7 @@ class DecodeWorker:
             self.backlog_tokens,
             self.itl_target_ms,
             self.full,
+            self.shunned,
         )
 
 

@@ -6,6 +6,7 @@ load, so that a placement costs no look at every running request or every worker
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from math import inf
 
 from kvrelay.config import RouterConfig
 from kvrelay.kv.layout import blocks_for, reserved_blocks
@@ -15,6 +16,7 @@ from router.request import Request, RequestState
 from router.shortlist import Shortlist
 from router.worker import DecodeWorker, PrefillWorker, Worker
 
+_DISTRUSTED_MAX = 8  # workers that failed, and in whose place others are looked at
 _NEWEST_SHARE = 0.2  # of a mean that the newest hand-off makes up
 
 
@@ -46,6 +48,7 @@ class Workers:
         self._prefill_list: Shortlist[PrefillWorker] = Shortlist()
         self._decode_list: Shortlist[DecodeWorker] = Shortlist()
         self._claims: dict[int, _Claim] = {}  # by the attempt's key
+        self._shunned: dict[str, tuple[Worker, float]] = {}  # by name, and until when
 
     # ---- what they say
 
@@ -81,6 +84,7 @@ class Workers:
         self._note_context()
 
     def down(self, worker_id: str) -> None:
+        self._shunned.pop(worker_id, None)
         if prefill := self.prefill.pop(worker_id, None):
             self._prefill_list.down(prefill)
         if decode := self.decode.pop(worker_id, None):
@@ -129,6 +133,44 @@ class Workers:
                 worker.full = False
                 self._rank(worker)
 
+    # ---- whether they fail
+
+    def failed(self, worker_id: str, now_ms: float) -> None:
+        """An attempt has failed there: the worker comes last, for longer each time up to a limit.
+
+        One that fails at once is always the least busy, and would get every request. What else
+        fails there meanwhile had begun before, and makes it no longer.
+        """
+        worker = self._named(worker_id)
+        if worker is None or worker.shunned:
+            return
+        limits = self._config
+        worker.shun_ms = min(2 * worker.shun_ms or limits.shun_ms, limits.shun_max_ms)
+        worker.shunned = True
+        self._shunned[worker_id] = worker, now_ms + worker.shun_ms
+        self._rank(worker)
+
+    def succeeded(self, worker_id: str) -> None:
+        """A request that was there has ended well."""
+        if worker := self._named(worker_id):
+            worker.shun_ms = 0.0
+            self._trust(worker)
+
+    def forgive(self, now_ms: float) -> None:
+        """Those whose time is up are tried again as before."""
+        for worker, until_ms in list(self._shunned.values()):
+            if until_ms <= now_ms:
+                self._trust(worker)
+
+    def _trust(self, worker: Worker) -> None:
+        if self._shunned.pop(worker.worker_id, None):
+            worker.shunned = False
+            self.room_grew = True
+            self._rank(worker)
+
+    def _named(self, worker_id: str) -> Worker | None:
+        return self.prefill.get(worker_id) or self.decode.get(worker_id)
+
     # ---- what is asked of them
 
     def choose(self, request: Request) -> Choice | None:
@@ -147,14 +189,30 @@ class Workers:
             prompt,
             answer,
             self._config.prefill_backlog_tokens,
-            frozenset(request.failed_pairs),
+            request.failures,
             self._config.local_prefill == "auto",
         )
+        distrusted = min(len(request.failures) + len(self._shunned), _DISTRUSTED_MAX)
+        prefill = self._prefill_list.pick(hashes, distrusted)
+        decode = self._decode_list.pick(hashes, distrusted)
+        failures_max = self._failures_max(request)
         return place(
-            [worker.view(blocks) for worker, blocks in self._prefill_list.pick(hashes)],
-            [worker.view(blocks) for worker, blocks in self._decode_list.pick(hashes)],
+            [worker.view(blocks) for worker, blocks in prefill],
+            [
+                worker.view(blocks)
+                for worker, blocks in decode
+                if request.failures[worker.worker_id] <= failures_max
+            ],
             wish,
         )
+
+    def _failures_max(self, request: Request) -> float:
+        """Of a decode worker that may have the request: its last attempt is not spent on one that
+        has failed it while there is a better one, though that may have no room now."""
+        if not request.failures or request.attempt + 1 < self._config.attempts_max:
+            return inf
+        able = [d for d in self.decode.values() if request.tokens_max <= d.max_model_tokens]
+        return min((request.failures[d.worker_id] for d in able), default=inf)
 
     def computing(self, placement: Placement) -> tuple[Rates, int]:
         """The rates of the worker that would compute the prompt, and how many have its role."""

@@ -858,6 +858,47 @@ def test_a_retry_goes_to_another_pair_when_there_is_one():
     assert (request.prefill_id, request.decode_id) == ("p1", "d1")  # there is no other
 
 
+@pytest.mark.parametrize("broken", ["p1", "d1"])
+def test_a_worker_that_always_fails_costs_no_request_while_there_is_a_healthy_one(broken):
+    bench = Bench("p1", "p2", "d1", "d2")
+    failed = 0
+    for n in range(40):
+        bench.now += 100
+        request = bench.submit(f"r{n}")
+        while bench.end(request) is None:
+            bench.bring(request, S.PREFILLING)
+            if broken in (request.prefill_id, request.decode_id):
+                failed += 1
+                (bench.p_fails if broken == "p1" else bench.d_fails)(request)
+            else:
+                bench.handed_off(request)
+                bench.step(request, 0, EOS, ending=1)
+        assert bench.end(request) is Ending.EOS
+        assert request.attempt <= 2
+    assert failed <= 5, "it is asked again after 0.5, 1, 2 s"
+
+
+def test_of_many_workers_that_fail_at_once_the_only_healthy_one_is_found():
+    bench = Bench("p1", *(f"d{n}" for n in range(30, 42)), attempts_max=12)
+    request = bench.submit()
+    for _ in range(11):
+        assert request.decode_id != "d41"
+        bench.d_fails(request)
+    assert (request.decode_id, request.state) == ("d41", S.RESERVING)
+
+
+def test_the_last_attempt_waits_for_a_worker_that_has_not_failed():
+    bench = Bench("p1", "d1", "d2", attempts_max=2)
+    bench.d("d2", free=0)
+    request = bench.submit()
+    bench.d_fails(request)
+    assert (request.state, request.attempt) == (S.QUEUED, 1)
+    bench.expire(400)
+    assert request.state is S.QUEUED
+    bench.d("d2")
+    assert (request.state, request.decode_id) == (S.RESERVING, "d2")
+
+
 @pytest.mark.parametrize("dies", ["p1", "d1"])
 def test_one_death_costs_one_attempt(dies):
     """Its peer tells of it first, and the retry is on its way to the dead when that is known."""
