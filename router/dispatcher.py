@@ -134,7 +134,7 @@ class Dispatcher:
             elif kind == "failed" and request.state is RequestState.DECODING:
                 commands += self._handed_off(request)  # the decode worker has it all the same
             elif kind == "failed":
-                commands += self._failed(request, event.failed, now_ms)
+                commands += self._failed(request, worker_id, event.failed, now_ms)
         return commands + self._pump(now_ms)
 
     def on_decode_event(
@@ -157,7 +157,7 @@ class Dispatcher:
                 request.times.note_computed_here(event.first_token)
                 commands += self._tokens(request, 0, [event.first_token.token_id], now_ms)
             elif kind == "failed":
-                commands += self._failed(request, event.failed, now_ms)
+                commands += self._failed(request, worker_id, event.failed, now_ms)
         return commands + self._pump(now_ms)
 
     def expire(self, now_ms: float) -> list[Command]:
@@ -262,21 +262,23 @@ class Dispatcher:
 
     # ---- when something went wrong
 
-    def _failed(self, request: Request, failed: worker_pb2.Failed, now_ms: float) -> list[Command]:
+    def _failed(
+        self, request: Request, worker_id: str, failed: worker_pb2.Failed, now_ms: float
+    ) -> list[Command]:
         if failed.code == FailureCode.FAILURE_CODE_INVALID:
             return self._attempts.withdraw(request) + self._fail(
                 request, InvalidTrouble(failed.message)
             )
         begun = request.state is RequestState.DECODING or len(request.answer) > request.base
         if failed.code == _NO_ROOM and not begun:
-            return self._refused(request, now_ms)
+            return self._refused(request, worker_id, now_ms)
         if failed.code == FailureCode.FAILURE_CODE_PEER_LOST:
             request.suspects = {request.decode_id, request.prefill_id or request.decode_id}
         return self._retry(request, failed.message, now_ms)
 
-    def _refused(self, request: Request, now_ms: float) -> list[Command]:
+    def _refused(self, request: Request, worker_id: str, now_ms: float) -> list[Command]:
         """A worker had no room. Nothing has failed: no attempt is counted, the wait goes on."""
-        commands = self._attempts.withdraw(request)
+        commands = self._attempts.withdraw(request, refused_by=worker_id)
         request.attempt -= 1
         request.on(RequestEvent.RETRY)
         self._queue.push(request, now_ms)

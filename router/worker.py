@@ -22,7 +22,7 @@ class PrefillWorker:
     block_ms: float = NEUTRAL_BLOCK_MS  # of a hand-off, that no computing hides; a moving mean
     queued_tokens: int = 0  # its own figure, which knows of other routers
     asked_tokens: int = 0  # our prompts that are not computed yet, those under way included
-    full: bool = False  # it has just refused for want of room
+    full: bool = False  # it has refused for want of room, and since then nothing has grown less
     shunned: bool = False  # it comes last for a while: attempts there have failed
     shun_ms: float = 0.0  # how long the last time, since an attempt there ended well
     standing: _Standing = NO_ROOM

@@ -99,8 +99,9 @@ class Workers:
         worker = self.prefill.get(worker_id)
         if worker is None:
             return
+        if refused or load.queued_tokens < worker.queued_tokens:
+            worker.full = refused
         worker.queued_tokens = load.queued_tokens
-        worker.full = refused
         if load.HasField("cost"):
             worker.rates = self._usual = rates_of(load.cost, self._usual)
         self._rank(worker)
@@ -109,10 +110,12 @@ class Workers:
         worker = self.decode.get(worker_id)
         if worker is None:
             return
+        grew = load.blocks_free > worker.blocks_free
+        if refused or grew or load.queued_tokens < worker.queued_tokens:
+            worker.full = refused
         worker.blocks_free = load.blocks_free
         worker.running = load.running
         worker.queued_tokens = load.queued_tokens
-        worker.full = refused
         if load.HasField("cost"):
             worker.rates = self._usual = rates_of(load.cost, self._usual)
         self._rank(worker)
@@ -246,9 +249,12 @@ class Workers:
         """Notes what the hand-off cost for each block."""
         claim = self._claims[key]
         worker = claim.computes
-        if isinstance(worker, PrefillWorker) and claim.moved_blocks > 0:
-            block_ms = exposed_ms / claim.moved_blocks
-            worker.block_ms += _NEWEST_SHARE * (block_ms - worker.block_ms)
+        if isinstance(worker, PrefillWorker):
+            worker.full = False  # the prompt's blocks are free there
+            if claim.moved_blocks > 0:
+                block_ms = exposed_ms / claim.moved_blocks
+                worker.block_ms += _NEWEST_SHARE * (block_ms - worker.block_ms)
+            self._rank(worker)
 
     def release(self, key: int) -> None:
         claim = self._claims.pop(key)

@@ -157,9 +157,9 @@ class Bench:
         failed = pb.Failed(key=request.key, code=pb.FailureCode.ValueType(code), message="boom")
         self.d(request.decode_id, failed=failed, **load)
 
-    def p_fails(self, request: Request, code: int = PEER_LOST) -> None:
+    def p_fails(self, request: Request, code: int = PEER_LOST, queued: int = 0) -> None:
         failed = pb.Failed(key=request.key, code=pb.FailureCode.ValueType(code), message="boom")
-        self.p(request.prefill_id, failed=failed)
+        self.p(request.prefill_id, queued, failed=failed)
 
     def bring(self, request: Request, state: RequestState) -> Request:
         """On from RESERVING; DECODING has tokens 10 and 11."""
@@ -793,27 +793,40 @@ def test_no_room_at_the_prefill_worker_does_not_count_as_an_attempt_either():
     request = bench.submit()
     for _ in range(5):
         bench.reserved(request)
-        bench.p_fails(request, EXHAUSTED)
+        bench.p_fails(request, EXHAUSTED, queued=9)
         assert (request.state, request.attempt) == (S.QUEUED, 0)
-        assert bench.cancels()[-2:] == [("d1", request.key), ("p1", request.key)]
+        assert bench.cancels()[-1] == ("d1", request.key)
         bench.p()
+    assert len(bench.cancels()) == 5, "who has refused is not told"
     assert (request.state, request.attempt) == (S.RESERVING, 1)
 
 
 @pytest.mark.parametrize("role", ["decode", "prefill"])
-def test_a_worker_that_had_no_room_is_not_asked_before_its_next_word(role):
+def test_a_worker_that_had_no_room_is_not_asked_before_it_has_more(role):
     bench = Bench("p1", "d1", prefill_backlog_tokens=1000)
     one, two = bench.submit("r1"), bench.submit("r2")
     for request in (one, two):
         bench.bring(request, S.RESERVING if role == "decode" else S.PREFILLING)
     refuse = bench.d_fails if role == "decode" else bench.p_fails
-    refuse(one, EXHAUSTED)  # though its load says that there is room
-    refuse(two, EXHAUSTED)
+    load = {"free": 90} if role == "decode" else {"queued": 9}
+    refuse(one, EXHAUSTED, **load)  # though its load says that there is room
+    refuse(two, EXHAUSTED, **load)
     assert {one.state, two.state} == {S.QUEUED}
     (bench.p if role == "decode" else bench.d)()  # the other one's word is nothing to it
+    (bench.d if role == "decode" else bench.p)(**load)  # nor is it news to hear the same
     assert {one.state, two.state} == {S.QUEUED}
+    assert bench.cancels() == ([] if role == "decode" else [("d1", 1), ("d1", 2)])
     (bench.d if role == "decode" else bench.p)()
     assert {one.state, two.state} == {S.RESERVING}
+
+
+def test_a_prefill_worker_that_had_no_room_is_asked_again_after_its_next_hand_off():
+    bench = Bench(prefill_backlog_tokens=1000)
+    one, two = (bench.bring(bench.submit(f"r{n}"), S.PREFILLING) for n in range(2))
+    bench.p_fails(one, EXHAUSTED)
+    assert one.state is S.QUEUED
+    bench.handed_off(two)
+    assert one.state is S.RESERVING
 
 
 def test_a_worker_that_had_no_room_is_passed_over_for_one_that_may_have():
@@ -821,7 +834,7 @@ def test_a_worker_that_had_no_room_is_passed_over_for_one_that_may_have():
     request = bench.submit()
     assert request.decode_id == "d1"
     bench.d_fails(request, EXHAUSTED)
-    assert (request.decode_id, request.attempt) == ("d2", 1)
+    assert (request.decode_id, request.attempt, bench.cancels()) == ("d2", 1, [])
 
 
 def test_a_worker_that_had_no_room_and_says_no_more_is_asked_again_in_time():
@@ -842,7 +855,9 @@ def test_no_room_again_and_again_ends_with_the_wait(role):
         bench.now = now
         if role == "prefill":
             bench.reserved(request)
-        (bench.d_fails if role == "decode" else bench.p_fails)(request, EXHAUSTED)
+            bench.p_fails(request, EXHAUSTED, queued=9)
+        else:
+            bench.d_fails(request, EXHAUSTED, free=0)
         (bench.d if role == "decode" else bench.p)()
     assert isinstance(bench.end(request), ExhaustedTrouble)
     assert len(bench.dispatcher) == 0
@@ -1245,6 +1260,25 @@ def test_figures_of_a_worker_cover_what_other_routers_have_asked_of_it():
     assert [bench.submit(f"r{n}").decode_id for n in range(4)] == ["d2"] * 4
 
 
+def test_a_worker_that_refuses_is_not_asked_again_at_each_of_its_steps():
+    bench = Bench("d1", queue_max=50)
+    bench.d(free=40)
+    for n in range(20):
+        bench.submit(f"r{n}")
+    asked = {key for _, r in bench.reserves() for key in [r.key]}
+    while True:
+        waiting = [r for r in bench.clients if r.key in asked and r.state is S.RESERVING]
+        if not waiting:
+            break
+        bench.d_fails(waiting[0], EXHAUSTED, free=40)  # kept for another router
+    bench.sent.clear()
+    for _ in range(30):
+        bench.d(free=40)
+    assert bench.sent == []
+    bench.d(free=41)
+    assert bench.reserves() != []
+
+
 # ---- all of it at random
 
 
@@ -1350,11 +1384,14 @@ class World(Bench):
                 self.d(worker, free=self.free[worker], blocks=changes)
 
     def act(self, kills: bool = True) -> None:
-        actions = [self.work] * 12 + [self.tell_blocks]
+        actions = [self.work] * 12 + [self.tell_blocks, self.reap]
         if kills:
             actions += [self.new, self.new, self.kill, self.revive, self.fail, self.quit]
         self.dice.choice(actions)()
         self.read_commands()
+
+    def reap(self) -> None:
+        self.expire(self.now + 1)
 
     def new(self) -> None:
         if len(self.dispatcher) < 8:
