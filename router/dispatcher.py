@@ -57,7 +57,7 @@ class Dispatcher:
         self._arrivals += 1
         self._requests[request.request_id] = request
         request.queued_at_ms = now_ms
-        self._queue.push(request, now_ms)
+        self._queue.push(request)
         return self._pump(now_ms)
 
     def let_go(self, request: Request, now_ms: float) -> list[Command]:
@@ -281,7 +281,7 @@ class Dispatcher:
         commands = self._attempts.withdraw(request, refused_by=worker_id)
         request.attempt -= 1
         request.on(RequestEvent.RETRY)
-        self._queue.push(request, now_ms)
+        self._queue.push(request)
         return commands + self._end_wait(request, now_ms)
 
     def _lost(self, request: Request, worker_id: str, role: str, now_ms: float) -> list[Command]:
@@ -309,7 +309,7 @@ class Dispatcher:
             return commands + self._fail(request, trouble)
         request.on(RequestEvent.RETRY)
         request.queued_at_ms = now_ms
-        self._queue.push(request, now_ms)
+        self._queue.push(request)
         return commands
 
     def _end_wait(self, request: Request, now_ms: float) -> list[Command]:

@@ -1146,7 +1146,7 @@ def test_a_deadline_is_met_by_the_first_token_whatever_happens_afterwards():
 
 
 def test_a_full_queue_says_how_long_it_will_take():
-    bench = Bench("p1", queue_max=2)
+    bench = Bench("p1", queue_max=2, blocks=3)
     for n in range(2):
         bench.submit(f"r{n}")
     with pytest.raises(QueueFullError) as refused:
