@@ -26,6 +26,7 @@ from router.commands import (
     resync_prefill,
 )
 from router.forecast import check_deadline, wait_is_over
+from router.hold import Hold
 from router.queue import WaitingQueue
 from router.request import Ending, Request, RequestEvent, RequestState, TokenMismatchError
 from router.workers import Workers
@@ -34,9 +35,13 @@ _NO_ROOM = FailureCode.FAILURE_CODE_EXHAUSTED
 
 
 class Dispatcher:
+    """Events only note what has changed; who waits is placed by `pump`, to be called soon after
+    any of them for as long as `to_place` says so, and once for many events."""
+
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
         self._queue = WaitingQueue(config)
+        self._hold = Hold(config)
         self._workers = Workers(config)
         self._attempts = Attempts(self._workers)
         self._requests: dict[str, Request] = {}
@@ -45,7 +50,10 @@ class Dispatcher:
     # ---- what clients do
 
     def submit(self, request: Request) -> list[Command]:
-        """Raises DuplicateRequestError, QueueFullError or DeadlineError, and changes nothing."""
+        """Places it at once where nobody waits.
+
+        Raises DuplicateRequestError, QueueFullError or DeadlineError, and changes nothing then.
+        """
         now_ms = request.times.arrived_at_ms
         if request.request_id in self._requests:
             raise DuplicateRequestError(f"request id {request.request_id!r} is running already")
@@ -58,9 +66,9 @@ class Dispatcher:
         self._requests[request.request_id] = request
         request.queued_at_ms = now_ms
         self._queue.push(request)
-        return self._pump(now_ms)
+        return self.pump(now_ms) if len(self._queue) == 1 else []
 
-    def let_go(self, request: Request, now_ms: float) -> list[Command]:
+    def let_go(self, request: Request) -> list[Command]:
         """The client has all it wants, or is gone. Nothing more is delivered.
 
         Changes nothing for a request that has ended or was never accepted.
@@ -69,7 +77,7 @@ class Dispatcher:
             return []
         commands = self._attempts.withdraw(request)
         self._end(request)
-        return commands + self._pump(now_ms)
+        return commands
 
     @property
     def context_tokens(self) -> int | None:
@@ -91,17 +99,17 @@ class Dispatcher:
 
     # ---- what workers do
 
-    def prefill_up(self, worker_id: str, info: worker_pb2.WorkerInfo, now: float) -> list[Command]:
+    def prefill_up(self, worker_id: str, info: worker_pb2.WorkerInfo) -> None:
         self._workers.prefill_up(worker_id, info)
-        return self._pump(now)
 
-    def decode_up(self, worker_id: str, info: worker_pb2.WorkerInfo, now: float) -> list[Command]:
+    def decode_up(self, worker_id: str, info: worker_pb2.WorkerInfo) -> None:
         self._workers.decode_up(worker_id, info)
-        return self._pump(now)
 
     def worker_down(self, worker_id: str, now_ms: float) -> list[Command]:
         """Every request that needs this worker is placed again."""
         self._workers.down(worker_id)
+        if self._hold.worker_id == worker_id:
+            self._hold.end(now_ms)
         commands: list[Command] = []
         for request in self._attempts.all():
             if request.decode_id == worker_id:
@@ -110,7 +118,7 @@ class Dispatcher:
                 commands += self._handed_off(request)
             elif request.prefill_id == worker_id and not request.handed_off:
                 commands += self._lost(request, worker_id, "prefill", now_ms)
-        return commands + self._pump(now_ms)
+        return commands
 
     def on_prefill_event(
         self, worker_id: str, event: worker_pb2.PrefillEvent, now_ms: float
@@ -135,7 +143,7 @@ class Dispatcher:
                 commands += self._handed_off(request)  # the decode worker has it all the same
             elif kind == "failed":
                 commands += self._failed(request, worker_id, event.failed, now_ms)
-        return commands + self._pump(now_ms)
+        return commands
 
     def on_decode_event(
         self, worker_id: str, event: worker_pb2.DecodeEvent, now_ms: float
@@ -158,11 +166,12 @@ class Dispatcher:
                 commands += self._tokens(request, 0, [event.first_token.token_id], now_ms)
             elif kind == "failed":
                 commands += self._failed(request, worker_id, event.failed, now_ms)
-        return commands + self._pump(now_ms)
+        return commands
 
     def expire(self, now_ms: float) -> list[Command]:
         """Ends the waits whose time is up; called about once a second."""
         self._workers.forget_refusals()
+        self._workers.forgive(now_ms)
         commands: list[Command] = []
         for request in list(self._requests.values()):
             if request.state is RequestState.QUEUED:
@@ -174,24 +183,34 @@ class Dispatcher:
                 why = f"{request.decode_id} did not answer Reserve"
                 commands += self._retry(request, why, now_ms, [request.decode_id])
         self._workers.room_grew = True  # predictions may have changed without any word of room
-        return commands + self._pump(now_ms)
+        return commands
 
     # ---- steps of one request
 
-    def _pump(self, now_ms: float) -> list[Command]:
-        """Places waiting requests for as long as there is room."""
+    @property
+    def to_place(self) -> bool:
+        """Whether `pump` may find a place for somebody who waits."""
+        return len(self._queue) > 0 and (self._workers.room_grew or self._queue.changed)
+
+    def pump(self, now_ms: float) -> list[Command]:
+        """Places a few of those who wait, as far as there is room."""
         commands: list[Command] = []
         self._workers.forgive(now_ms)
-        while self._workers.room_grew or self._queue.changed:
-            self._workers.room_grew = self._queue.changed = False
-            for request in self._queue.heads():
-                done = self._try(request, now_ms)
-                commands += done
-                if not done and self._holds_up_others(request, now_ms):
-                    break
+        self._hold.end_if_over(now_ms)
+        self._workers.room_grew = self._queue.changed = False
+        left = self._config.queue_lookahead
+        for request in self._queue.heads():
+            if left == 0:
+                # Without a success the next call would find no more than this one.
+                self._queue.changed = bool(commands)
+                return commands
+            kept = self._hold.kept_from(request)
+            left -= self._workers.have_room(request, kept)
+            commands += self._try(request, kept, now_ms)
+        self._queue.changed = False
         return commands
 
-    def _try(self, request: Request, now_ms: float) -> list[Command]:
+    def _try(self, request: Request, kept: str, now_ms: float) -> list[Command]:
         """Places a waiting request, or ends it where that is hopeless; [] when it waits on."""
         tokens = request.tokens_max
         # Longer than anything that was ever connected. Not than what is connected now: a larger
@@ -200,18 +219,17 @@ class Dispatcher:
         if self.context_tokens is not None and tokens > most:
             trouble = f"prompt and answer may need {tokens} tokens, the workers hold {most}"
             return self._fail(request, InvalidTrouble(trouble))
-        choice = self._workers.choose(request)
+        choice = self._workers.choose(request, kept)
         if choice is None or not choice.now:
+            if self._hold.may_begin(now_ms) and self._queue.impatient(request, now_ms):
+                worker_id = self._workers.worth_keeping(request, choice)
+                if worker_id:
+                    self._hold.begin(request, worker_id, now_ms)
             return []
         if ended := self._end_wait(request, now_ms):
             return ended
         self._queue.depart(request, now_ms)
         return [self._attempts.begin(request, choice.placement, now_ms)]
-
-    def _holds_up_others(self, request: Request, now_ms: float) -> bool:
-        """Only while there is a worker that could hold it, were it empty."""
-        most = self.context_tokens or 0
-        return request.tokens_max <= most and self._queue.impatient(request, now_ms)
 
     def _reserved(self, request: Request, reserved: worker_pb2.Reserved) -> list[Command]:
         if request.state is not RequestState.RESERVING:

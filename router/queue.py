@@ -7,9 +7,8 @@ the priority, and each period of `queue_aging_ms` that somebody came earlier is 
 it. So whoever has waited for as many periods as priorities lie between two requests goes before the
 other, and nobody starves. Within a level the earliest deadline goes first, then who came first.
 
-Room. A request that finds no room does not hold up others at once: the first `queue_lookahead`
-requests are tried. But one that has waited for `queue_patience_ms` is overtaken by nobody, or the
-room for a large request would always go to small ones.
+Room. A request that finds no room holds up nobody: those behind it are tried as well. But for one
+that has waited for `queue_patience_ms` a worker may be kept (router/hold.py).
 """
 
 from itertools import islice
@@ -74,11 +73,11 @@ class WaitingQueue:
     # ---- who is next
 
     def heads(self) -> list[Request]:
-        """Those to be tried for room, in order."""
-        return list(islice(self._order.values(), self._config.queue_lookahead))
+        """Those to be looked at when there may be room, in order."""
+        return list(islice(self._order.values(), self._config.queue_scan_max))
 
     def impatient(self, request: Request, now_ms: float) -> bool:
-        """It has waited for so long that nobody may overtake it."""
+        """It has waited for so long that a worker may be kept for it."""
         return now_ms - request.queued_at_ms > self._config.queue_patience_ms
 
     def wait_ms(self, request: Request, each_ms: float) -> float:

@@ -53,10 +53,10 @@ class Shortlist(Generic[W]):
         before, worker.standing = worker.standing, standing
         return standing[0] < before[0] or standing[1] < before[1]
 
-    def roomiest(self) -> W | None:
-        """Whoever has the most room; without room for a request there, nobody has it."""
-        first = self._by_room.first(1)
-        return self._workers[first[0]] if first else None
+    def roomiest(self, without: str = "") -> W | None:
+        """Whoever has the most room, but for one; without room there, nobody else has it."""
+        first = (self._workers[number] for number in self._by_room.first(2))
+        return next((worker for worker in first if worker.worker_id != without), None)
 
     def pick(self, chain: Sequence[bytes], distrusted: int = 0) -> list[tuple[W, int]]:
         """Workers, each with the number of leading blocks of `chain` that it caches.

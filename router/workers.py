@@ -176,38 +176,62 @@ class Workers:
 
     # ---- what is asked of them
 
-    def choose(self, request: Request) -> Choice | None:
+    def have_room(self, request: Request, without: str = "") -> bool:
+        """False when surely no decode worker but one has room for it. Cheap."""
+        d = self._decode_list.roomiest(without)
+        if d is None or d.full:
+            return False
+        prompt, answer = request.prompt_tokens_now, request.max_tokens_now
+        return reserved_blocks(prompt, answer, d.block_size) <= d.room_blocks
+
+    def choose(self, request: Request, without: str = "") -> Choice | None:
         """The best placement of a request now; None when no decode worker has room for it.
 
         Its cost does not grow with the number of workers, or as its logarithm.
+
+        without: a worker that it may not go to.
         """
-        d = self._decode_list.roomiest()
-        if d is None or d.full:
-            return None
-        prompt, answer = request.prompt_tokens_now, request.max_tokens_now
-        if reserved_blocks(prompt, answer, d.block_size) > d.room_blocks:
+        d = self._decode_list.roomiest(without)
+        if d is None or not self.have_room(request, without):
             return None
         hashes = request.name_blocks(d.model_fingerprint, d.block_size).hashes
         wish = Wish(
-            prompt,
-            answer,
+            request.prompt_tokens_now,
+            request.max_tokens_now,
             self._config.prefill_backlog_tokens,
             request.failures,
             self._config.local_prefill == "auto",
         )
         distrusted = min(len(request.failures) + len(self._shunned), _DISTRUSTED_MAX)
-        prefill = self._prefill_list.pick(hashes, distrusted)
-        decode = self._decode_list.pick(hashes, distrusted)
+        distrusted += bool(without)
         failures_max = self._failures_max(request)
-        return place(
-            [worker.view(blocks) for worker, blocks in prefill],
-            [
-                worker.view(blocks)
-                for worker, blocks in decode
-                if request.failures[worker.worker_id] <= failures_max
-            ],
-            wish,
+        prefill = [
+            p.view(blocks)
+            for p, blocks in self._prefill_list.pick(hashes, distrusted)
+            if p.worker_id != without
+        ]
+        decode = [
+            d.view(blocks)
+            for d, blocks in self._decode_list.pick(hashes, distrusted)
+            if d.worker_id != without and request.failures[d.worker_id] <= failures_max
+        ]
+        if self.prefill and not prefill and not wish.local:
+            return None
+        return place(prefill, decode, wish)
+
+    def worth_keeping(self, request: Request, choice: Choice | None) -> str:
+        """The worker that others should leave alone for a while, so that this request finds room.
+
+        Where it would go but for a backlog; else the decode worker with the most room of those that
+        could ever hold it. "" when nobody could.
+        """
+        if choice is not None:
+            return choice.placement.prefill or choice.placement.decode
+        able = [d for d in self.decode.values() if request.tokens_max <= d.max_model_tokens]
+        best = max(
+            able, key=lambda d: (-request.failures[d.worker_id], d.room_blocks), default=None
         )
+        return best.worker_id if best else ""
 
     def _failures_max(self, request: Request) -> float:
         """Of a decode worker that may have the request: its last attempt is not spent on one that

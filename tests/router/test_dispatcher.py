@@ -95,15 +95,18 @@ class Bench:
     # ---- what happens
 
     def up(self, worker: str) -> None:
+        up = self.dispatcher.prefill_up if worker[0] == "p" else self.dispatcher.decode_up
+        up(worker, self.info(worker))
+        self.take([])
+
+    def info(self, worker: str) -> pb.WorkerInfo:
         layout = transfer_pb2.KvLayout(model_fingerprint="m", block_size=4)
-        info = pb.WorkerInfo(
+        return pb.WorkerInfo(
             instance_id=worker,
             layout=layout,
             blocks_total=self.blocks,
             max_model_tokens=self.blocks * layout.block_size,
         )
-        up = self.dispatcher.prefill_up if worker[0] == "p" else self.dispatcher.decode_up
-        self.take(up(worker, info, self.now))
 
     def down(self, worker: str) -> None:
         self.take(self.dispatcher.worker_down(worker, self.now))
@@ -116,7 +119,7 @@ class Bench:
         return request
 
     def let_go(self, request: Request) -> None:
-        self.take(self.dispatcher.let_go(request, self.now))
+        self.take(self.dispatcher.let_go(request))
 
     def expire(self, now: float) -> None:
         self.now = now
@@ -176,6 +179,12 @@ class Bench:
     # ---- what came of it
 
     def take(self, commands: list[Command]) -> None:
+        self.carry_out(commands)
+        while self.dispatcher.to_place:
+            self.carry_out(self.dispatcher.pump(self.now))
+        self.dispatcher.check()
+
+    def carry_out(self, commands: list[Command]) -> None:
         for command in commands:
             match command:
                 case Deliver(request, offset, tokens):
@@ -188,7 +197,6 @@ class Bench:
                     self.clients[request].end = end
                 case _:
                     self.sent.append(command)
-        self.dispatcher.check()
 
     def reserves(self) -> list[tuple[str, pb.Reserve]]:
         return [
@@ -493,7 +501,7 @@ def test_letting_go_of_a_request_that_was_never_accepted_changes_nothing():
         refused = make(name)
         with pytest.raises(refusal):
             bench.dispatcher.submit(refused)
-        assert bench.dispatcher.let_go(refused, 0) == []
+        assert bench.dispatcher.let_go(refused) == []
     assert len(bench.dispatcher) == 1
     bench.up("d1")
     assert waiting.state is S.RESERVING
@@ -516,14 +524,110 @@ def test_a_request_without_room_is_overtaken_until_it_has_waited_long_enough():
     assert late.state is S.RESERVING
 
 
-def test_only_so_many_are_tried_past_a_request_without_room():
-    bench = Bench(blocks=10, queue_lookahead=2)
+def test_large_requests_however_many_do_not_hide_a_small_one():
+    bench = Bench(blocks=10, queue_lookahead=2, queue_max=50)
+    bench.d(free=2)
+    large = [bench.submit(f"large{n}", prompt=30) for n in range(20)]
+    small = bench.submit("small", prompt=4, max_tokens=1)
+    assert {r.state for r in large} == {S.QUEUED}
+    assert small.state is S.RESERVING
+
+
+def test_only_so_many_are_placed_in_one_go():
+    bench = Bench(queue_lookahead=2, queue_max=50, prefill_backlog_tokens=1000)
+    bench.down("d1")
+    requests = [bench.submit(f"r{n}") for n in range(5)]
+    bench.dispatcher.decode_up("d1", bench.info("d1"))
+    for placed in (2, 4, 5):
+        assert bench.dispatcher.to_place
+        bench.carry_out(bench.dispatcher.pump(0))
+        assert [r.state for r in requests].count(S.RESERVING) == placed
+    assert not bench.dispatcher.to_place
+
+
+def test_events_place_nobody_and_one_look_does_for_many():
+    bench = Bench(blocks=10)
+    bench.d(free=0)
+    waiting = bench.submit()
+    assert not bench.dispatcher.to_place, "nothing has changed since it was tried"
+    for free in (1, 2, 9):
+        event = pb.DecodeEvent(load=pb.DecodeLoad(blocks_free=free))
+        assert bench.dispatcher.on_decode_event("d1", event, 0) == []
+    assert (waiting.state, bench.dispatcher.to_place) == (S.QUEUED, True)
+    bench.carry_out(bench.dispatcher.pump(0))
+    assert (waiting.state, bench.dispatcher.to_place) == (S.RESERVING, False)
+
+
+def test_only_so_many_are_looked_at_past_a_request_without_room():
+    bench = Bench(blocks=10, queue_scan_max=2)
     bench.d(free=2)
     large = [bench.submit(f"large{n}", prompt=30) for n in range(2)]
     small = bench.submit("small", prompt=4, max_tokens=1)
     assert {r.state for r in (*large, small)} == {S.QUEUED}
     bench.let_go(large[0])
     assert small.state is S.RESERVING
+
+
+def test_one_worker_is_kept_for_who_has_waited_too_long_and_others_go_elsewhere():
+    bench = Bench(
+        "p1", "d1", "d2", "d3", blocks=20, queue_patience_ms=100, prefill_backlog_tokens=999
+    )
+    for worker, free in (("d1", 9), ("d2", 12), ("d3", 9)):
+        bench.d(worker, free=free)
+    large = bench.submit("large", prompt=60)
+    bench.expire(101)
+    small = [bench.submit(f"r{n}", prompt=4, max_tokens=1) for n in range(4)]
+    assert sorted(r.decode_id for r in small) == ["d1", "d1", "d3", "d3"]
+    bench.d("d1", free=15)
+    other = bench.submit("other", prompt=44)
+    assert (large.state, other.decode_id) == (S.QUEUED, "d1")
+    bench.d("d2", free=20)
+    assert (large.state, large.decode_id) == (S.RESERVING, "d2")
+    assert bench.submit("last", prompt=4, max_tokens=1).decode_id == "d2", "kept no longer"
+
+
+def test_a_worker_is_kept_for_a_while_and_then_the_others_pass_before_it_is_kept_again():
+    bench = Bench(
+        blocks=10, queue_patience_ms=100, queue_hold_ms=50, queue_hold_pause_ms=30, queue_max=50
+    )
+    bench.d(free=5)
+    large = bench.submit("large", prompt=36)
+    bench.expire(101)
+    for now, state in ((110, S.QUEUED), (150, S.QUEUED), (151, S.RESERVING), (180, S.RESERVING)):
+        bench.expire(now)
+        small = bench.submit(f"r{now}", prompt=4, max_tokens=1)
+        assert small.state is state
+        bench.let_go(small)
+    bench.expire(181)
+    assert bench.submit("again", prompt=4, max_tokens=1).state is S.QUEUED
+    bench.d(free=10)
+    assert large.state is S.RESERVING
+
+
+def test_a_kept_worker_that_is_lost_is_kept_no_longer():
+    bench = Bench("p1", "d1", "d2", blocks=10, queue_patience_ms=100)
+    bench.d("d2", free=3)
+    bench.d("d1", free=5)
+    large = bench.submit("large", prompt=36)
+    bench.expire(101)
+    small = bench.submit("small", prompt=12, max_tokens=4)
+    assert (large.state, small.state) == (S.QUEUED, S.QUEUED)
+    bench.down("d1")
+    bench.up("d1")
+    assert (large.state, small.state) == (S.RESERVING, S.QUEUED)
+
+
+def test_a_long_prompt_that_waits_for_a_busy_prefill_worker_has_it_kept():
+    bench = Bench("p1", "d1", queue_patience_ms=100, prefill_backlog_tokens=50)
+    bench.p(queued=20)
+    long = bench.submit("long", prompt=40)
+    bench.expire(100)
+    assert bench.submit("r1", prompt=8).state is S.RESERVING
+    bench.expire(101)
+    assert bench.submit("r2", prompt=8).state is S.QUEUED
+    bench.let_go(next(r for r in bench.clients if r.request_id == "r1"))
+    bench.p(queued=0)
+    assert long.state is S.RESERVING
 
 
 def test_what_no_worker_holds_any_more_holds_up_nobody_however_long_it_waits():

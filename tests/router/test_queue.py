@@ -75,9 +75,9 @@ def test_a_deadline_counts_no_more_once_the_first_token_is_there():
     assert due.deadline_at_ms == inf
 
 
-def test_only_the_first_few_are_tried():
+def test_only_so_many_are_looked_at():
     requests = [request() for _ in range(5)]
-    assert queue_of(*requests, queue_lookahead=2).heads() == requests[:2]
+    assert queue_of(*requests, queue_scan_max=2).heads() == requests[:2]
 
 
 def test_a_wait_is_what_those_ahead_have_been_seen_to_take():
