@@ -30,7 +30,7 @@ class Attempts:
         request.placement = placement
         request.prefill_id, request.decode_id = placement.pair
         request.placed_at_ms = now_ms
-        request.handed_off = request.prefill_here  # then there is nothing to hand off
+        request.prefill_settled = request.prefill_here
         decode = self._workers.decode[placement.decode]
         request.name_blocks(decode.model_fingerprint, decode.block_size)
         self._by_key[request.key] = request

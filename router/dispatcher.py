@@ -116,7 +116,7 @@ class Dispatcher:
                 commands += self._lost(request, worker_id, "decode", now_ms)
             elif request.prefill_id == worker_id and request.state is RequestState.DECODING:
                 commands += self._handed_off(request)
-            elif request.prefill_id == worker_id and not request.handed_off:
+            elif request.prefill_id == worker_id and not request.prefill_settled:
                 commands += self._lost(request, worker_id, "prefill", now_ms)
         return commands
 
@@ -264,13 +264,13 @@ class Dispatcher:
         return [Deliver(request, len(request.answer) - len(new), new)]
 
     def _handed_off(self, request: Request) -> list[Command]:
-        request.handed_off = True
+        request.prefill_settled = True
         self._workers.computed(request.key)
         return self._finish_if_complete(request)
 
     def _finish_if_complete(self, request: Request) -> list[Command]:
         """An answer is complete when D has ended it and P, if any, has said what it cost."""
-        if request.ending is None or not request.handed_off:
+        if request.ending is None or not request.prefill_settled:
             return []
         for worker_id in (request.prefill_id, request.decode_id):
             if worker_id is not None:

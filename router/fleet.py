@@ -17,7 +17,7 @@ from kvrelay.kv.layout import KVLayout
 from kvrelay.membership import prove
 from kvrelay.rpc import dial
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
-from router.answer import Answer, Turns
+from router.answer import Answer, ReadingTurns
 from router.commands import (
     Command,
     Deliver,
@@ -44,7 +44,7 @@ class Fleet:
         self.metrics = metrics or Metrics()
         self._config = config
         self._answers: dict[Request, Answer] = {}
-        self._turns = Turns()
+        self._turns = ReadingTurns()
         self._workers: dict[tuple[str, str], _Worker] = {}  # by role and address
         self._connected: dict[str, _Worker] = {}  # by instance id
         self._layout: KVLayout | None = None

@@ -125,7 +125,7 @@ class Request:
     decode_id: str = ""
     queued_at_ms: float = 0.0
     placed_at_ms: float = 0.0
-    handed_off: bool = False
+    prefill_settled: bool = False  # P has no more to say of it, or there is none
     _named: tuple[str, int, int] | None = None  # what `chain` is over
 
     @property

@@ -317,7 +317,7 @@ class Workers:
         """Asserts that the sums are those of the requests with an attempt under way."""
         assert self._claims.keys() == {r.key for r in requests}
         for p in self.prefill.values():
-            mine = [r for r in requests if r.prefill_id == p.worker_id and not r.handed_off]
+            mine = [r for r in requests if r.prefill_id == p.worker_id and not r.prefill_settled]
             assert p.asked_tokens == _uncomputed(mine), (p, mine)
             self._prefill_list.check(p)
         for d in self.decode.values():

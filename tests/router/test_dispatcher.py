@@ -849,7 +849,7 @@ def test_events_of_an_attempt_that_was_given_up_change_nothing():
     bench.p(failed=pb.Failed(key=old, code=PEER_LOST))
     bench.p(handed_off=pb.HandedOff(key=old))
     assert (request.state, request.attempt, bench.seen(request)) == (S.RESERVING, 2, seen)
-    assert not request.handed_off
+    assert not request.prefill_settled
 
 
 @pytest.mark.parametrize(("offset", "token"), [(0, 66), (1, 66), (3, 12)])
