@@ -1415,11 +1415,11 @@ class Attempt:
 class World(Bench):
     """Workers that do their work, fail and die when the dice say so."""
 
-    def __init__(self, dice: random.Random) -> None:
+    def __init__(self, dice: random.Random, attempts_max: int = 1000) -> None:
         super().__init__(
             *("p1", "p2", "d1", "d2"),
             blocks=8,
-            attempts_max=1000,
+            attempts_max=attempts_max,
             queue_max=50,
             local_prefill=dice.choice(("auto", "never")),
         )
@@ -1636,3 +1636,43 @@ def test_whatever_happens_clients_see_a_prefix_of_the_right_answer_and_in_the_en
     for request, client in world.clients.items():
         assert request.state is S.ENDED
         assert (client.end is None) == (request in world.left)
+
+
+class OneBroken(World):
+    """One worker fails every request sooner or later; the others do their work."""
+
+    def __init__(self, dice: random.Random, broken: str) -> None:
+        super().__init__(dice, attempts_max=3)
+        self.broken = broken
+
+    def work(self) -> None:
+        tried = [a for a in self.attempts.values() if self.broken in (a.prefill, a.decode)]
+        if not tried or self.dice.random() < 0.5:
+            super().work()
+            return
+        attempt = self.dice.choice(tried)
+        code = self.dice.choice((PEER_LOST, pb.FAILURE_CODE_INTERNAL, pb.FAILURE_CODE_EXPIRED))
+        failed = pb.Failed(key=attempt.key, code=code)
+        if attempt.prefill == self.broken:
+            attempt.prefill = "dead"
+            self.p(self.broken, failed=failed)
+        else:
+            self.release(attempt.key)
+            self.d(self.broken, free=self.free[self.broken], failed=failed)
+
+
+@pytest.mark.parametrize("broken", ["p1", "d1"])
+@given(dice=st.randoms(use_true_random=False))
+@settings(max_examples=20, deadline=None)
+def test_nobody_fails_for_one_broken_worker_while_healthy_ones_stand_beside_it(broken, dice):
+    world = OneBroken(random.Random(dice.getrandbits(64)), broken)
+    for _ in range(60):
+        world.new()
+        for _ in range(world.dice.randrange(12)):
+            world.act(kills=False)
+    for _ in range(4000):
+        if not len(world.dispatcher):
+            break
+        world.act(kills=False)
+    assert len(world.dispatcher) == 0
+    world.check()  # no end is a trouble
