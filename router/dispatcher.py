@@ -27,6 +27,7 @@ from router.commands import (
 )
 from router.forecast import check_deadline, wait_is_over
 from router.hold import Hold
+from router.policy import Choice
 from router.queue import WaitingQueue
 from router.request import Ending, Request, RequestEvent, RequestState, TokenMismatchError
 from router.workers import Workers
@@ -221,15 +222,31 @@ class Dispatcher:
             return self._fail(request, InvalidTrouble(trouble))
         choice = self._workers.choose(request, kept)
         if choice is None or not choice.now:
-            if self._hold.may_begin(now_ms) and self._queue.impatient(request, now_ms):
-                worker_id = self._workers.worth_keeping(request, choice)
-                if worker_id:
-                    self._hold.begin(request, worker_id, now_ms)
-            return []
+            return self._keep_one(request, choice, now_ms)
         if ended := self._end_wait(request, now_ms):
             return ended
         self._queue.depart(request, now_ms)
         return [self._attempts.begin(request, choice.placement, now_ms)]
+
+    def _keep_one(self, request: Request, choice: Choice | None, now_ms: float) -> list[Command]:
+        """Keeps a worker for a request that has waited too long, if none is kept.
+
+        A decode worker is asked at once, without room: it refuses, and knows then who waits for
+        room there, which other routers want too.
+        """
+        if not (self._hold.may_begin(now_ms) and self._queue.impatient(request, now_ms)):
+            return []
+        worker_id = self._workers.worth_keeping(request, choice)
+        if not worker_id:
+            return []
+        self._hold.begin(request, worker_id, now_ms)
+        if choice is not None:
+            return []
+        asked = self._workers.choose_at(worker_id, request)
+        if asked is None or not asked.now:
+            return []
+        self._queue.remove(request)
+        return [self._attempts.begin(request, asked.placement, now_ms)]
 
     def _reserved(self, request: Request, reserved: worker_pb2.Reserved) -> list[Command]:
         if request.state is not RequestState.RESERVING:

@@ -8,6 +8,8 @@ pass even where there is no other worker.
 from kvrelay.config import RouterConfig
 from router.request import Request, RequestState
 
+_WAITING = (RequestState.QUEUED, RequestState.RESERVING)
+
 
 class Hold:
     def __init__(self, config: RouterConfig) -> None:
@@ -27,7 +29,7 @@ class Hold:
     def end_if_over(self, now_ms: float) -> None:
         """Its time is up, or its request waits no more."""
         if self._request is not None and (
-            now_ms >= self._ends_at_ms or self._request.state is not RequestState.QUEUED
+            now_ms >= self._ends_at_ms or self._request.state not in _WAITING
         ):
             self.end(now_ms)
 

@@ -11,7 +11,7 @@ from math import inf
 from kvrelay.config import RouterConfig
 from kvrelay.kv.layout import blocks_for, reserved_blocks
 from kvrelay.wire import worker_pb2
-from router.policy import NEUTRAL, Choice, Placement, Rates, Wish, place, rates_of
+from router.policy import NEUTRAL, Choice, DecodeView, Placement, Rates, Wish, place, rates_of
 from router.request import Request, RequestState
 from router.shortlist import Shortlist
 from router.worker import DecodeWorker, PrefillWorker, Worker
@@ -191,10 +191,25 @@ class Workers:
 
         without: a worker that it may not go to.
         """
-        d = self._decode_list.roomiest(without)
-        if d is None or not self.have_room(request, without):
+        if not self.have_room(request, without):
             return None
-        hashes = request.name_blocks(d.model_fingerprint, d.block_size).hashes
+        failures_max = self._failures_max(request)
+        looks = self._distrusted(request) + bool(without)
+        decode = [
+            d.view(blocks)
+            for d, blocks in self._decode_list.pick(self._hashes(request), looks)
+            if d.worker_id != without and request.failures[d.worker_id] <= failures_max
+        ]
+        return self._place(request, decode, without)
+
+    def choose_at(self, worker_id: str, request: Request) -> Choice | None:
+        """The best placement at one decode worker, as if it were empty."""
+        d = self.decode[worker_id]
+        return self._place(request, [d.view(0)._replace(blocks_free=d.blocks_total, full=False)])
+
+    def _place(
+        self, request: Request, decode: list[DecodeView], without: str = ""
+    ) -> Choice | None:
         wish = Wish(
             request.prompt_tokens_now,
             request.max_tokens_now,
@@ -202,22 +217,22 @@ class Workers:
             request.failures,
             self._config.local_prefill == "auto",
         )
-        distrusted = min(len(request.failures) + len(self._shunned), _DISTRUSTED_MAX)
-        distrusted += bool(without)
-        failures_max = self._failures_max(request)
+        looks = self._distrusted(request) + bool(without)
         prefill = [
             p.view(blocks)
-            for p, blocks in self._prefill_list.pick(hashes, distrusted)
+            for p, blocks in self._prefill_list.pick(self._hashes(request), looks)
             if p.worker_id != without
-        ]
-        decode = [
-            d.view(blocks)
-            for d, blocks in self._decode_list.pick(hashes, distrusted)
-            if d.worker_id != without and request.failures[d.worker_id] <= failures_max
         ]
         if self.prefill and not prefill and not wish.local:
             return None
         return place(prefill, decode, wish)
+
+    def _hashes(self, request: Request) -> list[bytes]:
+        d = next(iter(self.decode.values()))  # they all name blocks alike
+        return request.name_blocks(d.model_fingerprint, d.block_size).hashes
+
+    def _distrusted(self, request: Request) -> int:
+        return min(len(request.failures) + len(self._shunned), _DISTRUSTED_MAX)
 
     def worth_keeping(self, request: Request, choice: Choice | None) -> str:
         """The worker that others should leave alone for a while, so that this request finds room.

@@ -516,6 +516,7 @@ def test_a_request_without_room_is_overtaken_until_it_has_waited_long_enough():
     assert (large.state, small.state) == (S.QUEUED, S.RESERVING)
     bench.now = 101
     late = bench.submit("late", prompt=4, max_tokens=1)
+    bench.d_fails(large, EXHAUSTED, free=3)
     assert (large.state, late.state) == (S.QUEUED, S.QUEUED)
     bench.d(free=11)  # one of them is on its way to `small`
     assert (large.state, late.state) == (S.RESERVING, S.QUEUED)
@@ -576,6 +577,7 @@ def test_one_worker_is_kept_for_who_has_waited_too_long_and_others_go_elsewhere(
         bench.d(worker, free=free)
     large = bench.submit("large", prompt=60)
     bench.expire(101)
+    bench.d_fails(large, EXHAUSTED, free=12)
     small = [bench.submit(f"r{n}", prompt=4, max_tokens=1) for n in range(4)]
     assert sorted(r.decode_id for r in small) == ["d1", "d1", "d3", "d3"]
     bench.d("d1", free=15)
@@ -583,7 +585,22 @@ def test_one_worker_is_kept_for_who_has_waited_too_long_and_others_go_elsewhere(
     assert (large.state, other.decode_id) == (S.QUEUED, "d1")
     bench.d("d2", free=20)
     assert (large.state, large.decode_id) == (S.RESERVING, "d2")
+    bench.reserved(large, free=5)
     assert bench.submit("last", prompt=4, max_tokens=1).decode_id == "d2", "kept no longer"
+
+
+def test_a_decode_worker_that_is_kept_is_told_who_waits_for_room_there():
+    """Other routers would take the room that this one leaves."""
+    bench = Bench(blocks=10, queue_patience_ms=100)
+    bench.d(free=5)
+    large = bench.submit("large", prompt=36)
+    bench.expire(101)
+    ((worker, reserve),) = bench.reserves()
+    assert (worker, reserve.key, large.state) == ("d1", large.key, S.RESERVING)
+    bench.d_fails(large, EXHAUSTED, free=5)
+    assert (large.state, large.attempt, bench.cancels()) == (S.QUEUED, 0, [])
+    bench.expire(600)
+    assert len(bench.reserves()) == 1, "once for each time that it is kept"
 
 
 def test_a_worker_is_kept_for_a_while_and_then_the_others_pass_before_it_is_kept_again():
@@ -593,12 +610,14 @@ def test_a_worker_is_kept_for_a_while_and_then_the_others_pass_before_it_is_kept
     bench.d(free=5)
     large = bench.submit("large", prompt=36)
     bench.expire(101)
+    bench.d_fails(large, EXHAUSTED, free=5)
     for now, state in ((110, S.QUEUED), (150, S.QUEUED), (151, S.RESERVING), (180, S.RESERVING)):
         bench.expire(now)
         small = bench.submit(f"r{now}", prompt=4, max_tokens=1)
         assert small.state is state
         bench.let_go(small)
     bench.expire(181)
+    bench.d_fails(large, EXHAUSTED, free=5)
     assert bench.submit("again", prompt=4, max_tokens=1).state is S.QUEUED
     bench.d(free=10)
     assert large.state is S.RESERVING
@@ -610,6 +629,7 @@ def test_a_kept_worker_that_is_lost_is_kept_no_longer():
     bench.d("d1", free=5)
     large = bench.submit("large", prompt=36)
     bench.expire(101)
+    bench.d_fails(large, EXHAUSTED, free=5)
     small = bench.submit("small", prompt=12, max_tokens=4)
     assert (large.state, small.state) == (S.QUEUED, S.QUEUED)
     bench.down("d1")
@@ -1143,13 +1163,14 @@ def test_letting_go_cancels_at_every_worker_that_has_it(state, told):
 
 
 def test_letting_go_in_the_queue_tells_nobody_and_lets_the_next_one_pass():
-    bench = Bench(blocks=10, queue_patience_ms=-1)
-    bench.d(free=5)
+    bench = Bench(blocks=10, queue_patience_ms=1000)
+    bench.d(free=2)
     first = bench.submit("large", prompt=30)
     second = bench.submit("small")
     assert (first.state, second.state) == (S.QUEUED, S.QUEUED)
     bench.let_go(first)
     assert bench.cancels() == []
+    bench.d(free=3)
     assert second.state is S.RESERVING
 
 
@@ -1355,6 +1376,66 @@ def test_two_routers_that_want_the_same_room_are_both_served_in_the_end():
     assert refused < 100, "they kept getting in each other's way"
     for bench, mine in zip(benches, requests, strict=True):
         assert [bench.end(r) for r in mine] == [Ending.EOS] * 6, "no attempt was counted"
+
+
+class Claiming(Shared):
+    """One that, having refused a large request, leaves room to no smaller one for a while."""
+
+    claim: int = 0  # blocks of the largest that was refused
+    claimed_until: float = 0.0
+
+    def answer(self, router: int, bench: Bench, reserve: pb.Reserve) -> bool:
+        needed = -(-(reserve.prompt_tokens + reserve.sampling.max_tokens - 1) // 4)
+        claimed = bench.now < self.claimed_until and needed < self.claim
+        if claimed:
+            failed = pb.Failed(key=reserve.key, code=EXHAUSTED)
+            bench.d(self.worker, free=self.free, failed=failed)
+            return False
+        if needed > self.free:
+            self.claim, self.claimed_until = needed, bench.now + 5000
+        elif needed >= self.claim:
+            self.claim = 0
+        return super().answer(router, bench, reserve)
+
+
+def test_a_large_request_and_small_ones_of_two_routers_are_all_served_on_one_worker():
+    small = {"prompt": 8, "max_tokens": 5}  # 3 blocks
+    benches = [
+        Bench("d1", queue_max=200, prefill_backlog_tokens=10_000, attempts_max=1) for _ in range(2)
+    ]
+    worker = Claiming("d1", 100)
+    large, waits, count = None, [[], []], 0
+    ends: dict[Request, float] = {}  # when it is done
+    for now in range(0, 60_000, 100):
+        for bench in benches:
+            bench.expire(now)
+            for _ in range(3):  # 45 of the 100 blocks, for each router
+                count += 1
+                bench.submit(f"r{count}", **small)
+        if now == 5000:
+            large = benches[0].submit("large", prompt=330, max_tokens=11)  # 85 blocks
+        for router, bench in enumerate(benches):
+            while bench.sent:
+                sent, bench.sent = bench.sent, []
+                for command in sent:
+                    if command.command.WhichOneof("command") == "reserve":
+                        worker.answer(router, bench, command.command.reserve)
+            for request in bench.clients:
+                if request.state is S.PREFILLING and request not in ends:
+                    ends[request] = now + 500
+                    waits[router].append(now - request.times.arrived_at_ms)
+                elif request.state is S.PREFILLING and ends[request] <= now:
+                    worker.finish(router, bench, request)
+        for bench in benches:
+            bench.d("d1", free=worker.free)
+        if large is not None and large.state is S.ENDED:
+            break
+    assert large is not None
+    assert benches[0].end(large) is Ending.EOS
+    assert ends[large] - large.times.arrived_at_ms < 12_000, "patience, and one time of keeping"
+    means = [sum(wait) / len(wait) for wait in waits]
+    assert min(len(wait) for wait in waits) > 50
+    assert max(means) < 2 * min(means) + 500, means
 
 
 def test_figures_of_a_worker_cover_what_other_routers_have_asked_of_it():
