@@ -93,12 +93,18 @@ class RouterConfig(_Frozen):
     queue_max: int = 1024  # requests waiting for a worker
     queue_wait_ms: int = 120_000
     queue_aging_ms: int = Field(default=500, ge=1)  # of waiting, for one step of priority
-    queue_lookahead: int = Field(default=8, ge=1)  # requests that may be tried when room comes
-    queue_patience_ms: int = 2_000  # who has waited longer for room is overtaken by nobody
+    queue_lookahead: int = Field(default=8, ge=1)  # requests that are tried in one go
+    queue_scan_max: int = Field(default=128, ge=1)  # looked at in one go for some that may fit
+    queue_pump_ms: int = Field(default=4, ge=0)  # at least, between two goes
+    queue_patience_ms: int = 2_000  # who has waited longer for room may have a worker kept for it
+    queue_hold_ms: int = Field(default=5_000, ge=1)  # for so long, one worker at a time
+    queue_hold_pause_ms: int = Field(default=1_000, ge=1)  # until the next may be kept
     template_ms: int = Field(default=1_000, ge=1)  # to render one chat
     worker_proof_ms: int = 10_000  # a worker's answer that it holds the cluster's key
     reserve_ms: int = 10_000  # a decode worker's answer to Reserve
     attempts_max: int = 3  # placements of one request that failed; no room is no failure
+    shun_ms: int = Field(default=500, ge=1)  # a worker that failed comes last; doubled each time
+    shun_max_ms: int = Field(default=10_000, ge=1)
     prefill_backlog_tokens: int = 4096  # a worker with more waiting gets no new prompt
     local_prefill: LocalPrefill = "auto"  # prompts computed by decode workers: where it is
     # predicted to be better, or only when there are no prefill workers

@@ -16,7 +16,7 @@ from router.request import Ending
 _READERS_A_PASS = 4
 
 
-class Turns:
+class ReadingTurns:
     """Who reads next, of the readers that have something to read: first come, first served.
 
     A step of a worker brings a token for hundreds of streams. If all went at once, nothing would be
@@ -53,7 +53,7 @@ class Answer:
     It has one reader, and never holds more than the answer.
     """
 
-    def __init__(self, turns: Turns) -> None:
+    def __init__(self, turns: ReadingTurns) -> None:
         self._turns = turns
         self._tokens: list[int] = []
         self._end: Ending | Trouble | None = None

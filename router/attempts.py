@@ -30,7 +30,7 @@ class Attempts:
         request.placement = placement
         request.prefill_id, request.decode_id = placement.pair
         request.placed_at_ms = now_ms
-        request.handed_off = request.prefill_here  # then there is nothing to hand off
+        request.prefill_settled = request.prefill_here
         decode = self._workers.decode[placement.decode]
         request.name_blocks(decode.model_fingerprint, decode.block_size)
         self._by_key[request.key] = request
@@ -46,15 +46,19 @@ class Attempts:
         self._workers.release(request.key)
         return True
 
-    def withdraw(self, request: Request) -> list[Command]:
-        """Ends the present attempt, if any, here and at both workers."""
+    def withdraw(self, request: Request, refused_by: str = "") -> list[Command]:
+        """Ends the present attempt, if any, here and at both workers.
+
+        refused_by: the worker that has not taken it, and need not be told.
+        """
         if not self.release(request):
             return []
         commands: list[Command] = []
-        if request.decode_id in self._workers.decode:
+        if request.decode_id in self._workers.decode and request.decode_id != refused_by:
             commands.append(cancel_decode(request))
         asked_prefill = request.state is not RequestState.RESERVING
-        if asked_prefill and request.prefill_id in self._workers.prefill:
+        told = request.prefill_id in self._workers.prefill and request.prefill_id != refused_by
+        if asked_prefill and told:
             commands.append(cancel_prefill(request))
         return commands
 

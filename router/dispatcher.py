@@ -26,6 +26,8 @@ from router.commands import (
     resync_prefill,
 )
 from router.forecast import check_deadline, wait_is_over
+from router.hold import Hold
+from router.policy import Choice
 from router.queue import WaitingQueue
 from router.request import Ending, Request, RequestEvent, RequestState, TokenMismatchError
 from router.workers import Workers
@@ -34,9 +36,13 @@ _NO_ROOM = FailureCode.FAILURE_CODE_EXHAUSTED
 
 
 class Dispatcher:
+    """Events only note what has changed; who waits is placed by `pump`, to be called soon after
+    any of them for as long as `to_place` says so, and once for many events."""
+
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
         self._queue = WaitingQueue(config)
+        self._hold = Hold(config)
         self._workers = Workers(config)
         self._attempts = Attempts(self._workers)
         self._requests: dict[tuple[str, str], Request] = {}  # by tenant and request id
@@ -45,7 +51,10 @@ class Dispatcher:
     # ---- what clients do
 
     def submit(self, request: Request) -> list[Command]:
-        """Raises DuplicateRequestError, QueueFullError or DeadlineError, and changes nothing."""
+        """Places it at once where nobody waits.
+
+        Raises DuplicateRequestError, QueueFullError or DeadlineError, and changes nothing then.
+        """
         now_ms = request.times.arrived_at_ms
         if request.name in self._requests:
             raise DuplicateRequestError(f"request id {request.request_id!r} is running already")
@@ -57,10 +66,10 @@ class Dispatcher:
         self._arrivals += 1
         self._requests[request.name] = request
         request.queued_at_ms = now_ms
-        self._queue.push(request, now_ms)
-        return self._pump(now_ms)
+        self._queue.push(request)
+        return self.pump(now_ms) if len(self._queue) == 1 else []
 
-    def let_go(self, request: Request, now_ms: float) -> list[Command]:
+    def let_go(self, request: Request) -> list[Command]:
         """The client has all it wants, or is gone. Nothing more is delivered.
 
         Changes nothing for a request that has ended or was never accepted.
@@ -69,7 +78,7 @@ class Dispatcher:
             return []
         commands = self._attempts.withdraw(request)
         self._end(request)
-        return commands + self._pump(now_ms)
+        return commands
 
     @property
     def context_tokens(self) -> int | None:
@@ -91,26 +100,26 @@ class Dispatcher:
 
     # ---- what workers do
 
-    def prefill_up(self, worker_id: str, info: worker_pb2.WorkerInfo, now: float) -> list[Command]:
+    def prefill_up(self, worker_id: str, info: worker_pb2.WorkerInfo) -> None:
         self._workers.prefill_up(worker_id, info)
-        return self._pump(now)
 
-    def decode_up(self, worker_id: str, info: worker_pb2.WorkerInfo, now: float) -> list[Command]:
+    def decode_up(self, worker_id: str, info: worker_pb2.WorkerInfo) -> None:
         self._workers.decode_up(worker_id, info)
-        return self._pump(now)
 
     def worker_down(self, worker_id: str, now_ms: float) -> list[Command]:
         """Every request that needs this worker is placed again."""
         self._workers.down(worker_id)
+        if self._hold.worker_id == worker_id:
+            self._hold.end(now_ms)
         commands: list[Command] = []
         for request in self._attempts.all():
             if request.decode_id == worker_id:
                 commands += self._lost(request, worker_id, "decode", now_ms)
             elif request.prefill_id == worker_id and request.state is RequestState.DECODING:
                 commands += self._handed_off(request)
-            elif request.prefill_id == worker_id and not request.handed_off:
+            elif request.prefill_id == worker_id and not request.prefill_settled:
                 commands += self._lost(request, worker_id, "prefill", now_ms)
-        return commands + self._pump(now_ms)
+        return commands
 
     def on_prefill_event(
         self, worker_id: str, event: worker_pb2.PrefillEvent, now_ms: float
@@ -134,8 +143,8 @@ class Dispatcher:
             elif kind == "failed" and request.state is RequestState.DECODING:
                 commands += self._handed_off(request)  # the decode worker has it all the same
             elif kind == "failed":
-                commands += self._failed(request, event.failed, now_ms)
-        return commands + self._pump(now_ms)
+                commands += self._failed(request, worker_id, event.failed, now_ms)
+        return commands
 
     def on_decode_event(
         self, worker_id: str, event: worker_pb2.DecodeEvent, now_ms: float
@@ -157,13 +166,14 @@ class Dispatcher:
                 request.times.note_computed_here(event.first_token)
                 commands += self._tokens(request, 0, [event.first_token.token_id], now_ms)
             elif kind == "failed":
-                commands += self._failed(request, event.failed, now_ms)
-        return commands + self._pump(now_ms)
+                commands += self._failed(request, worker_id, event.failed, now_ms)
+        return commands
 
     def expire(self, now_ms: float) -> list[Command]:
         """Ends the waits whose time is up; called about once a second."""
         self._workers.forget_refusals()
         self._workers.fade(now_ms)
+        self._workers.forgive(now_ms)
         commands: list[Command] = []
         for request in list(self._requests.values()):
             if request.state is RequestState.QUEUED:
@@ -173,25 +183,36 @@ class Dispatcher:
                 and now_ms - request.placed_at_ms > self._config.reserve_ms
             ):
                 why = f"{request.decode_id} did not answer Reserve"
-                commands += self._retry(request, why, now_ms)
+                commands += self._retry(request, why, now_ms, [request.decode_id])
         self._workers.room_grew = True  # predictions may have changed without any word of room
-        return commands + self._pump(now_ms)
+        return commands
 
     # ---- steps of one request
 
-    def _pump(self, now_ms: float) -> list[Command]:
-        """Places waiting requests for as long as there is room."""
+    @property
+    def to_place(self) -> bool:
+        """Whether `pump` may find a place for somebody who waits."""
+        return len(self._queue) > 0 and (self._workers.room_grew or self._queue.changed)
+
+    def pump(self, now_ms: float) -> list[Command]:
+        """Places a few of those who wait, as far as there is room."""
         commands: list[Command] = []
-        while self._workers.room_grew or self._queue.changed:
-            self._workers.room_grew = self._queue.changed = False
-            for request in self._queue.heads():
-                done = self._try(request, now_ms)
-                commands += done
-                if not done and self._holds_up_others(request, now_ms):
-                    break
+        self._workers.forgive(now_ms)
+        self._hold.end_if_over(now_ms)
+        self._workers.room_grew = self._queue.changed = False
+        left = self._config.queue_lookahead
+        for request in self._queue.heads():
+            if left == 0:
+                # Without a success the next call would find no more than this one.
+                self._queue.changed = bool(commands)
+                return commands
+            kept = self._hold.kept_from(request)
+            left -= self._workers.have_room(request, kept)
+            commands += self._try(request, kept, now_ms)
+        self._queue.changed = False
         return commands
 
-    def _try(self, request: Request, now_ms: float) -> list[Command]:
+    def _try(self, request: Request, kept: str, now_ms: float) -> list[Command]:
         """Places a waiting request, or ends it where that is hopeless; [] when it waits on."""
         tokens = request.tokens_max
         # Longer than anything that was ever connected. Not than what is connected now: a larger
@@ -200,18 +221,33 @@ class Dispatcher:
         if self.context_tokens is not None and tokens > most:
             trouble = f"prompt and answer may need {tokens} tokens, the workers hold {most}"
             return self._fail(request, InvalidTrouble(trouble))
-        choice = self._workers.choose(request)
+        choice = self._workers.choose(request, kept)
         if choice is None or not choice.now:
-            return []
+            return self._keep_one(request, choice, now_ms)
         if ended := self._end_wait(request, now_ms):
             return ended
         self._queue.depart(request, now_ms)
         return [self._attempts.begin(request, choice.placement, now_ms)]
 
-    def _holds_up_others(self, request: Request, now_ms: float) -> bool:
-        """Only while there is a worker that could hold it, were it empty."""
-        most = self.context_tokens or 0
-        return request.tokens_max <= most and self._queue.impatient(request, now_ms)
+    def _keep_one(self, request: Request, choice: Choice | None, now_ms: float) -> list[Command]:
+        """Keeps a worker for a request that has waited too long, if none is kept.
+
+        A decode worker is asked at once, without room: it refuses, and knows then who waits for
+        room there, which other routers want too.
+        """
+        if not (self._hold.may_begin(now_ms) and self._queue.impatient(request, now_ms)):
+            return []
+        worker_id = self._workers.worth_keeping(request, choice)
+        if not worker_id:
+            return []
+        self._hold.begin(request, worker_id, now_ms)
+        if choice is not None:
+            return []
+        asked = self._workers.choose_at(worker_id, request)
+        if asked is None or not asked.now:
+            return []
+        self._queue.remove(request)
+        return [self._attempts.begin(request, asked.placement, now_ms)]
 
     def _reserved(self, request: Request, reserved: worker_pb2.Reserved) -> list[Command]:
         if request.state is not RequestState.RESERVING:
@@ -246,37 +282,42 @@ class Dispatcher:
         return [Deliver(request, len(request.answer) - len(new), new)]
 
     def _handed_off(self, request: Request) -> list[Command]:
-        request.handed_off = True
+        request.prefill_settled = True
         self._workers.computed(request.key)
         return self._finish_if_complete(request)
 
     def _finish_if_complete(self, request: Request) -> list[Command]:
         """An answer is complete when D has ended it and P, if any, has said what it cost."""
-        if request.ending is None or not request.handed_off:
+        if request.ending is None or not request.prefill_settled:
             return []
+        for worker_id in (request.prefill_id, request.decode_id):
+            if worker_id is not None:
+                self._workers.succeeded(worker_id)
         self._end(request)
         return [Finished(request, request.ending)]
 
     # ---- when something went wrong
 
-    def _failed(self, request: Request, failed: worker_pb2.Failed, now_ms: float) -> list[Command]:
+    def _failed(
+        self, request: Request, worker_id: str, failed: worker_pb2.Failed, now_ms: float
+    ) -> list[Command]:
         if failed.code == FailureCode.FAILURE_CODE_INVALID:
             return self._attempts.withdraw(request) + self._fail(
                 request, InvalidTrouble(failed.message)
             )
         begun = request.state is RequestState.DECODING or len(request.answer) > request.base
         if failed.code == _NO_ROOM and not begun:
-            return self._refused(request, now_ms)
+            return self._refused(request, worker_id, now_ms)
         if failed.code == FailureCode.FAILURE_CODE_PEER_LOST:
             request.suspects = {request.decode_id, request.prefill_id or request.decode_id}
         return self._retry(request, failed.message, now_ms)
 
-    def _refused(self, request: Request, now_ms: float) -> list[Command]:
+    def _refused(self, request: Request, worker_id: str, now_ms: float) -> list[Command]:
         """A worker had no room. Nothing has failed: no attempt is counted, the wait goes on."""
-        commands = self._attempts.withdraw(request)
+        commands = self._attempts.withdraw(request, refused_by=worker_id)
         request.attempt -= 1
         request.on(RequestEvent.RETRY)
-        self._queue.push(request, now_ms)
+        self._queue.push(request)
         return commands + self._end_wait(request, now_ms)
 
     def _lost(self, request: Request, worker_id: str, role: str, now_ms: float) -> list[Command]:
@@ -284,9 +325,16 @@ class Dispatcher:
             # Its peer knew before us, and the attempt since then met the same death.
             request.suspects.clear()
             request.attempt -= 1
-        return self._retry(request, f"{role} worker {worker_id} was lost", now_ms)
+        return self._retry(request, f"{role} worker {worker_id} was lost", now_ms, [worker_id])
 
-    def _retry(self, request: Request, why: str, now_ms: float) -> list[Command]:
+    def _retry(
+        self, request: Request, why: str, now_ms: float, blamed: Sequence[str | None] = ()
+    ) -> list[Command]:
+        """blamed: workers that may be the cause; both of its pair unless it is known better."""
+        for worker_id in blamed or (request.prefill_id, request.decode_id):
+            if worker_id is not None:
+                request.failures[worker_id] += 1
+                self._workers.failed(worker_id, now_ms)
         commands = self._attempts.withdraw(request)
         ending = request.complete()
         if ending is not None:
@@ -295,10 +343,9 @@ class Dispatcher:
         if request.attempt >= self._config.attempts_max:
             trouble = UnavailableTrouble(f"failed {request.attempt} times, last: {why}")
             return commands + self._fail(request, trouble)
-        request.failed_pairs.add((request.prefill_id, request.decode_id))
         request.on(RequestEvent.RETRY)
         request.queued_at_ms = now_ms
-        self._queue.push(request, now_ms)
+        self._queue.push(request)
         return commands
 
     def _end_wait(self, request: Request, now_ms: float) -> list[Command]:

@@ -17,7 +17,7 @@ from kvrelay.kv.layout import KVLayout
 from kvrelay.membership import prove
 from kvrelay.rpc import dial
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
-from router.answer import Answer, Turns
+from router.answer import Answer, ReadingTurns
 from router.commands import (
     Command,
     Deliver,
@@ -44,19 +44,22 @@ class Fleet:
         self.metrics = metrics or Metrics()
         self._config = config
         self._answers: dict[Request, Answer] = {}
-        self._turns = Turns()
+        self._turns = ReadingTurns()
         self._shut_down: Trouble | None = None
         self._workers: dict[tuple[str, str], _Worker] = {}  # by role and address
         self._connected: dict[str, _Worker] = {}  # by instance id
         self._layout: KVLayout | None = None
         self._changed = asyncio.Event()  # set, and replaced, when workers come or go
         self._tasks: set[asyncio.Task[None]] = set()
+        self._placing: asyncio.TimerHandle | None = None  # the next look for places
+        self._placed_at_ms = 0.0  # the last
         self._reaper = asyncio.create_task(self._reap())
 
     # ---- for the public service
 
     def submit(self, request: Request) -> Answer:
-        """Raises DuplicateRequestError or QueueFullError, and after `shut_down` its Trouble."""
+        """Raises DuplicateRequestError, QueueFullError or DeadlineError; after `shut_down` its
+        Trouble."""
         if self._shut_down is not None:
             raise self._shut_down
         commands = self.dispatcher.submit(request)
@@ -66,7 +69,7 @@ class Fleet:
 
     def let_go(self, request: Request) -> None:
         self._answers.pop(request, None)
-        self.carry_out(self.dispatcher.let_go(request, now_ms()))
+        self.carry_out(self.dispatcher.let_go(request))
 
     def shut_down(self, trouble: Trouble) -> None:
         """Ends all answers that are not whole, and begins none any more."""
@@ -122,6 +125,8 @@ class Fleet:
     async def close(self) -> None:
         self.set_workers((), ())
         self._reaper.cancel()
+        if self._placing is not None:
+            self._placing.cancel()
         await asyncio.gather(self._reaper, *self._tasks, return_exceptions=True)
 
     # ---- for workers' sessions
@@ -134,10 +139,10 @@ class Fleet:
         if self._connected and self._layout and self._layout.mismatch(layout):
             raise ValueError(f"KV layouts differ: {self._layout.mismatch(layout)}")
         up = self.dispatcher.prefill_up if worker.role == "prefill" else self.dispatcher.decode_up
-        commands = up(info.instance_id, info, now_ms())
+        up(info.instance_id, info)
         self._layout = layout
         self._connected[info.instance_id] = worker
-        self.carry_out(commands)
+        self._place_soon()
         self._announce()
 
     def worker_down(self, worker: "_Worker") -> None:
@@ -151,6 +156,18 @@ class Fleet:
                 self._carry_out(command)
             except Exception:  # the other commands are other requests'
                 log.exception("not carried out: %s", command)
+        self._place_soon()
+
+    def _place_soon(self) -> None:
+        """Once for all that happens in a pass of the event loop, and not too often under load."""
+        if self._placing is None and self.dispatcher.to_place:
+            wait_ms = max(0.0, self._placed_at_ms + self._config.queue_pump_ms - now_ms())
+            loop = asyncio.get_running_loop()
+            self._placing = loop.call_later(wait_ms / 1000, self._place)
+
+    def _place(self) -> None:
+        self._placing, self._placed_at_ms = None, now_ms()
+        self.carry_out(self.dispatcher.pump(self._placed_at_ms))
 
     def _carry_out(self, command: Command) -> None:
         match command:

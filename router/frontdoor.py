@@ -29,6 +29,7 @@ from router.refusals import Reason, Refusal, refusal
 from router.request import Request, Times
 from router.template_process import TemplateLimits
 
+_SHOWN_CHARS = 128  # of a model's name that a client made up
 _UNBOUNDED_TOKENS = 1 << 20
 SHUTTING_DOWN = "the router is shutting down"
 

@@ -4,8 +4,9 @@ Pure; called by router/workers.py. All formulas of placement are here. Costs are
 what workers have measured of their own steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
+from types import MappingProxyType
 from typing import NamedTuple
 
 from kvrelay.kv.layout import blocks_for, reserved_blocks
@@ -63,6 +64,7 @@ class PrefillView(NamedTuple):
     full: bool = False  # it has just refused for want of room
     queued_prompts: int = 0  # that take turns; 0 with tokens: nobody knows, so all come first
     chunk_tokens: int = CHUNK_TOKENS  # of prompts in one step, at most
+    shunned: bool = False  # it has failed whoever was there last
 
 
 class DecodeView(NamedTuple):
@@ -79,6 +81,7 @@ class DecodeView(NamedTuple):
     full: bool = False  # it has just refused for want of room
     queued_prompts: int = 0  # as of a prefill worker
     chunk_tokens: int = CHUNK_TOKENS
+    shunned: bool = False  # it has failed whoever was there last
 
 
 Pair = tuple[str | None, str]
@@ -99,14 +102,14 @@ class Placement(NamedTuple):
 class Wish(NamedTuple):
     """What placement needs to know of a request.
 
-    avoid: pairs that have failed it. local: decode workers may compute the prompt themselves
-    although there are prefill workers.
+    failures: attempts of it that have failed, by worker. local: decode workers may compute the
+    prompt themselves although there are prefill workers.
     """
 
     prompt_tokens: int
     max_tokens: int
     backlog_tokens_max: int
-    avoid: frozenset[Pair] = frozenset()
+    failures: Mapping[str, int] = MappingProxyType({})
     local: bool = True
 
 
@@ -124,9 +127,9 @@ def place(
     wait but room.
 
     The cost is the predicted TTFT, the time of the answer's tokens, and what others lose. Before
-    it count: that a pair has not failed the request, that D can compute a prompt without missing
-    its ITL target for those whose answers it writes, and that it keeps the target once it writes
-    this answer too.
+    it count: how often both have failed the request, that they have not just failed others, that D
+    can compute a prompt without missing its ITL target for those whose answers it writes, and that
+    it keeps the target once it writes this answer too.
 
     A worker that would compute more than backlog_tokens_max, with what comes before this prompt,
     does not take it now: what cannot start soon stays where it can still go elsewhere. An idle one
@@ -140,12 +143,15 @@ def place(
     ]
     large = [p for p in prefill if blocks_for(wish.prompt_tokens, p.block_size) <= p.blocks_total]
     able_p = [p for p in large if not p.full]
-    computing = [_computing(p, wish) for p in sorted(able_p)]  # by name, which decides among equals
+    trust, trusted = _most_trusted(able_p, wish)
+    computing = [
+        _computing(p, wish) for p in sorted(trusted)
+    ]  # by name, which decides among equals
     options = []
     for d in able_d:
         answer = _answer(d, wish)
         if computing:
-            options.append(_through_p(computing, answer, wish))
+            options.append(_through_p(computing, trust, answer, wish))
         if wish.local or not large:
             options.append(_here_on_d(answer, wish, p_refused=len(able_p) < len(large)))
     if not options:
@@ -163,7 +169,8 @@ class _Option(NamedTuple):
     Most are made as plain tuples, which is three times as fast, and only the best is named.
     """
 
-    failed: bool  # the pair, before
+    failures: int  # of both, for this request
+    shunned: int  # how many of both are
     late: bool  # a target is missed
     cost_ms: float
     sequences: int  # on D
@@ -176,7 +183,7 @@ class _Option(NamedTuple):
     now: bool  # whether it may go there now
 
 
-_PlainOption = tuple[bool, bool, float, int, int, str, str, float, float, int, bool]
+_PlainOption = tuple[int, int, bool, float, int, int, str, str, float, float, int, bool]
 
 
 class _Computing(NamedTuple):
@@ -193,9 +200,20 @@ class _Answer(NamedTuple):
     """The answer on a decode worker, wherever its prompt is computed."""
 
     d: DecodeView
+    failures: int
     tpot_ms: float
     ms: float
     late: bool
+
+
+def _most_trusted(
+    prefill: Sequence[PrefillView], wish: Wish
+) -> tuple[tuple[int, bool], Sequence[PrefillView]]:
+    """Failures for this request, whether shunned, and those of which there are no better ones:
+    whatever D it is, one of them wins."""
+    trusts = [(wish.failures.get(p.worker_id, 0), p.shunned) for p in prefill]
+    best = min(trusts, default=(0, False))
+    return best, [p for p, trust in zip(prefill, trusts, strict=True) if trust == best]
 
 
 def _computing(p: PrefillView, wish: Wish) -> _Computing:
@@ -207,21 +225,22 @@ def _computing(p: PrefillView, wish: Wish) -> _Computing:
 def _answer(d: DecodeView, wish: Wish) -> _Answer:
     tpot_ms = d.rates.base_ms + (d.sequences + 1) * d.rates.sequence_ms
     ms = min(wish.max_tokens, _ANSWER_TOKENS_MAX) * tpot_ms
-    return _Answer(d, tpot_ms, ms, 0 < d.itl_target_ms < tpot_ms)
+    failures = wish.failures.get(d.worker_id, 0)
+    return _Answer(d, failures, tpot_ms, ms, 0 < d.itl_target_ms < tpot_ms)
 
 
-def _through_p(computing: Sequence[_Computing], answer: _Answer, wish: Wish) -> _PlainOption:
+def _through_p(
+    computing: Sequence[_Computing], trust: tuple[int, bool], answer: _Answer, wish: Wish
+) -> _PlainOption:
     """With the best prefill worker for this decode worker: no other can win."""
     d = answer.d
     blocks = max(0, blocks_for(wish.prompt_tokens, d.block_size) - d.cached_blocks)
-    if wish.avoid:
-        good = [c for c in computing if (c.worker_id, d.worker_id) not in wish.avoid]
-        computing = good or computing
     costs_ms = [ms + blocks * block_ms for _, ms, block_ms, *_ in computing]
     ttft_ms = min(costs_ms)
     p = computing[costs_ms.index(ttft_ms)]
     return (
-        bool(wish.avoid) and (p.worker_id, d.worker_id) in wish.avoid,
+        answer.failures + trust[0],
+        d.shunned + trust[1],
         answer.late,
         ttft_ms + answer.ms,
         d.sequences,
@@ -242,7 +261,8 @@ def _here_on_d(answer: _Answer, wish: Wish, *, p_refused: bool) -> _PlainOption:
     tokens = tokens_left(d, wish)
     ttft_ms, harm_ms, harmless = local_ms(d, tokens)
     return (
-        bool(wish.avoid) and (None, d.worker_id) in wish.avoid,
+        answer.failures,
+        int(d.shunned),
         answer.late or not harmless,
         ttft_ms + answer.ms + harm_ms,
         d.sequences,

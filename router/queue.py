@@ -7,14 +7,13 @@ the priority, and each period of `queue_aging_ms` that somebody came earlier is 
 it. So whoever has waited for as many periods as priorities lie between two requests goes before the
 other, and nobody starves. Within a level the earliest deadline goes first, then who came first.
 
-Room. A request that finds no room does not hold up others at once: the first `queue_lookahead`
-requests are tried. But one that has waited for `queue_patience_ms` is overtaken by nobody, or the
-room for a large request would always go to small ones.
+Room. A request that finds no room holds up nobody: those behind it are tried as well. But for one
+that has waited for `queue_patience_ms` a worker may be kept (router/hold.py).
 """
 
 from itertools import islice
 
-from sortedcontainers import SortedDict
+from sortedcontainers import SortedDict, SortedList
 
 from kvrelay.config import RouterConfig
 from router.request import Request
@@ -31,8 +30,9 @@ class WaitingQueue:
         self._config = config
         self._order = SortedDict()  # of _Key to Request
         self._keys: dict[Request, _Key] = {}
-        self._departure_ms: float | None = None  # mean time between two, while others wait
-        self._since_ms = 0.0  # the last departure, or arrival after emptiness
+        self._overtaken = SortedList()  # keys of those whom others have left behind
+        self._departure_ms: float | None = None  # mean time between two, while somebody waits
+        self._since_ms = 0.0  # the last departure
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -43,45 +43,51 @@ class WaitingQueue:
 
     # ---- who comes and goes
 
-    def push(self, request: Request, now_ms: float) -> None:
-        if not self._keys:
-            self._since_ms = now_ms
+    def push(self, request: Request) -> None:
         key = self._key(request)
         self._keys[request] = key
         self._order[key] = request
         self.changed = True
 
     def remove(self, request: Request) -> None:
-        del self._order[self._keys.pop(request)]
+        key = self._keys.pop(request)
+        del self._order[key]
+        self._overtaken.discard(key)
+        if not self._keys:
+            self._departure_ms = None  # who comes later may find everything different
         self.changed = True
 
     def depart(self, request: Request, now_ms: float) -> None:
         """It has found a place."""
+        began_ms, self._since_ms = max(self._since_ms, request.queued_at_ms), now_ms
+        if now_ms > request.queued_at_ms:  # else it says nothing of how long others will wait
+            taken_ms = now_ms - began_ms
+            mean_ms = taken_ms if self._departure_ms is None else self._departure_ms
+            self._departure_ms = mean_ms + _NEWEST_SHARE * (taken_ms - mean_ms)
+        before = self._order.bisect_left(self._keys[request])
+        for key in islice(self._order, before):
+            if key not in self._overtaken:
+                self._overtaken.add(key)
         self.remove(request)
-        if now_ms <= request.queued_at_ms:
-            return  # it did not wait, so this says nothing of how long others will
-        taken_ms, self._since_ms = now_ms - self._since_ms, now_ms
-        if self._departure_ms is None:
-            self._departure_ms = taken_ms
-        else:
-            self._departure_ms += _NEWEST_SHARE * (taken_ms - self._departure_ms)
 
     # ---- who is next
 
     def heads(self) -> list[Request]:
-        """Those to be tried for room, in order."""
-        return list(islice(self._order.values(), self._config.queue_lookahead))
+        """Those to be looked at when there may be room, in order."""
+        return list(islice(self._order.values(), self._config.queue_scan_max))
 
     def impatient(self, request: Request, now_ms: float) -> bool:
-        """It has waited for so long that nobody may overtake it."""
+        """It has waited for so long that a worker may be kept for it."""
         return now_ms - request.queued_at_ms > self._config.queue_patience_ms
 
     def wait_ms(self, request: Request, each_ms: float) -> float:
         """Predicted wait of a request that comes now: for all who would be before it.
 
-        each_ms: how long one takes, for as long as nobody has waited here and been seen to leave.
+        Not for those whom others overtake: it would too. each_ms: how long one takes, for as long
+        as nobody has waited here and been seen to leave.
         """
-        ahead = self._order.bisect_left(self._key(request))
+        key = self._key(request)
+        ahead = self._order.bisect_left(key) - self._overtaken.bisect_left(key)
         return ahead * (each_ms if self._departure_ms is None else self._departure_ms)
 
     def all_ms(self) -> float | None:
@@ -96,3 +102,5 @@ class WaitingQueue:
     def check(self) -> None:
         """Asserts that everybody waits once. For tests."""
         assert {r: k for k, r in self._order.items()} == self._keys
+        assert set(self._overtaken) <= self._order.keys()
+        assert len(self._overtaken) == len(set(self._overtaken))

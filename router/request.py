@@ -4,6 +4,7 @@ A pure object, owned by the Dispatcher. The token log is the truth about an answ
 log can be placed again on any workers, and what a client has seen never changes.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,7 +14,7 @@ from kvrelay.kv.prefix import PrefixChain, chain_root
 from kvrelay.lifecycle import advance
 from kvrelay.wire import worker_pb2
 from router.admission import Sampling
-from router.policy import Pair, Placement
+from router.policy import Placement
 
 
 class RequestState(Enum):
@@ -112,7 +113,7 @@ class Request:
     compute_ms: float = 0.0  # of its prompt, at least, as predicted at arrival; 0: nobody knows
 
     # What earlier attempts have taught
-    failed_pairs: set[Pair] = field(default_factory=set)
+    failures: Counter[str] = field(default_factory=Counter)  # of attempts, by worker
     suspects: set[str] = field(default_factory=set)  # one of them is gone, by word of its peer
 
     # The present attempt
@@ -124,7 +125,7 @@ class Request:
     decode_id: str = ""
     queued_at_ms: float = 0.0
     placed_at_ms: float = 0.0
-    handed_off: bool = False
+    prefill_settled: bool = False  # P has no more to say of it, or there is none
     _named: tuple[str, int, int] | None = None  # what `chain` is over
 
     @property

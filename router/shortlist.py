@@ -13,6 +13,7 @@ from router.worker import NO_ROOM, DecodeWorker, PrefillWorker
 
 _LEAST_BUSY = 2
 _HOLDERS = 2  # of each prefix
+_SHUNNED_MS = 1e9  # added to a load: after all that are not shunned, before those without room
 
 W = TypeVar("W", PrefillWorker, DecodeWorker)
 
@@ -45,32 +46,35 @@ class Shortlist(Generic[W]):
         """
         if self._workers.get(worker.number) is not worker:
             return False
-        self._by_load.put(worker.number, inf if worker.full else worker.load_ms)
+        load_ms = worker.load_ms + (_SHUNNED_MS if worker.shunned else 0)
+        self._by_load.put(worker.number, inf if worker.full else load_ms)
         standing = NO_ROOM if worker.full else (worker.backlog_tokens, -worker.room_blocks)
         self._by_room.put(worker.number, standing[1])
         before, worker.standing = worker.standing, standing
         return standing[0] < before[0] or standing[1] < before[1]
 
-    def roomiest(self) -> W | None:
-        """Whoever has the most room; without room for a request there, nobody has it."""
-        first = self._by_room.first(1)
-        return self._workers[first[0]] if first else None
+    def roomiest(self, without: str = "") -> W | None:
+        """Whoever has the most room, but for one; without room there, nobody else has it."""
+        first = (self._workers[number] for number in self._by_room.first(2))
+        return next((worker for worker in first if worker.worker_id != without), None)
 
-    def pick(self, chain: Sequence[bytes]) -> list[tuple[W, int]]:
+    def pick(self, chain: Sequence[bytes], distrusted: int = 0) -> list[tuple[W, int]]:
         """Workers, each with the number of leading blocks of `chain` that it caches.
 
         The least busy, the one with the most room, and the least busy holders of two prefixes: the
         longest that anybody caches, and the longest that several do, for its holder may be busy.
+        distrusted: workers that have failed; of each kind so many more, lest there be no other.
         """
-        picked: dict[int, int | None] = dict.fromkeys(self._by_load.first(_LEAST_BUSY))
-        picked.update(dict.fromkeys(self._by_room.first(1)))
+        picked: dict[int, int | None] = dict.fromkeys(self._by_load.first(_LEAST_BUSY + distrusted))
+        picked.update(dict.fromkeys(self._by_room.first(1 + distrusted)))
         longest = self.index.longest(chain)
         if longest:
             holders = self.index.holders(chain[longest - 1])
-            picked.update(dict.fromkeys(self._by_load.first_of(holders, _HOLDERS), longest))
+            count = _HOLDERS + distrusted
+            picked.update(dict.fromkeys(self._by_load.first_of(holders, count), longest))
             if len(holders) < _HOLDERS and (shared := self.index.longest(chain, _HOLDERS)):
                 holders = self.index.holders(chain[shared - 1])
-                others = self._by_load.first_of(holders, _HOLDERS)
+                others = self._by_load.first_of(holders, count)
                 picked.update(dict.fromkeys(n for n in others if n not in picked))
         return [
             (self._workers[n], self.index.depth(n, chain, longest) if known is None else known)

@@ -30,7 +30,9 @@ class PrefillWorker:
     asked_tokens: int = 0  # our prompts that are not computed yet, those under way included
     asked_prompts: int = 0
     chunk_tokens: int = CHUNK_TOKENS  # of prompts in one step, at most
-    full: bool = False  # it has just refused for want of room
+    full: bool = False  # it has refused for want of room, and since then nothing has grown less
+    shunned: bool = False  # it comes last for a while: attempts there have failed
+    shun_ms: float = 0.0  # how long the last time, since an attempt there ended well
     standing: _Standing = NO_ROOM
 
     @property
@@ -66,6 +68,7 @@ class PrefillWorker:
             self.full,
             self.backlog_prompts,
             self.chunk_tokens,
+            self.shunned,
         )
 
 
@@ -89,6 +92,8 @@ class DecodeWorker:
     asked_blocks: int = 0  # of our Reserves that it has not answered yet
     asked: int = 0  # sequences of ours, running and on their way
     full: bool = False
+    shunned: bool = False
+    shun_ms: float = 0.0
     standing: _Standing = NO_ROOM
 
     @property
@@ -129,6 +134,7 @@ class DecodeWorker:
             self.full,
             self.backlog_prompts,
             self.chunk_tokens,
+            self.shunned,
         )
 
 

@@ -7,17 +7,28 @@ load, so that a placement costs no look at every running request or every worker
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import islice
+from math import inf
 
 from kvrelay.config import RouterConfig
 from kvrelay.kv.layout import blocks_for, reserved_blocks
 from kvrelay.wire import worker_pb2
 from router.measured import MeasuredRates, usual_of
-from router.policy import CHUNK_TOKENS, NEUTRAL, Choice, Placement, Rates, Wish, place
+from router.policy import (
+    CHUNK_TOKENS,
+    NEUTRAL,
+    Choice,
+    DecodeView,
+    Placement,
+    Rates,
+    Wish,
+    place,
+)
 from router.request import Request, RequestState
 from router.shortlist import Shortlist
 from router.worker import DecodeWorker, PrefillWorker, Worker
 
 _SAMPLE = 64  # workers of each role that say what is usual when another comes
+_DISTRUSTED_MAX = 8  # workers that failed, and in whose place others are looked at
 
 
 @dataclass
@@ -48,6 +59,7 @@ class Workers:
         self._prefill_list: Shortlist[PrefillWorker] = Shortlist(config.index_names_total_max)
         self._decode_list: Shortlist[DecodeWorker] = Shortlist(config.index_names_total_max)
         self._claims: dict[int, _Claim] = {}  # by the attempt's key
+        self._shunned: dict[str, tuple[Worker, float]] = {}  # by name, and until when
 
     # ---- what they say
 
@@ -85,6 +97,7 @@ class Workers:
         self._note_context()
 
     def down(self, worker_id: str) -> None:
+        self._shunned.pop(worker_id, None)
         if prefill := self.prefill.pop(worker_id, None):
             self._prefill_list.down(prefill)
         if decode := self.decode.pop(worker_id, None):
@@ -99,9 +112,10 @@ class Workers:
         worker = self.prefill.get(worker_id)
         if worker is None:
             return
+        if refused or load.queued_tokens < worker.queued_tokens:
+            worker.full = refused
         worker.queued_tokens = load.queued_tokens
         worker.queued_prompts = load.queued_prompts
-        worker.full = refused
         if load.queued_tokens:
             worker.measured.prompts.note()
         self._hear(worker, load)
@@ -110,11 +124,13 @@ class Workers:
         worker = self.decode.get(worker_id)
         if worker is None:
             return
+        grew = load.blocks_free > worker.blocks_free
+        if refused or grew or load.queued_tokens < worker.queued_tokens:
+            worker.full = refused
         worker.blocks_free = load.blocks_free
         worker.running = load.running
         worker.queued_tokens = load.queued_tokens
         worker.queued_prompts = load.queued_prompts
-        worker.full = refused
         if load.queued_tokens:
             worker.measured.prompts.note()
         if load.running:
@@ -163,32 +179,125 @@ class Workers:
             if worker.rates is not before:
                 self._rank(worker)
 
+    # ---- whether they fail
+
+    def failed(self, worker_id: str, now_ms: float) -> None:
+        """An attempt has failed there: the worker comes last, for longer each time up to a limit.
+
+        One that fails at once is always the least busy, and would get every request. What else
+        fails there meanwhile had begun before, and makes it no longer.
+        """
+        worker = self._named(worker_id)
+        if worker is None or worker.shunned:
+            return
+        limits = self._config
+        worker.shun_ms = min(2 * worker.shun_ms or limits.shun_ms, limits.shun_max_ms)
+        worker.shunned = True
+        self._shunned[worker_id] = worker, now_ms + worker.shun_ms
+        self._rank(worker)
+
+    def succeeded(self, worker_id: str) -> None:
+        """A request that was there has ended well."""
+        if worker := self._named(worker_id):
+            worker.shun_ms = 0.0
+            self._trust(worker)
+
+    def forgive(self, now_ms: float) -> None:
+        """Those whose time is up are tried again as before."""
+        for worker, until_ms in list(self._shunned.values()):
+            if until_ms <= now_ms:
+                self._trust(worker)
+
+    def _trust(self, worker: Worker) -> None:
+        if self._shunned.pop(worker.worker_id, None):
+            worker.shunned = False
+            self.room_grew = True
+            self._rank(worker)
+
+    def _named(self, worker_id: str) -> Worker | None:
+        return self.prefill.get(worker_id) or self.decode.get(worker_id)
+
     # ---- what is asked of them
 
-    def choose(self, request: Request) -> Choice | None:
+    def have_room(self, request: Request, without: str = "") -> bool:
+        """False when surely no decode worker but one has room for it. Cheap."""
+        d = self._decode_list.roomiest(without)
+        if d is None or d.full:
+            return False
+        prompt, answer = request.prompt_tokens_now, request.max_tokens_now
+        return reserved_blocks(prompt, answer, d.block_size) <= d.room_blocks
+
+    def choose(self, request: Request, without: str = "") -> Choice | None:
         """The best placement of a request now; None when no decode worker has room for it.
 
         Its cost does not grow with the number of workers, or as its logarithm.
+
+        without: a worker that it may not go to.
         """
-        d = self._decode_list.roomiest()
-        if d is None or d.full:
+        if not self.have_room(request, without):
             return None
-        prompt, answer = request.prompt_tokens_now, request.max_tokens_now
-        if reserved_blocks(prompt, answer, d.block_size) > d.room_blocks:
-            return None
-        hashes = request.name_blocks(d.model_fingerprint, d.block_size).hashes
+        failures_max = self._failures_max(request)
+        looks = self._distrusted(request) + bool(without)
+        decode = [
+            d.view(blocks)
+            for d, blocks in self._decode_list.pick(self._hashes(request), looks)
+            if d.worker_id != without and request.failures[d.worker_id] <= failures_max
+        ]
+        return self._place(request, decode, without)
+
+    def choose_at(self, worker_id: str, request: Request) -> Choice | None:
+        """The best placement at one decode worker, as if it were empty."""
+        d = self.decode[worker_id]
+        return self._place(request, [d.view(0)._replace(blocks_free=d.blocks_total, full=False)])
+
+    def _place(
+        self, request: Request, decode: list[DecodeView], without: str = ""
+    ) -> Choice | None:
         wish = Wish(
-            prompt,
-            answer,
+            request.prompt_tokens_now,
+            request.max_tokens_now,
             self._config.prefill_backlog_tokens,
-            frozenset(request.failed_pairs),
+            request.failures,
             self._config.local_prefill == "auto",
         )
-        return place(
-            [worker.view(blocks) for worker, blocks in self._prefill_list.pick(hashes)],
-            [worker.view(blocks) for worker, blocks in self._decode_list.pick(hashes)],
-            wish,
+        looks = self._distrusted(request) + bool(without)
+        prefill = [
+            p.view(blocks)
+            for p, blocks in self._prefill_list.pick(self._hashes(request), looks)
+            if p.worker_id != without
+        ]
+        if self.prefill and not prefill and not wish.local:
+            return None
+        return place(prefill, decode, wish)
+
+    def _hashes(self, request: Request) -> list[bytes]:
+        d = next(iter(self.decode.values()))  # they all name blocks alike
+        return request.name_blocks(d.model_fingerprint, d.block_size).hashes
+
+    def _distrusted(self, request: Request) -> int:
+        return min(len(request.failures) + len(self._shunned), _DISTRUSTED_MAX)
+
+    def worth_keeping(self, request: Request, choice: Choice | None) -> str:
+        """The worker that others should leave alone for a while, so that this request finds room.
+
+        Where it would go but for a backlog; else the decode worker with the most room of those that
+        could ever hold it. "" when nobody could.
+        """
+        if choice is not None:
+            return choice.placement.prefill or choice.placement.decode
+        able = [d for d in self.decode.values() if request.tokens_max <= d.max_model_tokens]
+        best = max(
+            able, key=lambda d: (-request.failures[d.worker_id], d.room_blocks), default=None
         )
+        return best.worker_id if best else ""
+
+    def _failures_max(self, request: Request) -> float:
+        """Of a decode worker that may have the request: its last attempt is not spent on one that
+        has failed it while there is a better one, though that may have no room now."""
+        if not request.failures or request.attempt + 1 < self._config.attempts_max:
+            return inf
+        able = [d for d in self.decode.values() if request.tokens_max <= d.max_model_tokens]
+        return min((request.failures[d.worker_id] for d in able), default=inf)
 
     def computing(self, placement: Placement) -> tuple[Rates, int]:
         """The rates of the worker that would compute the prompt, and how many have its role."""
@@ -226,8 +335,11 @@ class Workers:
     def handed_off(self, key: int, exposed_ms: float) -> None:
         """Notes what the hand-off cost."""
         claim = self._claims[key]
-        if isinstance(claim.computes, PrefillWorker):
-            claim.computes.hand_offs.note(claim.moved_blocks, exposed_ms)
+        worker = claim.computes
+        if isinstance(worker, PrefillWorker):
+            worker.full = False  # the prompt's blocks are free there
+            worker.hand_offs.note(claim.moved_blocks, exposed_ms)
+            self._rank(worker)
 
     def release(self, key: int) -> None:
         claim = self._claims.pop(key)
@@ -276,7 +388,7 @@ class Workers:
         """Asserts that the sums are those of the requests with an attempt under way."""
         assert self._claims.keys() == {r.key for r in requests}
         for p in self.prefill.values():
-            mine = [r for r in requests if r.prefill_id == p.worker_id and not r.handed_off]
+            mine = [r for r in requests if r.prefill_id == p.worker_id and not r.prefill_settled]
             assert (p.asked_tokens, p.asked_prompts) == _uncomputed(mine), (p, mine)
             self._prefill_list.check(p)
         for d in self.decode.values():

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from router.answer import _READERS_A_PASS, Answer, Turns
+from router.answer import _READERS_A_PASS, Answer, ReadingTurns
 from router.commands import Trouble, UnavailableTrouble
 from router.request import Ending
 
@@ -24,7 +24,7 @@ async def read_all(answer: Answer, pauses: Sequence[int] = ()) -> list[list[int]
 
 
 async def test_a_reader_that_waits_gets_each_token_as_it_comes():
-    answer = Answer(Turns())
+    answer = Answer(ReadingTurns())
     async with asyncio.timeout(DEADLINE_S):
         for token in range(3 * _READERS_A_PASS):
             waits = asyncio.create_task(answer.next())
@@ -34,7 +34,7 @@ async def test_a_reader_that_waits_gets_each_token_as_it_comes():
 
 
 async def test_a_reader_that_is_behind_gets_all_that_has_come_and_then_the_ending():
-    answer = Answer(Turns())
+    answer = Answer(ReadingTurns())
     for token in range(100):
         answer.put([token])
     answer.put(Ending.LENGTH)
@@ -43,7 +43,7 @@ async def test_a_reader_that_is_behind_gets_all_that_has_come_and_then_the_endin
 
 
 async def test_what_came_before_a_trouble_is_delivered_before_it():
-    answer = Answer(Turns())
+    answer = Answer(ReadingTurns())
     answer.put([1, 2])
     answer.put(UnavailableTrouble("gone"))
     assert await answer.next() == [1, 2]
@@ -52,7 +52,7 @@ async def test_what_came_before_a_trouble_is_delivered_before_it():
 
 
 async def test_a_reader_that_waits_hears_of_the_ending():
-    answer = Answer(Turns())
+    answer = Answer(ReadingTurns())
     async with asyncio.timeout(DEADLINE_S):
         waits = asyncio.create_task(answer.next())
         await asyncio.sleep(0)
@@ -61,7 +61,7 @@ async def test_a_reader_that_waits_hears_of_the_ending():
 
 
 async def test_a_cancelled_reader_takes_nothing_with_it():
-    answer = Answer(Turns())
+    answer = Answer(ReadingTurns())
     async with asyncio.timeout(DEADLINE_S):
         waits = asyncio.create_task(answer.next())
         await asyncio.sleep(0)
@@ -76,7 +76,7 @@ async def test_a_cancelled_reader_takes_nothing_with_it():
 @pytest.mark.parametrize("seed", range(20))
 async def test_tokens_come_in_order_and_once_in_any_interleaving(seed):
     draw = random.Random(seed)
-    turns = Turns()
+    turns = ReadingTurns()
     lengths = [draw.randrange(0, 60) for _ in range(5 * _READERS_A_PASS)]
     answers = [Answer(turns) for _ in lengths]
     pauses = [draw.choice([0, 0, 1, 5, 20]) for _ in range(7)]
@@ -101,7 +101,7 @@ async def test_tokens_come_in_order_and_once_in_any_interleaving(seed):
 
 
 async def test_few_readers_go_in_one_pass_and_none_is_passed_over():
-    turns, order = Turns(), []
+    turns, order = ReadingTurns(), []
     answers = [Answer(turns) for _ in range(5 * _READERS_A_PASS)]
 
     async def read(index: int) -> None:
@@ -124,7 +124,7 @@ async def test_few_readers_go_in_one_pass_and_none_is_passed_over():
 
 async def test_a_step_that_comes_while_others_write_goes_into_the_next_message():
     """The step of a worker that is read between turns is not a message of its own for each."""
-    turns = Turns()
+    turns = ReadingTurns()
     answers = [Answer(turns) for _ in range(3 * _READERS_A_PASS)]
     async with asyncio.timeout(DEADLINE_S), asyncio.TaskGroup() as readers:
         reads = [readers.create_task(read_all(answer)) for answer in answers]
@@ -140,7 +140,7 @@ async def test_a_step_that_comes_while_others_write_goes_into_the_next_message()
 
 
 async def test_readers_that_have_gone_do_not_use_up_turns():
-    turns = Turns()
+    turns = ReadingTurns()
     gone = [Answer(turns) for _ in range(4 * _READERS_A_PASS)]
     last = Answer(turns)
     async with asyncio.timeout(DEADLINE_S):

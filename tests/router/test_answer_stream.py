@@ -7,7 +7,7 @@ from byte_tokenizer import EOS, byte_level_tokenizer
 
 from kvrelay.wire import inference_pb2 as pb
 from router.admission import Sampling
-from router.answer import Answer, Turns
+from router.answer import Answer, ReadingTurns
 from router.answer_stream import AnswerStream
 from router.commands import UnavailableTrouble
 from router.detokenize import Detokenizer
@@ -88,7 +88,7 @@ def test_an_end_token_is_shown_as_a_token_and_has_no_text(stop):
 
 
 async def test_a_client_that_reads_slowly_gets_what_has_come_meanwhile_in_one_delta():
-    answer = Answer(Turns())
+    answer = Answer(ReadingTurns())
     served = Served(request_of(), answer, Detokenizer(TOKENIZER), Metrics())
     first, *rest = TOKENIZER.encode("a \u20ac is more than a dollar").ids
     answer.put([first])
@@ -104,7 +104,7 @@ async def test_a_client_that_reads_slowly_gets_what_has_come_meanwhile_in_one_de
 
 
 async def test_a_trouble_reaches_the_client_as_a_refusal_after_what_came_before():
-    answer = Answer(Turns())
+    answer = Answer(ReadingTurns())
     served = Served(request_of(), answer, Detokenizer(TOKENIZER), Metrics())
     answer.put(TOKENIZER.encode("ab").ids)
     answer.put(UnavailableTrouble("all workers are gone"))

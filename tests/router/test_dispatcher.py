@@ -95,15 +95,18 @@ class Bench:
     # ---- what happens
 
     def up(self, worker: str) -> None:
+        up = self.dispatcher.prefill_up if worker[0] == "p" else self.dispatcher.decode_up
+        up(worker, self.info(worker))
+        self.take([])
+
+    def info(self, worker: str) -> pb.WorkerInfo:
         layout = transfer_pb2.KvLayout(model_fingerprint="m", block_size=4)
-        info = pb.WorkerInfo(
+        return pb.WorkerInfo(
             instance_id=worker,
             layout=layout,
             blocks_total=self.blocks,
             max_model_tokens=self.blocks * layout.block_size,
         )
-        up = self.dispatcher.prefill_up if worker[0] == "p" else self.dispatcher.decode_up
-        self.take(up(worker, info, self.now))
 
     def down(self, worker: str) -> None:
         self.take(self.dispatcher.worker_down(worker, self.now))
@@ -116,7 +119,7 @@ class Bench:
         return request
 
     def let_go(self, request: Request) -> None:
-        self.take(self.dispatcher.let_go(request, self.now))
+        self.take(self.dispatcher.let_go(request))
 
     def expire(self, now: float) -> None:
         self.now = now
@@ -157,9 +160,9 @@ class Bench:
         failed = pb.Failed(key=request.key, code=pb.FailureCode.ValueType(code), message="boom")
         self.d(request.decode_id, failed=failed, **load)
 
-    def p_fails(self, request: Request, code: int = PEER_LOST) -> None:
+    def p_fails(self, request: Request, code: int = PEER_LOST, queued: int = 0) -> None:
         failed = pb.Failed(key=request.key, code=pb.FailureCode.ValueType(code), message="boom")
-        self.p(request.prefill_id, failed=failed)
+        self.p(request.prefill_id, queued, failed=failed)
 
     def bring(self, request: Request, state: RequestState) -> Request:
         """On from RESERVING; DECODING has tokens 10 and 11."""
@@ -176,6 +179,12 @@ class Bench:
     # ---- what came of it
 
     def take(self, commands: list[Command]) -> None:
+        self.carry_out(commands)
+        while self.dispatcher.to_place:
+            self.carry_out(self.dispatcher.pump(self.now))
+        self.dispatcher.check()
+
+    def carry_out(self, commands: list[Command]) -> None:
         for command in commands:
             match command:
                 case Deliver(request, offset, tokens):
@@ -188,7 +197,6 @@ class Bench:
                     self.clients[request].end = end
                 case _:
                     self.sent.append(command)
-        self.dispatcher.check()
 
     def reserves(self) -> list[tuple[str, pb.Reserve]]:
         return [
@@ -485,7 +493,7 @@ def test_an_id_is_its_tenants_own():
         bench.dispatcher.submit(request)
     with pytest.raises(DuplicateRequestError, match="same"):
         bench.dispatcher.submit(again)
-    bench.dispatcher.let_go(theirs, 0)
+    bench.dispatcher.let_go(theirs)
     assert len(bench.dispatcher) == 1
     bench.dispatcher.submit(again)
     bench.dispatcher.check()
@@ -507,7 +515,7 @@ def test_letting_go_of_a_request_that_was_never_accepted_changes_nothing():
         refused = make(name)
         with pytest.raises(refusal):
             bench.dispatcher.submit(refused)
-        assert bench.dispatcher.let_go(refused, 0) == []
+        assert bench.dispatcher.let_go(refused) == []
     assert len(bench.dispatcher) == 1
     bench.up("d1")
     assert waiting.state is S.RESERVING
@@ -522,6 +530,7 @@ def test_a_request_without_room_is_overtaken_until_it_has_waited_long_enough():
     assert (large.state, small.state) == (S.QUEUED, S.RESERVING)
     bench.now = 101
     late = bench.submit("late", prompt=4, max_tokens=1)
+    bench.d_fails(large, EXHAUSTED, free=3)
     assert (large.state, late.state) == (S.QUEUED, S.QUEUED)
     bench.d(free=11)  # one of them is on its way to `small`
     assert (large.state, late.state) == (S.RESERVING, S.QUEUED)
@@ -530,14 +539,129 @@ def test_a_request_without_room_is_overtaken_until_it_has_waited_long_enough():
     assert late.state is S.RESERVING
 
 
-def test_only_so_many_are_tried_past_a_request_without_room():
-    bench = Bench(blocks=10, queue_lookahead=2)
+def test_large_requests_however_many_do_not_hide_a_small_one():
+    bench = Bench(blocks=10, queue_lookahead=2, queue_max=50)
+    bench.d(free=2)
+    large = [bench.submit(f"large{n}", prompt=30) for n in range(20)]
+    small = bench.submit("small", prompt=4, max_tokens=1)
+    assert {r.state for r in large} == {S.QUEUED}
+    assert small.state is S.RESERVING
+
+
+def test_only_so_many_are_placed_in_one_go():
+    bench = Bench(queue_lookahead=2, queue_max=50, prefill_backlog_tokens=1000)
+    bench.down("d1")
+    requests = [bench.submit(f"r{n}") for n in range(5)]
+    bench.dispatcher.decode_up("d1", bench.info("d1"))
+    for placed in (2, 4, 5):
+        assert bench.dispatcher.to_place
+        bench.carry_out(bench.dispatcher.pump(0))
+        assert [r.state for r in requests].count(S.RESERVING) == placed
+    assert not bench.dispatcher.to_place
+
+
+def test_events_place_nobody_and_one_look_does_for_many():
+    bench = Bench(blocks=10)
+    bench.d(free=0)
+    waiting = bench.submit()
+    assert not bench.dispatcher.to_place, "nothing has changed since it was tried"
+    for free in (1, 2, 9):
+        event = pb.DecodeEvent(load=pb.DecodeLoad(blocks_free=free))
+        assert bench.dispatcher.on_decode_event("d1", event, 0) == []
+    assert (waiting.state, bench.dispatcher.to_place) == (S.QUEUED, True)
+    bench.carry_out(bench.dispatcher.pump(0))
+    assert (waiting.state, bench.dispatcher.to_place) == (S.RESERVING, False)
+
+
+def test_only_so_many_are_looked_at_past_a_request_without_room():
+    bench = Bench(blocks=10, queue_scan_max=2)
     bench.d(free=2)
     large = [bench.submit(f"large{n}", prompt=30) for n in range(2)]
     small = bench.submit("small", prompt=4, max_tokens=1)
     assert {r.state for r in (*large, small)} == {S.QUEUED}
     bench.let_go(large[0])
     assert small.state is S.RESERVING
+
+
+def test_one_worker_is_kept_for_who_has_waited_too_long_and_others_go_elsewhere():
+    bench = Bench(
+        "p1", "d1", "d2", "d3", blocks=20, queue_patience_ms=100, prefill_backlog_tokens=999
+    )
+    for worker, free in (("d1", 9), ("d2", 12), ("d3", 9)):
+        bench.d(worker, free=free)
+    large = bench.submit("large", prompt=60)
+    bench.expire(101)
+    bench.d_fails(large, EXHAUSTED, free=12)
+    small = [bench.submit(f"r{n}", prompt=4, max_tokens=1) for n in range(4)]
+    assert sorted(r.decode_id for r in small) == ["d1", "d1", "d3", "d3"]
+    bench.d("d1", free=15)
+    other = bench.submit("other", prompt=44)
+    assert (large.state, other.decode_id) == (S.QUEUED, "d1")
+    bench.d("d2", free=20)
+    assert (large.state, large.decode_id) == (S.RESERVING, "d2")
+    bench.reserved(large, free=5)
+    assert bench.submit("last", prompt=4, max_tokens=1).decode_id == "d2", "kept no longer"
+
+
+def test_a_decode_worker_that_is_kept_is_told_who_waits_for_room_there():
+    """Other routers would take the room that this one leaves."""
+    bench = Bench(blocks=10, queue_patience_ms=100)
+    bench.d(free=5)
+    large = bench.submit("large", prompt=36)
+    bench.expire(101)
+    ((worker, reserve),) = bench.reserves()
+    assert (worker, reserve.key, large.state) == ("d1", large.key, S.RESERVING)
+    bench.d_fails(large, EXHAUSTED, free=5)
+    assert (large.state, large.attempt, bench.cancels()) == (S.QUEUED, 0, [])
+    bench.expire(600)
+    assert len(bench.reserves()) == 1, "once for each time that it is kept"
+
+
+def test_a_worker_is_kept_for_a_while_and_then_the_others_pass_before_it_is_kept_again():
+    bench = Bench(
+        blocks=10, queue_patience_ms=100, queue_hold_ms=50, queue_hold_pause_ms=30, queue_max=50
+    )
+    bench.d(free=5)
+    large = bench.submit("large", prompt=36)
+    bench.expire(101)
+    bench.d_fails(large, EXHAUSTED, free=5)
+    for now, state in ((110, S.QUEUED), (150, S.QUEUED), (151, S.RESERVING), (180, S.RESERVING)):
+        bench.expire(now)
+        small = bench.submit(f"r{now}", prompt=4, max_tokens=1)
+        assert small.state is state
+        bench.let_go(small)
+    bench.expire(181)
+    bench.d_fails(large, EXHAUSTED, free=5)
+    assert bench.submit("again", prompt=4, max_tokens=1).state is S.QUEUED
+    bench.d(free=10)
+    assert large.state is S.RESERVING
+
+
+def test_a_kept_worker_that_is_lost_is_kept_no_longer():
+    bench = Bench("p1", "d1", "d2", blocks=10, queue_patience_ms=100)
+    bench.d("d2", free=3)
+    bench.d("d1", free=5)
+    large = bench.submit("large", prompt=36)
+    bench.expire(101)
+    bench.d_fails(large, EXHAUSTED, free=5)
+    small = bench.submit("small", prompt=12, max_tokens=4)
+    assert (large.state, small.state) == (S.QUEUED, S.QUEUED)
+    bench.down("d1")
+    bench.up("d1")
+    assert (large.state, small.state) == (S.RESERVING, S.QUEUED)
+
+
+def test_a_long_prompt_that_waits_for_a_busy_prefill_worker_has_it_kept():
+    bench = Bench("p1", "d1", queue_patience_ms=100, prefill_backlog_tokens=50)
+    bench.p(queued=20)
+    long = bench.submit("long", prompt=40)
+    bench.expire(100)
+    assert bench.submit("r1", prompt=8).state is S.RESERVING
+    bench.expire(101)
+    assert bench.submit("r2", prompt=8).state is S.QUEUED
+    bench.let_go(next(r for r in bench.clients if r.request_id == "r1"))
+    bench.p(queued=0)
+    assert long.state is S.RESERVING
 
 
 def test_what_no_worker_holds_any_more_holds_up_nobody_however_long_it_waits():
@@ -759,7 +883,7 @@ def test_events_of_an_attempt_that_was_given_up_change_nothing():
     bench.p(failed=pb.Failed(key=old, code=PEER_LOST))
     bench.p(handed_off=pb.HandedOff(key=old))
     assert (request.state, request.attempt, bench.seen(request)) == (S.RESERVING, 2, seen)
-    assert not request.handed_off
+    assert not request.prefill_settled
 
 
 @pytest.mark.parametrize(("offset", "token"), [(0, 66), (1, 66), (3, 12)])
@@ -807,27 +931,40 @@ def test_no_room_at_the_prefill_worker_does_not_count_as_an_attempt_either():
     request = bench.submit()
     for _ in range(5):
         bench.reserved(request)
-        bench.p_fails(request, EXHAUSTED)
+        bench.p_fails(request, EXHAUSTED, queued=9)
         assert (request.state, request.attempt) == (S.QUEUED, 0)
-        assert bench.cancels()[-2:] == [("d1", request.key), ("p1", request.key)]
+        assert bench.cancels()[-1] == ("d1", request.key)
         bench.p()
+    assert len(bench.cancels()) == 5, "who has refused is not told"
     assert (request.state, request.attempt) == (S.RESERVING, 1)
 
 
 @pytest.mark.parametrize("role", ["decode", "prefill"])
-def test_a_worker_that_had_no_room_is_not_asked_before_its_next_word(role):
+def test_a_worker_that_had_no_room_is_not_asked_before_it_has_more(role):
     bench = Bench("p1", "d1", prefill_backlog_tokens=1000)
     one, two = bench.submit("r1"), bench.submit("r2")
     for request in (one, two):
         bench.bring(request, S.RESERVING if role == "decode" else S.PREFILLING)
     refuse = bench.d_fails if role == "decode" else bench.p_fails
-    refuse(one, EXHAUSTED)  # though its load says that there is room
-    refuse(two, EXHAUSTED)
+    load = {"free": 90} if role == "decode" else {"queued": 9}
+    refuse(one, EXHAUSTED, **load)  # though its load says that there is room
+    refuse(two, EXHAUSTED, **load)
     assert {one.state, two.state} == {S.QUEUED}
     (bench.p if role == "decode" else bench.d)()  # the other one's word is nothing to it
+    (bench.d if role == "decode" else bench.p)(**load)  # nor is it news to hear the same
     assert {one.state, two.state} == {S.QUEUED}
+    assert bench.cancels() == ([] if role == "decode" else [("d1", 1), ("d1", 2)])
     (bench.d if role == "decode" else bench.p)()
     assert {one.state, two.state} == {S.RESERVING}
+
+
+def test_a_prefill_worker_that_had_no_room_is_asked_again_after_its_next_hand_off():
+    bench = Bench(prefill_backlog_tokens=1000)
+    one, two = (bench.bring(bench.submit(f"r{n}"), S.PREFILLING) for n in range(2))
+    bench.p_fails(one, EXHAUSTED)
+    assert one.state is S.QUEUED
+    bench.handed_off(two)
+    assert one.state is S.RESERVING
 
 
 def test_a_worker_that_had_no_room_is_passed_over_for_one_that_may_have():
@@ -835,7 +972,7 @@ def test_a_worker_that_had_no_room_is_passed_over_for_one_that_may_have():
     request = bench.submit()
     assert request.decode_id == "d1"
     bench.d_fails(request, EXHAUSTED)
-    assert (request.decode_id, request.attempt) == ("d2", 1)
+    assert (request.decode_id, request.attempt, bench.cancels()) == ("d2", 1, [])
 
 
 def test_a_worker_that_had_no_room_and_says_no_more_is_asked_again_in_time():
@@ -856,7 +993,9 @@ def test_no_room_again_and_again_ends_with_the_wait(role):
         bench.now = now
         if role == "prefill":
             bench.reserved(request)
-        (bench.d_fails if role == "decode" else bench.p_fails)(request, EXHAUSTED)
+            bench.p_fails(request, EXHAUSTED, queued=9)
+        else:
+            bench.d_fails(request, EXHAUSTED, free=0)
         (bench.d if role == "decode" else bench.p)()
     assert isinstance(bench.end(request), ExhaustedTrouble)
     assert len(bench.dispatcher) == 0
@@ -870,6 +1009,47 @@ def test_a_retry_goes_to_another_pair_when_there_is_one():
     assert (request.prefill_id, request.decode_id) == ("p2", "d1")
     bench.down("p2")
     assert (request.prefill_id, request.decode_id) == ("p1", "d1")  # there is no other
+
+
+@pytest.mark.parametrize("broken", ["p1", "d1"])
+def test_a_worker_that_always_fails_costs_no_request_while_there_is_a_healthy_one(broken):
+    bench = Bench("p1", "p2", "d1", "d2")
+    failed = 0
+    for n in range(40):
+        bench.now += 100
+        request = bench.submit(f"r{n}")
+        while bench.end(request) is None:
+            bench.bring(request, S.PREFILLING)
+            if broken in (request.prefill_id, request.decode_id):
+                failed += 1
+                (bench.p_fails if broken == "p1" else bench.d_fails)(request)
+            else:
+                bench.handed_off(request)
+                bench.step(request, 0, EOS, ending=1)
+        assert bench.end(request) is Ending.EOS
+        assert request.attempt <= 2
+    assert failed <= 5, "it is asked again after 0.5, 1, 2 s"
+
+
+def test_of_many_workers_that_fail_at_once_the_only_healthy_one_is_found():
+    bench = Bench("p1", *(f"d{n}" for n in range(30, 42)), attempts_max=12)
+    request = bench.submit()
+    for _ in range(11):
+        assert request.decode_id != "d41"
+        bench.d_fails(request)
+    assert (request.decode_id, request.state) == ("d41", S.RESERVING)
+
+
+def test_the_last_attempt_waits_for_a_worker_that_has_not_failed():
+    bench = Bench("p1", "d1", "d2", attempts_max=2)
+    bench.d("d2", free=0)
+    request = bench.submit()
+    bench.d_fails(request)
+    assert (request.state, request.attempt) == (S.QUEUED, 1)
+    bench.expire(400)
+    assert request.state is S.QUEUED
+    bench.d("d2")
+    assert (request.state, request.decode_id) == (S.RESERVING, "d2")
 
 
 @pytest.mark.parametrize("dies", ["p1", "d1"])
@@ -997,13 +1177,14 @@ def test_letting_go_cancels_at_every_worker_that_has_it(state, told):
 
 
 def test_letting_go_in_the_queue_tells_nobody_and_lets_the_next_one_pass():
-    bench = Bench(blocks=10, queue_patience_ms=-1)
-    bench.d(free=5)
+    bench = Bench(blocks=10, queue_patience_ms=1000)
+    bench.d(free=2)
     first = bench.submit("large", prompt=30)
     second = bench.submit("small")
     assert (first.state, second.state) == (S.QUEUED, S.QUEUED)
     bench.let_go(first)
     assert bench.cancels() == []
+    bench.d(free=3)
     assert second.state is S.RESERVING
 
 
@@ -1104,7 +1285,7 @@ def test_a_deadline_is_met_by_the_first_token_whatever_happens_afterwards():
 
 
 def test_a_full_queue_says_how_long_it_will_take():
-    bench = Bench("p1", queue_max=2)
+    bench = Bench("p1", queue_max=2, blocks=3)
     for n in range(2):
         bench.submit(f"r{n}")
     with pytest.raises(QueueFullError) as refused:
@@ -1223,11 +1404,90 @@ def test_two_routers_that_want_the_same_room_are_both_served_in_the_end():
         assert [bench.end(r) for r in mine] == [Ending.EOS] * 6, "no attempt was counted"
 
 
+class Claiming(Shared):
+    """One that, having refused a large request, leaves room to no smaller one for a while."""
+
+    claim: int = 0  # blocks of the largest that was refused
+    claimed_until: float = 0.0
+
+    def answer(self, router: int, bench: Bench, reserve: pb.Reserve) -> bool:
+        needed = -(-(reserve.prompt_tokens + reserve.sampling.max_tokens - 1) // 4)
+        claimed = bench.now < self.claimed_until and needed < self.claim
+        if claimed:
+            failed = pb.Failed(key=reserve.key, code=EXHAUSTED)
+            bench.d(self.worker, free=self.free, failed=failed)
+            return False
+        if needed > self.free:
+            self.claim, self.claimed_until = needed, bench.now + 5000
+        elif needed >= self.claim:
+            self.claim = 0
+        return super().answer(router, bench, reserve)
+
+
+def test_a_large_request_and_small_ones_of_two_routers_are_all_served_on_one_worker():
+    small = {"prompt": 8, "max_tokens": 5}  # 3 blocks
+    benches = [
+        Bench("d1", queue_max=200, prefill_backlog_tokens=10_000, attempts_max=1) for _ in range(2)
+    ]
+    worker = Claiming("d1", 100)
+    large, waits, count = None, [[], []], 0
+    ends: dict[Request, float] = {}  # when it is done
+    for now in range(0, 60_000, 100):
+        for bench in benches:
+            bench.expire(now)
+            for _ in range(3):  # 45 of the 100 blocks, for each router
+                count += 1
+                bench.submit(f"r{count}", **small)
+        if now == 5000:
+            large = benches[0].submit("large", prompt=330, max_tokens=11)  # 85 blocks
+        for router, bench in enumerate(benches):
+            while bench.sent:
+                sent, bench.sent = bench.sent, []
+                for command in sent:
+                    if command.command.WhichOneof("command") == "reserve":
+                        worker.answer(router, bench, command.command.reserve)
+            for request in bench.clients:
+                if request.state is S.PREFILLING and request not in ends:
+                    ends[request] = now + 500
+                    waits[router].append(now - request.times.arrived_at_ms)
+                elif request.state is S.PREFILLING and ends[request] <= now:
+                    worker.finish(router, bench, request)
+        for bench in benches:
+            bench.d("d1", free=worker.free)
+        if large is not None and large.state is S.ENDED:
+            break
+    assert large is not None
+    assert benches[0].end(large) is Ending.EOS
+    assert ends[large] - large.times.arrived_at_ms < 12_000, "patience, and one time of keeping"
+    means = [sum(wait) / len(wait) for wait in waits]
+    assert min(len(wait) for wait in waits) > 50
+    assert max(means) < 2 * min(means) + 500, means
+
+
 def test_figures_of_a_worker_cover_what_other_routers_have_asked_of_it():
     bench = Bench("p1", "d1", "d2")
     load = pb.DecodeLoad(blocks_free=50, running=5)
     bench.take(bench.dispatcher.on_decode_event("d1", pb.DecodeEvent(load=load), 0))
     assert [bench.submit(f"r{n}").decode_id for n in range(4)] == ["d2"] * 4
+
+
+def test_a_worker_that_refuses_is_not_asked_again_at_each_of_its_steps():
+    bench = Bench("d1", queue_max=50)
+    bench.d(free=40)
+    for n in range(20):
+        bench.submit(f"r{n}")
+    asked = {key for _, r in bench.reserves() for key in [r.key]}
+    while True:
+        waiting = [r for r in bench.clients if r.key in asked and r.state is S.RESERVING]
+        if not waiting:
+            break
+        bench.d_fails(waiting[0], EXHAUSTED, free=40)  # kept for another router
+    bench.sent.clear()
+    for _ in range(30):
+        bench.d(free=40)
+    assert bench.sent == []
+    bench.d(free=41)
+    assert bench.reserves() != []
 
 
 # ---- all of it at random
@@ -1262,11 +1522,11 @@ class Attempt:
 class World(Bench):
     """Workers that do their work, fail and die when the dice say so."""
 
-    def __init__(self, dice: random.Random) -> None:
+    def __init__(self, dice: random.Random, attempts_max: int = 1000) -> None:
         super().__init__(
             *("p1", "p2", "d1", "d2"),
             blocks=8,
-            attempts_max=1000,
+            attempts_max=attempts_max,
             queue_max=50,
             local_prefill=dice.choice(("auto", "never")),
         )
@@ -1335,11 +1595,14 @@ class World(Bench):
                 self.d(worker, free=self.free[worker], blocks=changes)
 
     def act(self, kills: bool = True) -> None:
-        actions = [self.work] * 12 + [self.tell_blocks]
+        actions = [self.work] * 12 + [self.tell_blocks, self.reap]
         if kills:
             actions += [self.new, self.new, self.kill, self.revive, self.fail, self.quit]
         self.dice.choice(actions)()
         self.read_commands()
+
+    def reap(self) -> None:
+        self.expire(self.now + 1)
 
     def new(self) -> None:
         if len(self.dispatcher) < 8:
@@ -1480,3 +1743,43 @@ def test_whatever_happens_clients_see_a_prefix_of_the_right_answer_and_in_the_en
     for request, client in world.clients.items():
         assert request.state is S.ENDED
         assert (client.end is None) == (request in world.left)
+
+
+class OneBroken(World):
+    """One worker fails every request sooner or later; the others do their work."""
+
+    def __init__(self, dice: random.Random, broken: str) -> None:
+        super().__init__(dice, attempts_max=3)
+        self.broken = broken
+
+    def work(self) -> None:
+        tried = [a for a in self.attempts.values() if self.broken in (a.prefill, a.decode)]
+        if not tried or self.dice.random() < 0.5:
+            super().work()
+            return
+        attempt = self.dice.choice(tried)
+        code = self.dice.choice((PEER_LOST, pb.FAILURE_CODE_INTERNAL, pb.FAILURE_CODE_EXPIRED))
+        failed = pb.Failed(key=attempt.key, code=code)
+        if attempt.prefill == self.broken:
+            attempt.prefill = "dead"
+            self.p(self.broken, failed=failed)
+        else:
+            self.release(attempt.key)
+            self.d(self.broken, free=self.free[self.broken], failed=failed)
+
+
+@pytest.mark.parametrize("broken", ["p1", "d1"])
+@given(dice=st.randoms(use_true_random=False))
+@settings(max_examples=20, deadline=None)
+def test_nobody_fails_for_one_broken_worker_while_healthy_ones_stand_beside_it(broken, dice):
+    world = OneBroken(random.Random(dice.getrandbits(64)), broken)
+    for _ in range(60):
+        world.new()
+        for _ in range(world.dice.randrange(12)):
+            world.act(kills=False)
+    for _ in range(4000):
+        if not len(world.dispatcher):
+            break
+        world.act(kills=False)
+    assert len(world.dispatcher) == 0
+    world.check()  # no end is a trouble

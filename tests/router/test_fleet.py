@@ -69,6 +69,29 @@ async def test_the_reaper_goes_on_after_a_failure(monkeypatch, caplog):
         assert caplog.text.count("RuntimeError: broken") == 2
 
 
+async def test_what_many_events_have_made_room_for_is_placed_in_one_go(monkeypatch):
+    async with a_fleet(monkeypatch) as fleet, asyncio.timeout(DEADLINE_S):
+        pumped: asyncio.Queue[float] = asyncio.Queue()
+        goes = 5
+
+        def pump(now_ms: float) -> list[Any]:
+            nonlocal goes
+            goes -= 1
+            monkeypatch.setattr(type(fleet.dispatcher), "to_place", goes > 0)
+            pumped.put_nowait(now_ms)
+            return []
+
+        monkeypatch.setattr(fleet.dispatcher, "pump", pump)
+        monkeypatch.setattr(type(fleet.dispatcher), "to_place", True)
+        for _ in range(10):
+            fleet.carry_out([])
+        assert pumped.empty(), "not before the pass of the event loop ends"
+        began_ms = [await pumped.get() for _ in range(5)]
+        assert pumped.empty()
+        # Timers may come early by the resolution of the clock.
+        assert min(later - sooner for sooner, later in itertools.pairwise(began_ms)) > 3
+
+
 async def test_a_change_between_the_look_and_the_wait_is_not_missed(monkeypatch):
     async with a_fleet(monkeypatch) as fleet, asyncio.timeout(DEADLINE_S):
         change = fleet.next_change()

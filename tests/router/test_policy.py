@@ -65,21 +65,34 @@ def test_without_prefill_workers_decode_workers_compute_prompts():
 
 
 @pytest.mark.parametrize(
-    ("avoid", "pair"),
+    ("failures", "pair"),
     [
-        ({("p2", "d1")}, ("p1", "d1")),
-        ({("p1", "d1")}, ("p1", "d2")),
-        ({("p1", "d1"), ("p1", "d2")}, ("p2", "d1")),
-        ({("p1", "d1"), ("p1", "d2"), ("p2", "d1"), ("p2", "d2")}, ("p1", "d1")),
+        ({}, ("p1", "d1")),
+        ({"p2": 1}, ("p1", "d1")),
+        ({"d1": 1}, ("p1", "d2")),
+        ({"p1": 1, "d1": 1}, ("p2", "d2")),
+        ({"p1": 1, "p2": 1, "d1": 2, "d2": 1}, ("p1", "d2")),
+        ({"p1": 1, "p2": 1, "d1": 1, "d2": 1}, ("p1", "d1")),
     ],
 )
-def test_a_pair_to_avoid_is_the_last_resort(avoid, pair):
+def test_workers_that_failed_the_request_are_the_last_resort(failures, pair):
     prefill = [p("p1"), p("p2", queued=1)]
     decode = [d("d1"), d("d2", sequences=3)]
-    if avoid == {("p1", "d1")}:
-        prefill = [p("p1"), p("p2", queued=40)]
-        decode = [d("d1"), d("d2")]
-    assert chosen(prefill, decode, avoid=frozenset(avoid)) == pair
+    assert chosen(prefill, decode, failures=failures) == pair
+
+
+def test_workers_that_failed_others_come_next_to_last():
+    prefill = [p("p1", shunned=True), p("p2", queued=1)]
+    decode = [d("d1", shunned=True), d("d2", sequences=3)]
+    assert chosen(prefill, decode) == ("p2", "d2")
+    assert chosen(prefill, decode, failures={"p2": 1, "d2": 1}) == ("p1", "d1")
+    assert chosen(prefill[:1], decode[:1]) == ("p1", "d1")
+
+
+def test_a_decode_worker_alone_is_better_than_a_prefill_worker_that_failed():
+    decode = [d("d1", sequences=30)]
+    assert chosen([p()], decode, prompt=400, local=True) == ("p1", "d1")
+    assert chosen([p()], decode, prompt=400, local=True, failures={"p1": 1}) == (None, "d1")
 
 
 def test_an_idle_prefill_worker_takes_a_prompt_longer_than_the_backlog():

@@ -44,7 +44,7 @@ def queue_of(*requests: Request, **config: Any) -> WaitingQueue:
         )
     )
     for one in requests:
-        queue.push(one, one.times.arrived_at_ms)
+        queue.push(one)
     return queue
 
 
@@ -75,9 +75,9 @@ def test_a_deadline_counts_no_more_once_the_first_token_is_there():
     assert due.deadline_at_ms == inf
 
 
-def test_only_the_first_few_are_tried():
+def test_only_so_many_are_looked_at():
     requests = [request() for _ in range(5)]
-    assert queue_of(*requests, queue_lookahead=2).heads() == requests[:2]
+    assert queue_of(*requests, queue_scan_max=2).heads() == requests[:2]
 
 
 def test_a_wait_is_what_those_ahead_have_been_seen_to_take():
@@ -100,10 +100,41 @@ def test_who_does_not_wait_says_nothing_of_how_long_others_will():
 
 def test_changes_are_noticed():
     queue, one = queue_of(), request()
-    for change in (queue.push, queue.depart):
+    for change, *now in ((queue.push,), (queue.depart, 1.0)):
         queue.changed = False
-        change(one, 1.0)
+        change(one, *now)
         assert queue.changed
+
+
+def test_time_in_which_nobody_waited_to_leave_is_no_wait():
+    large = request()
+    queue = queue_of(large)
+    for arrived_at_ms in (1900, 2900):
+        small = request(arrived_at_ms=arrived_at_ms)
+        queue.push(small)
+        queue.depart(small, arrived_at_ms + 1)
+        assert queue.all_ms() == 1.0, "of the large one"
+
+
+def test_who_is_overtaken_is_not_waited_for():
+    large, small = request(), request()
+    queue = queue_of(large, small, request())
+    new = request(arrived_at_ms=50)
+    assert queue.wait_ms(new, 7.0) == 21.0
+    queue.depart(small, 20)
+    queue.check()
+    assert queue.wait_ms(new, 7.0) == 20.0, "for the third alone"
+    queue.depart(large, 40)
+    queue.check()
+    assert queue.wait_ms(new, 7.0) == 20.0
+
+
+def test_an_empty_queue_forgets_how_slow_it_was():
+    one, other = request(), request(arrived_at_ms=600)
+    queue = queue_of(one)
+    queue.depart(one, 500)
+    queue.push(other)
+    assert queue.all_ms() is None
 
 
 requests_ = st.lists(

@@ -84,6 +84,16 @@ def test_a_worker_that_refused_is_the_last_of_all_until_it_has_room_again():
     assert shortlist.roomiest() is first
 
 
+def test_workers_that_failed_are_last_and_others_are_looked_at_in_their_place():
+    workers = [worker(n, asked=n, free=10 + 5 * (n == 2)) for n in range(1, 6)]
+    shortlist = shortlist_of(*workers)
+    workers[0].shunned = True
+    shortlist.rank(workers[0])
+    assert picked(shortlist) == {"d2": 0, "d3": 0}
+    looked_at = {one.worker_id for one, _ in shortlist.pick(CHAIN, distrusted=2)}
+    assert looked_at == {"d2", "d3", "d4", "d5", "d1"}
+
+
 def test_room_that_grows_is_noticed():
     one = worker(1, free=5)
     shortlist = shortlist_of(one)

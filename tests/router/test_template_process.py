@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import gc
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
@@ -119,22 +118,6 @@ async def test_a_client_that_goes_away_does_not_end_the_process():
             await gone
         assert await process.render(says("again")) == "<s>again"
         assert pid(process) == first
-
-
-async def test_what_a_template_says_to_a_client_that_is_gone_is_no_news(caplog):
-    async with template() as process:
-        await process.start()
-        gone = asyncio.create_task(process.render(says("refuse")))
-        while (rendering := process._rendering) is None:
-            await asyncio.sleep(0)
-        gone.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await gone
-        await asyncio.wait([rendering])
-        del rendering, gone
-        assert await process.render(says("again")) == "<s>again"
-        gc.collect()
-    assert caplog.messages == []
 
 
 async def test_no_more_wait_than_are_allowed():

@@ -118,6 +118,37 @@ def test_room_is_found_however_many_less_busy_workers_have_none():
     assert pair(workers, request()) == ("p1", "d19")
 
 
+def test_a_worker_that_keeps_failing_comes_last_for_longer_each_time():
+    workers = workers_of("p1", "d1", "d2", shun_ms=100, shun_max_ms=300)
+    now = 0.0
+    for shun_ms in (100, 200, 300, 300):
+        workers.failed("d1", now)
+        workers.failed("d1", now + 50)  # it had begun before, and makes it no longer
+        workers.forgive(now + shun_ms - 1)
+        assert pair(workers, request()) == ("p1", "d2")
+        now += shun_ms
+        workers.room_grew = False
+        workers.forgive(now)
+        assert workers.room_grew, "somebody may wait for it"
+        assert pair(workers, request()) == ("p1", "d1")
+    workers.failed("d1", now)
+    workers.succeeded("d1")
+    assert pair(workers, request()) == ("p1", "d1")
+    workers.failed("d1", now)
+    assert workers.decode["d1"].shun_ms == 100
+
+
+def test_a_worker_that_fails_is_better_than_none():
+    workers = workers_of("p1", "d1")
+    workers.failed("p1", 0)
+    workers.failed("d1", 0)
+    workers.failed("gone", 0)
+    assert workers.choose(request()) is not None
+    workers.down("d1")
+    workers.forgive(1e9)
+    assert workers.choose(request()) is None
+
+
 @pytest.mark.parametrize(("local", "where"), [("auto", None), ("never", "p1")])
 def test_prompts_are_kept_from_decode_workers_on_demand(local, where):
     workers = workers_of("p1", "d1", local_prefill=local)

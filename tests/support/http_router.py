@@ -12,7 +12,7 @@ import httpx2
 from byte_tokenizer import byte_level_tokenizer
 
 from kvrelay.config import RouterConfig
-from router.answer import Answer, Turns
+from router.answer import Answer, ReadingTurns
 from router.callers import Callers
 from router.commands import Trouble
 from router.frontdoor import FrontDoor
@@ -40,7 +40,7 @@ class _Limits:
 class ScriptedAnswer(Answer):
     """A new event of the script whenever its reader has had all; other events can be put, too."""
 
-    def __init__(self, turns: Turns, script: Iterable[Event]) -> None:
+    def __init__(self, turns: ReadingTurns, script: Iterable[Event]) -> None:
         super().__init__(turns)
         self._script = iter(script)
 
@@ -65,7 +65,7 @@ class ScriptedFleet:
         self.requests = (0, 0)
         self.workers = Workers(router_config())
         self._script = script
-        self._turns = Turns()
+        self._turns = ReadingTurns()
         self._held: set[Request] = set()
 
     def submit(self, request: Request) -> Answer:
