@@ -40,7 +40,7 @@ class LocalPrompts:
         self, block_size: int, *, chunk_tokens: int, itl_target_ms: int, prompts_max: int
     ) -> None:
         self._block_size = block_size
-        self._chunk_tokens = max(chunk_tokens, block_size)
+        self.chunk_tokens = max(chunk_tokens, block_size)  # of one step, at most
         self._itl_target_ms = itl_target_ms
         self._prompts_max = prompts_max
         self._turns: Turns[LocalPrompt] = Turns(block_size)
@@ -53,6 +53,11 @@ class LocalPrompts:
     def queued_tokens(self) -> int:
         """Prompt tokens to be computed here."""
         return self._turns.tokens
+
+    @property
+    def queued_prompts(self) -> int:
+        """That queued_tokens are of."""
+        return len(self._turns)
 
     def check_room(self) -> None:
         """Raises PromptsFullError when no prompt can be added now."""
@@ -87,6 +92,6 @@ class LocalPrompts:
 
     def _tokens(self, running: int, fit: StepFit) -> int:
         if not running or not self._itl_target_ms:
-            return self._chunk_tokens
+            return self.chunk_tokens
         within = fit.prompt_tokens_within(self._itl_target_ms, running)
-        return max(self._block_size, min(within, self._chunk_tokens))
+        return max(self._block_size, min(within, self.chunk_tokens))

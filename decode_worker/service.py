@@ -112,7 +112,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         await self._door.admit(context)
         session: RouterSession[DecodeEvent] = RouterSession(self._config.session_events_max)
         self._sessions.add(session)
-        info = self._engine.info(self.instance_id)
+        info = self._engine.info(self.instance_id, self._prompts.chunk_tokens)
         info.itl_target_ms = self._config.itl_target_ms
         self._send(session, DecodeEvent(info=info))
         self._announcer.open(session)
@@ -348,6 +348,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         event.load.blocks_free = self.ledger.available
         event.load.running = len(self._batch)
         event.load.queued_tokens = self._prompts.queued_tokens
+        event.load.queued_prompts = self._prompts.queued_prompts
         event.load.cost.CopyFrom(self._engine.cost())
         session.send(event)
 

@@ -91,7 +91,7 @@ class Schedule:
         self.ledger = ledger
         self.cache = PrefixCache(ledger)
         self._layout = layout
-        self._chunk_tokens = max(chunk_tokens, layout.block_size)
+        self.chunk_tokens = max(chunk_tokens, layout.block_size)  # of one step, at most
         self._jobs_max = jobs_max
         self._waiting: deque[Job] = deque()
         self._turns: Turns[Job] = Turns(layout.block_size)  # computing
@@ -104,6 +104,11 @@ class Schedule:
     def queued_tokens(self) -> int:
         """Prompt tokens accepted and not yet computed."""
         return sum(len(job.prompt) for job in self._waiting) + self._turns.tokens
+
+    @property
+    def queued_prompts(self) -> int:
+        """That queued_tokens are of."""
+        return len(self._waiting) + len(self._turns)
 
     def add(self, job: Job) -> None:
         """Raises InvalidJobError or QueueFullError and changes nothing."""
@@ -133,7 +138,7 @@ class Schedule:
     def next_step(self) -> list[Chunk[Job]]:
         """Chunks of up to chunk_tokens in all; empty when there is nothing to compute."""
         self._admit()
-        return self._turns.next_chunks(self._chunk_tokens)
+        return self._turns.next_chunks(self.chunk_tokens)
 
     def computed(self, chunk: Chunk[Job]) -> None:
         """A step with this chunk has ended. Its job's turn is over."""

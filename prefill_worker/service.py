@@ -101,7 +101,8 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         await self._door.admit(context)
         session: RouterSession[PrefillEvent] = RouterSession(self._config.session_events_max)
         self._sessions.add(session)
-        self._send(session, PrefillEvent(info=self._engine.info(self.instance_id)))
+        info = self._engine.info(self.instance_id, self._schedule.chunk_tokens)
+        self._send(session, PrefillEvent(info=info))
         self._announcer.open(session)
         await serve_session(session, request_iterator, context, self._command, self._closed)
 
@@ -320,6 +321,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     def _send(self, session: Any, event: PrefillEvent) -> None:
         event.load.queued_tokens = self._schedule.queued_tokens
+        event.load.queued_prompts = self._schedule.queued_prompts
         event.load.cost.CopyFrom(self._engine.cost())
         session.send(event)
 

@@ -101,6 +101,7 @@ def test_the_predicted_step_is_within_the_target_or_has_one_block_and_all_get_do
     done = dict.fromkeys(range(len(lengths)), 0)
     while len(prompts):
         queued = prompts.queued_tokens
+        assert prompts.queued_prompts == len(prompts)
         chunks = step(prompts, running, fit)
         tokens = sum(count for _, _, count in chunks)
         assert 0 < tokens <= CHUNK

@@ -139,13 +139,15 @@ async def test_a_worker_says_what_it_keeps_to_what_steps_cost_and_what_waits(mod
     async with worker(model, itl_target_ms=77) as (service, session):
         await session.until(lambda: bool(session.events))
         assert session.events[0].info.itl_target_ms == 77
+        assert session.events[0].info.chunk_tokens == CHUNK_TOKENS
         assert session.events[0].load.cost == worker_pb2.StepCost()
         gate = EngineGate(service)
         ask(session, service, 1, tokens_of(5, 100), max_tokens=20)
         await gate.entered.wait()
         ask(session, service, 2, tokens_of(6, 50))
         await session.event("reserved", 2)
-        assert session.events[-1].load.queued_tokens == 150
+        load = session.events[-1].load
+        assert (load.queued_tokens, load.queued_prompts) == (150, 2)
         gate.open()
         await answer(session, 1)
         await answer(session, 2)

@@ -567,8 +567,9 @@ class ScheduleMachine(RuleBasedStateMachine):
                 assert tokens == one.prompt
 
     @invariant()
-    def queued_tokens_are_what_is_left(self) -> None:
+    def what_is_queued_is_what_is_left(self) -> None:
         left = [j for j in self.jobs if j.state in (S.QUEUED, S.COMPUTING)]
+        assert self.schedule.queued_prompts == len(left)
         assert self.schedule.queued_tokens == sum(len(j.prompt) - j.computed for j in left)
 
     def teardown(self) -> None:
