@@ -61,6 +61,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             chunk_tokens=config.chunk_tokens,
             itl_target_ms=config.itl_target_ms,
             prompts_max=config.local_prompts_max,
+            look_again=lambda prompt: self._handoff.catch_up(prompt.key, prompt.computed),
         )
         self._decoding: dict[Key, Running] = {}
         self._in_step: set[Key] = set()
@@ -146,7 +147,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._announced_free = self.ledger.available
         reserved = worker_pb2.Reserved(key=reserve.key)
         if reserve.prefill_here:
-            self._handoff.prefill(key)
+            self._handoff.claim_for_engine(key)
             block_size = self._layout.block_size
             self._prompts.add(messages.local_prompt(reserve, reservation, block_size))
             self._work.set()

@@ -187,8 +187,8 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         for chunk in step:
             progress = self._running[chunk.job]
             progress.engine_idle.clear()
+            progress.advanced.set()  # what others have computed can travel during this step
             if chunk.is_first:
-                progress.advanced.set()  # what is cached can travel while this is computed
                 progress.started_s = time.perf_counter()
                 started = worker_pb2.PrefillStarted(
                     key=chunk.job.key[1], cached_tokens=chunk.job.cached_tokens
@@ -218,6 +218,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             key=job.key[1],
             token_id=token,
             prefill_ms=(progress.computed_s - progress.started_s) * 1000,
+            cached_tokens=job.cached_tokens,
         )
         self._send(job.key[0], PrefillEvent(first_token=event))
 
