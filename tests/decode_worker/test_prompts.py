@@ -18,7 +18,7 @@ COST = StepCost(base_ms=10.0, ms_per_prompt_token=1.0, ms_per_sequence=2.0)
 
 def measured(cost: StepCost = COST) -> StepFit:
     fit = StepFit()
-    for size in ((0, 1), (0, 10), (CHUNK, 0), (CHUNK, 5)):
+    for size in ((0, 1), (0, 10), (CHUNK, 0), (CHUNK, 5)) * 3:
         fit.measured(*size, cost.predict_ms(*size))
     return fit
 
