@@ -9,6 +9,7 @@ import hmac
 import math
 from collections.abc import Sequence
 
+from decode_worker.claims import Claims
 from decode_worker.reservation import (
     InvalidReservationError,
     Key,
@@ -38,6 +39,7 @@ class HandOff:
         lease_ms: int,
         reservations_max: int,
         resends_max: int,
+        claims: Claims | None = None,
     ) -> None:
         self.ledger = ledger
         self.cache = PrefixCache(ledger)
@@ -45,6 +47,7 @@ class HandOff:
         self._lease_ms = lease_ms
         self._reservations_max = reservations_max
         self._resends_max = resends_max
+        self._claims = Claims() if claims is None else claims
         self._by_key: dict[Key, Reservation] = {}
         self._by_transfer: dict[int, Reservation] = {}
         self._next_transfer_id = 1
@@ -71,7 +74,7 @@ class HandOff:
             token's block, which must be private.
 
         Raises:
-            OutOfBlocksError: no room now, or too many reservations.
+            OutOfBlocksError: no room now, or it is kept for others, or too many reservations.
             InvalidReservationError: no room ever.
         """
         total = reserved_blocks(prompt_tokens, sampling.max_tokens, self._layout.block_size)
@@ -91,7 +94,7 @@ class HandOff:
         reusable = chain.hashes if chain is not None else []
         if prefill_here:
             reusable = reusable[: self._before_last_token(prompt_tokens)]
-        cached, private = self.cache.take(key, reusable, total)
+        cached, private = self._take(key, reusable, total, now_ms)
         reservation = Reservation(
             key=key,
             transfer_id=self._next_transfer_id,
@@ -106,6 +109,26 @@ class HandOff:
         self._next_transfer_id += 1
         self._by_key[key] = self._by_transfer[reservation.transfer_id] = reservation
         return reservation
+
+    def _take(
+        self, key: Key, hashes: Sequence[bytes], total: int, now_ms: float
+    ) -> tuple[list[int], list[int]]:
+        """PrefixCache.take, in turn with the large requests of other routers."""
+        session = key[0]
+        kept = self._claims.kept(session, now_ms)
+        try:
+            taken = self.cache.take(key, hashes, total, keep=kept)
+        except OutOfBlocksError:
+            if not kept or total > self.ledger.available:  # not only because of another's claim
+                self._claims.refused(session, total, now_ms)
+            raise
+        self._claims.granted(session, total)
+        return taken
+
+    def session_ended(self, session: object) -> list[Key]:
+        """It claims nothing any more. Returns what it still has here, to be aborted."""
+        self._claims.leave(session)
+        return [key for key in self._by_key if key[0] is session]
 
     def sign(self, reservation: Reservation, ticket: Ticket) -> Ticket:
         """`ticket` with what this reservation gives leave for, signed as a whole."""
@@ -308,9 +331,6 @@ class HandOff:
     def is_aborting(self, key: Key) -> bool:
         reservation = self._by_key.get(key)
         return reservation is not None and reservation.state is ReservationState.ABORTING
-
-    def of_session(self, session: object) -> list[Key]:
-        return [key for key in self._by_key if key[0] is session]
 
     def engine_moved(self, now_ms: float) -> None:
         """A step has ended: prompts that wait for their turn here need not give up."""

@@ -15,6 +15,7 @@ from typing import Any
 from decode_worker import messages
 from decode_worker.batch import Batch, Ending, Output, Running
 from decode_worker.book import Book
+from decode_worker.claims import Claims
 from decode_worker.handoff import HandOff
 from decode_worker.prompts import LocalPrompt, LocalPrompts, PromptsFullError
 from decode_worker.reservation import InvalidReservationError, Key, Reservation
@@ -54,6 +55,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             lease_ms=config.lease_ms,
             reservations_max=config.reservations_max,
             resends_max=config.resends_max,
+            claims=Claims(
+                claim_ms=config.claim_ms,
+                hold_ms=config.claim_hold_ms,
+                claims_max=config.claims_max,
+            ),
         )
         self._batch = Batch(config.batch_max)
         self._prompts = LocalPrompts(
@@ -131,7 +137,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     def _closed(self, session: RouterSession[DecodeEvent]) -> None:
         self._announcer.close(session)
         self._sessions.discard(session)
-        for key in self._handoff.of_session(session):
+        for key in self._handoff.session_ended(session):
             self._abort(key, "the router's session ended")
 
     def _reserve(self, session: RouterSession[DecodeEvent], reserve: worker_pb2.Reserve) -> None:

@@ -39,10 +39,10 @@ class PrefixCache:
         return blocks
 
     def take(
-        self, owner: object, hashes: Iterable[bytes], total: int
+        self, owner: object, hashes: Iterable[bytes], total: int, keep: int = 0
     ) -> tuple[list[int], list[int]]:
         """`total` blocks for `owner`, all or nothing: those it shares of the longest cached prefix,
-        and private ones for the rest.
+        and private ones for the rest. keep: so many must be left for somebody else.
 
         Raises:
             OutOfBlocksError: too few are free or could be evicted.
@@ -50,8 +50,9 @@ class PrefixCache:
         shared = self.match(hashes)
         count = total - len(shared)
         room = self.ledger.available - sum(block in self._unused for block in shared)
-        if count > room:
-            raise OutOfBlocksError(f"{count} KV blocks asked for, {room} free or evictable")
+        if count > room - keep:
+            kept = f", {keep} of them kept for a larger request" if keep else ""
+            raise OutOfBlocksError(f"{count} KV blocks asked for, {room} free or evictable{kept}")
         self.ledger.move(owner, shared, BlockEvent.SHARE)
         for block in shared:
             self._unused.pop(block, None)

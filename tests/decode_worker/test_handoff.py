@@ -492,7 +492,7 @@ def test_a_lost_session_is_answered_with_exactly_its_keys(handoff):
     ours, theirs = object(), object()
     for key in ((ours, 1), (theirs, 1), (ours, 2)):
         handoff.reserve(key, 4, sampling(max_tokens=1), 0)
-    assert handoff.of_session(ours) == [(ours, 1), (ours, 2)]
+    assert handoff.session_ended(ours) == [(ours, 1), (ours, 2)]
 
 
 # ---- leases
