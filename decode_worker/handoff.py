@@ -9,6 +9,7 @@ import hmac
 import math
 from collections.abc import Sequence
 
+from decode_worker.claims import Claims
 from decode_worker.reservation import (
     InvalidReservationError,
     Key,
@@ -38,6 +39,7 @@ class HandOff:
         lease_ms: int,
         reservations_max: int,
         resends_max: int,
+        claims: Claims | None = None,
     ) -> None:
         self.ledger = ledger
         self.cache = PrefixCache(ledger)
@@ -45,6 +47,7 @@ class HandOff:
         self._lease_ms = lease_ms
         self._reservations_max = reservations_max
         self._resends_max = resends_max
+        self._claims = Claims() if claims is None else claims
         self._by_key: dict[Key, Reservation] = {}
         self._by_transfer: dict[int, Reservation] = {}
         self._next_transfer_id = 1
@@ -71,7 +74,7 @@ class HandOff:
             token's block, which must be private.
 
         Raises:
-            OutOfBlocksError: no room now, or too many reservations.
+            OutOfBlocksError: no room now, or it is kept for others, or too many reservations.
             InvalidReservationError: no room ever.
         """
         total = reserved_blocks(prompt_tokens, sampling.max_tokens, self._layout.block_size)
@@ -90,28 +93,47 @@ class HandOff:
             raise OutOfBlocksError(f"{self._reservations_max} reservations are open")
         reusable = chain.hashes if chain is not None else []
         if prefill_here:
-            reusable = reusable[: (prompt_tokens - 1) // self._layout.block_size]
-        cached, blocks = self.cache.take(key, reusable, total)
-        prompt_blocks = self._layout.blocks_for(prompt_tokens) - len(cached)
+            reusable = reusable[: self._before_last_token(prompt_tokens)]
+        cached, private = self._take(key, reusable, total, now_ms)
         reservation = Reservation(
             key=key,
             transfer_id=self._next_transfer_id,
             prompt_tokens=prompt_tokens,
             sampling=sampling,
-            prompt_blocks=blocks[:prompt_blocks],
-            growth_blocks=blocks[prompt_blocks:],
+            blocks=cached + private,
+            first_block=len(cached),
+            prompt_end=self._layout.blocks_for(prompt_tokens),
             lease_end_ms=now_ms + self._lease_ms,
-            cached_blocks=cached,
             chain=chain,
         )
         self._next_transfer_id += 1
         self._by_key[key] = self._by_transfer[reservation.transfer_id] = reservation
         return reservation
 
+    def _take(
+        self, key: Key, hashes: Sequence[bytes], total: int, now_ms: float
+    ) -> tuple[list[int], list[int]]:
+        """PrefixCache.take, in turn with the large requests of other routers."""
+        session = key[0]
+        kept = self._claims.kept(session, now_ms)
+        try:
+            taken = self.cache.take(key, hashes, total, keep=kept)
+        except OutOfBlocksError:
+            if not kept or total > self.ledger.available:  # not only because of another's claim
+                self._claims.refused(session, total, now_ms)
+            raise
+        self._claims.granted(session, total)
+        return taken
+
+    def session_ended(self, session: object) -> list[Key]:
+        """It claims nothing any more. Returns what it still has here, to be aborted."""
+        self._claims.leave(session)
+        return [key for key in self._by_key if key[0] is session]
+
     def sign(self, reservation: Reservation, ticket: Ticket) -> Ticket:
         """`ticket` with what this reservation gives leave for, signed as a whole."""
         ticket.transfer_id = reservation.transfer_id
-        ticket.first_block = len(reservation.cached_blocks)
+        ticket.first_block = reservation.first_block
         ticket.block_ids[:] = reservation.prompt_blocks
         ticket.expires_ms = int(reservation.lease_end_ms)
         reservation.signature = ticket.signature = self._signer.signature(ticket)
@@ -146,8 +168,8 @@ class HandOff:
         """
         reservation = self._by_transfer[transfer_id]
         end = first_index + count
-        if end > len(reservation.prompt_blocks):
-            text = f"blocks to {end} sent, the ticket ends at {len(reservation.prompt_blocks)}"
+        if end > reservation.ticket_blocks:
+            text = f"blocks to {end} sent, the ticket ends at {reservation.ticket_blocks}"
             raise RefusedError(Rejection.OVERSIZED, text)
         if again:
             unasked = set(range(first_index, end)) - set(reservation.bad_blocks)
@@ -158,7 +180,8 @@ class HandOff:
             text = f"blocks from {first_index} sent, expected from {reservation.blocks_received}"
             early = first_index > reservation.blocks_received
             raise RefusedError(Rejection.REORDERED if early else Rejection.DUPLICATE, text)
-        return reservation.prompt_blocks[first_index:end]
+        first = reservation.first_block
+        return reservation.blocks[first + first_index : first + end]
 
     def received(
         self,
@@ -197,9 +220,9 @@ class HandOff:
         reservation = self._by_transfer[transfer_id]
         if reservation.state is ReservationState.ABORTING:
             return None
-        missing = len(reservation.prompt_blocks) - reservation.blocks_received
+        missing = reservation.ticket_blocks - reservation.blocks_received
         missing += len(reservation.bad_blocks)
-        if missing or blocks != len(reservation.prompt_blocks):
+        if missing or blocks != reservation.ticket_blocks:
             text = f"Commit of {blocks} blocks while {missing} are missing"
             raise RefusedError(Rejection.INCOMPLETE, text)
         reservation.on(ReservationEvent.COMMIT)
@@ -222,14 +245,22 @@ class HandOff:
         self._forget(reservation)
         return reservation if failed else None
 
-    def prefill(self, key: Key) -> Reservation:
+    def claim_for_engine(self, key: Key) -> None:
         """There will be no writer: the prompt is for the engine here."""
         reservation = self._by_key[key]
         reservation.on(ReservationEvent.PREFILL)
         del self._by_transfer[reservation.transfer_id]
         blocks = reservation.prompt_blocks + reservation.growth_blocks
         self.ledger.move(key, blocks, BlockEvent.CLAIM)
-        return reservation
+
+    def catch_up(self, key: Key, computed: int) -> int:
+        """Between steps: takes what others have computed of a prompt that is computed here, from
+        its first `computed` tokens on, which end with a block. Returns how many tokens."""
+        reservation, size = self._by_key[key], self._layout.block_size
+        end = min(len(reservation.hashes), self._before_last_token(reservation.prompt_tokens))
+        places = range(computed // size, end)
+        hashes = reservation.hashes
+        return self.cache.catch_up(key, reservation.blocks, hashes, places) * size
 
     def computed(self, key: Key) -> None:
         """The whole prompt is: the reservation is decoding."""
@@ -242,7 +273,8 @@ class HandOff:
         full = len(reservation.hashes)
         if tokens is not None:
             full = min(full, tokens // self._layout.block_size)
-        self.cache.insert(key, reservation.blocks[:full], reservation.hashes[:full])
+        first, reservation.shared_blocks = reservation.shared_blocks, full
+        self.cache.insert(key, reservation.blocks, reservation.hashes, first=first, end=full)
 
     def distrust(self, key: Key) -> None:
         """What the engine made of this sequence is wrong: nobody else shall read its KV."""
@@ -300,9 +332,6 @@ class HandOff:
         reservation = self._by_key.get(key)
         return reservation is not None and reservation.state is ReservationState.ABORTING
 
-    def of_session(self, session: object) -> list[Key]:
-        return [key for key in self._by_key if key[0] is session]
-
     def engine_moved(self, now_ms: float) -> None:
         """A step has ended: prompts that wait for their turn here need not give up."""
         self._engine_lease_end_ms = now_ms + self._lease_ms
@@ -323,6 +352,10 @@ class HandOff:
             return max(reservation.lease_end_ms, self._engine_lease_end_ms)
         return math.inf
 
+    def _before_last_token(self, prompt_tokens: int) -> int:
+        """Blocks of the prompt that the engine need not write when it computes the last token."""
+        return (prompt_tokens - 1) // self._layout.block_size
+
     def _release_unwritten(self, reservation: Reservation) -> None:
         """What the prefill worker has no leave to write, nor the engine yet."""
         blocks = reservation.cached_blocks + reservation.growth_blocks
@@ -334,8 +367,7 @@ class HandOff:
         if reservation.chain is None or not answer:
             return
         reservation.chain.extend(answer[:-1])
-        full = len(reservation.hashes)
-        self.cache.insert(reservation.key, reservation.blocks[:full], reservation.hashes)
+        self.cache.insert(reservation.key, reservation.blocks, reservation.hashes)
 
     def _forget(self, reservation: Reservation) -> None:
         del self._by_key[reservation.key]

@@ -52,7 +52,7 @@ def check_prompt(reserve: worker_pb2.Reserve) -> None:
 def local_prompt(
     reserve: worker_pb2.Reserve, reservation: Reservation, block_size: int
 ) -> LocalPrompt:
-    cached_tokens = len(reservation.cached_blocks) * block_size
+    cached_tokens = reservation.first_block * block_size
     return LocalPrompt(
         key=reservation.key,
         prompt=list(reserve.prompt_token_ids),
@@ -89,7 +89,12 @@ def started(prompt: LocalPrompt) -> DecodeEvent:
 
 
 def first_token(prompt: LocalPrompt, token: int, prefill_ms: float) -> DecodeEvent:
-    event = worker_pb2.FirstToken(key=prompt.key[1], token_id=token, prefill_ms=prefill_ms)
+    event = worker_pb2.FirstToken(
+        key=prompt.key[1],
+        token_id=token,
+        prefill_ms=prefill_ms,
+        cached_tokens=prompt.cached_tokens,
+    )
     return DecodeEvent(first_token=event)
 
 

@@ -5,14 +5,14 @@ many prompt tokens as its predicted time allows, and at least a block, so that p
 advance; while none runs, a whole chunk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from decode_worker.reservation import Key
 from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.engine.step_cost import StepFit
-from kvrelay.engine.turns import Chunk, Turns
+from kvrelay.engine.turns import Chunk, Turns, nothing_new
 
 
 class PromptsFullError(Exception):
@@ -34,16 +34,22 @@ class LocalPrompt:
 
 
 class LocalPrompts:
-    """All of one worker. itl_target_ms 0: no bound but chunk_tokens."""
+    """All of one worker. itl_target_ms 0: no bound but chunk_tokens; look_again: that of Turns."""
 
     def __init__(
-        self, block_size: int, *, chunk_tokens: int, itl_target_ms: int, prompts_max: int
+        self,
+        block_size: int,
+        *,
+        chunk_tokens: int,
+        itl_target_ms: int,
+        prompts_max: int,
+        look_again: Callable[[LocalPrompt], int] = nothing_new,
     ) -> None:
         self._block_size = block_size
-        self._chunk_tokens = max(chunk_tokens, block_size)
+        self.chunk_tokens = max(chunk_tokens, block_size)  # of one step, at most
         self._itl_target_ms = itl_target_ms
         self._prompts_max = prompts_max
-        self._turns: Turns[LocalPrompt] = Turns(block_size)
+        self._turns: Turns[LocalPrompt] = Turns(block_size, look_again)
         self._prompts: dict[Key, LocalPrompt] = {}
 
     def __len__(self) -> int:
@@ -53,6 +59,11 @@ class LocalPrompts:
     def queued_tokens(self) -> int:
         """Prompt tokens to be computed here."""
         return self._turns.tokens
+
+    @property
+    def queued_prompts(self) -> int:
+        """That queued_tokens are of."""
+        return len(self._turns)
 
     def check_room(self) -> None:
         """Raises PromptsFullError when no prompt can be added now."""
@@ -87,6 +98,6 @@ class LocalPrompts:
 
     def _tokens(self, running: int, fit: StepFit) -> int:
         if not running or not self._itl_target_ms:
-            return self._chunk_tokens
+            return self.chunk_tokens
         within = fit.prompt_tokens_within(self._itl_target_ms, running)
-        return max(self._block_size, min(within, self._chunk_tokens))
+        return max(self._block_size, min(within, self.chunk_tokens))

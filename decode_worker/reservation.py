@@ -67,21 +67,36 @@ class Reservation:
     transfer_id: int
     prompt_tokens: int
     sampling: SamplingParams
-    prompt_blocks: list[int]  # to be written: by the prefill worker, whose ticket has them, or here
-    growth_blocks: list[int]  # for the KV of the answer
+    blocks: list[int]  # of prompt and answer; whoever reads them later has this very list
+    first_block: int  # before it, blocks of the prompt that were cached when it was made
+    prompt_end: int  # from here on, blocks for the KV of the answer
     lease_end_ms: float
     state: ReservationState = ReservationState.RESERVED
     blocks_received: int = 0
     bad_blocks: set[int] = field(default_factory=set)  # indexes that must come again
     resends: Counter[int] = field(default_factory=Counter)  # asked for, by index
-    cached_blocks: list[int] = field(default_factory=list)  # shared, the first of the prompt
+    shared_blocks: int = 0  # others may read so many from the first on
     chain: PrefixChain | None = None  # over the prompt; None: nothing of it is cached
     signature: bytes = b""  # of its ticket
     history: TokenHistory | None = None  # what sampling has to know of the prompt
 
     @property
-    def blocks(self) -> list[int]:
-        return self.cached_blocks + self.prompt_blocks + self.growth_blocks
+    def cached_blocks(self) -> list[int]:
+        return self.blocks[: self.first_block]
+
+    @property
+    def prompt_blocks(self) -> list[int]:
+        """To be written: by the prefill worker, whose ticket has them, or here."""
+        return self.blocks[self.first_block : self.prompt_end]
+
+    @property
+    def growth_blocks(self) -> list[int]:
+        return self.blocks[self.prompt_end :]
+
+    @property
+    def ticket_blocks(self) -> int:
+        """How many prompt_blocks are."""
+        return self.prompt_end - self.first_block
 
     @property
     def hashes(self) -> list[bytes]:

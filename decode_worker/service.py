@@ -15,6 +15,7 @@ from typing import Any
 from decode_worker import messages
 from decode_worker.batch import Batch, Ending, Output, Running
 from decode_worker.book import Book
+from decode_worker.claims import Claims
 from decode_worker.handoff import HandOff
 from decode_worker.prompts import LocalPrompt, LocalPrompts, PromptsFullError
 from decode_worker.reservation import InvalidReservationError, Key, Reservation
@@ -54,6 +55,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             lease_ms=config.lease_ms,
             reservations_max=config.reservations_max,
             resends_max=config.resends_max,
+            claims=Claims(
+                claim_ms=config.claim_ms,
+                hold_ms=config.claim_hold_ms,
+                claims_max=config.claims_max,
+            ),
         )
         self._batch = Batch(config.batch_max)
         self._prompts = LocalPrompts(
@@ -61,6 +67,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             chunk_tokens=config.chunk_tokens,
             itl_target_ms=config.itl_target_ms,
             prompts_max=config.local_prompts_max,
+            look_again=lambda prompt: self._handoff.catch_up(prompt.key, prompt.computed),
         )
         self._decoding: dict[Key, Running] = {}
         self._in_step: set[Key] = set()
@@ -112,7 +119,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         await self._door.admit(context)
         session: RouterSession[DecodeEvent] = RouterSession(self._config.session_events_max)
         self._sessions.add(session)
-        info = self._engine.info(self.instance_id)
+        info = self._engine.info(self.instance_id, self._prompts.chunk_tokens)
         info.itl_target_ms = self._config.itl_target_ms
         self._send(session, DecodeEvent(info=info))
         self._announcer.open(session)
@@ -130,7 +137,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     def _closed(self, session: RouterSession[DecodeEvent]) -> None:
         self._announcer.close(session)
         self._sessions.discard(session)
-        for key in self._handoff.of_session(session):
+        for key in self._handoff.session_ended(session):
             self._abort(key, "the router's session ended")
 
     def _reserve(self, session: RouterSession[DecodeEvent], reserve: worker_pb2.Reserve) -> None:
@@ -146,7 +153,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._announced_free = self.ledger.available
         reserved = worker_pb2.Reserved(key=reserve.key)
         if reserve.prefill_here:
-            self._handoff.prefill(key)
+            self._handoff.claim_for_engine(key)
             block_size = self._layout.block_size
             self._prompts.add(messages.local_prompt(reserve, reservation, block_size))
             self._work.set()
@@ -348,6 +355,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         event.load.blocks_free = self.ledger.available
         event.load.running = len(self._batch)
         event.load.queued_tokens = self._prompts.queued_tokens
+        event.load.queued_prompts = self._prompts.queued_prompts
         event.load.cost.CopyFrom(self._engine.cost())
         session.send(event)
 

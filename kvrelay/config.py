@@ -56,6 +56,7 @@ class WorkerConfig(_Frozen):
     # Decode
     batch_max: int = 64  # sequences in one step
     reservations_max: int = 4096
+    claims_max: int = 256  # routers whose requests wait for more blocks than are free
     itl_target_ms: int = Field(default=150, ge=0)  # of steps with chunks of prompts; 0: no bound
     local_prompts_max: int = Field(default=256, ge=1)  # to be computed here, begun or not
     links_max: int = 1024  # connections of prefill workers, shaken hands or not
@@ -63,6 +64,8 @@ class WorkerConfig(_Frozen):
 
     # Waits, each with its end
     lease_ms: int = 120_000  # a reservation that makes no progress
+    claim_ms: int = 1_000  # a claim to blocks that its router does not ask for again
+    claim_hold_ms: int = 5_000  # so long a claim keeps blocks from other routers
     link_connect_ms: int = 5_000
     link_reply_ms: int = 15_000  # an answer on the KV link, or any progress of a frame on it
     nccl_operation_ms: int = 5_000  # a group of blocks in NCCL's hands

@@ -76,6 +76,7 @@ class Job:
     blocks: list[int] = field(default_factory=list)
     computed: int = 0  # those found in the cache included
     cached_tokens: int = 0
+    shared_blocks: int = 0  # others may read so many from the first on
     first_token: int | None = None
 
     def on(self, event: JobEvent) -> None:
@@ -91,10 +92,11 @@ class Schedule:
         self.ledger = ledger
         self.cache = PrefixCache(ledger)
         self._layout = layout
-        self._chunk_tokens = max(chunk_tokens, layout.block_size)
+        self.chunk_tokens = max(chunk_tokens, layout.block_size)  # of one step, at most
         self._jobs_max = jobs_max
         self._waiting: deque[Job] = deque()
-        self._turns: Turns[Job] = Turns(layout.block_size)  # computing
+        self._waiting_tokens = 0
+        self._turns: Turns[Job] = Turns(layout.block_size, self._look_again)  # computing
         self._jobs: dict[Key, Job] = {}
 
     def __len__(self) -> int:
@@ -103,7 +105,12 @@ class Schedule:
     @property
     def queued_tokens(self) -> int:
         """Prompt tokens accepted and not yet computed."""
-        return sum(len(job.prompt) for job in self._waiting) + self._turns.tokens
+        return self._waiting_tokens + self._turns.tokens
+
+    @property
+    def queued_prompts(self) -> int:
+        """That queued_tokens are of."""
+        return len(self._waiting) + len(self._turns)
 
     def add(self, job: Job) -> None:
         """Raises InvalidJobError or QueueFullError and changes nothing."""
@@ -129,11 +136,12 @@ class Schedule:
             raise QueueFullError(f"{self._jobs_max} prompts are here already")
         self._jobs[job.key] = job
         self._waiting.append(job)
+        self._waiting_tokens += len(job.prompt)
 
     def next_step(self) -> list[Chunk[Job]]:
         """Chunks of up to chunk_tokens in all; empty when there is nothing to compute."""
         self._admit()
-        return self._turns.next_chunks(self._chunk_tokens)
+        return self._turns.next_chunks(self.chunk_tokens)
 
     def computed(self, chunk: Chunk[Job]) -> None:
         """A step with this chunk has ended. Its job's turn is over."""
@@ -167,6 +175,7 @@ class Schedule:
         job.on(JobEvent.ABORT)
         if before is JobState.QUEUED:
             self._waiting.remove(job)
+            self._waiting_tokens -= len(job.prompt)
             del self._jobs[key]
             return job
         if before is JobState.COMPUTING:
@@ -192,19 +201,32 @@ class Schedule:
         while self._waiting:
             job = self._waiting[0]
             needed = self._layout.blocks_for(len(job.prompt))
-            # The last token is always computed, for its logits; its block is written, so private.
-            reusable = job.hashes[: (len(job.prompt) - 1) // self._layout.block_size]
+            reusable = self._reusable_blocks(job)
             try:
-                shared, private = self.cache.take(job.key, reusable, needed)
+                shared, private = self.cache.take(job.key, job.hashes[:reusable], needed)
             except OutOfBlocksError:
                 return
             self.ledger.move(job.key, private, BlockEvent.CLAIM)
             job.blocks = shared + private
             job.computed = job.cached_tokens = len(shared) * self._layout.block_size
             job.on(JobEvent.ADMIT)
-            self._turns.join(self._waiting.popleft())
+            self._waiting.popleft()
+            self._waiting_tokens -= len(job.prompt)
+            self._turns.join(job)
+
+    def _reusable_blocks(self, job: Job) -> int:
+        """The last token is always computed, for its logits; its block is written, so private."""
+        return min(len(job.hashes), (len(job.prompt) - 1) // self._layout.block_size)
+
+    def _look_again(self, job: Job) -> int:
+        """Between steps, so only a push may be using the job's blocks, and none that is not
+        computed."""
+        size = self._layout.block_size
+        places = range(job.computed // size, self._reusable_blocks(job))
+        return self.cache.catch_up(job.key, job.blocks, job.hashes, places) * size
 
     def _share_computed(self, job: Job) -> None:
         """Full blocks are not written again: others may read them from now on."""
         full = min(job.computed // self._layout.block_size, len(job.hashes))
-        self.cache.insert(job.key, job.blocks[:full], job.hashes[:full])
+        self.cache.insert(job.key, job.blocks, job.hashes, first=job.shared_blocks, end=full)
+        job.shared_blocks = full

@@ -101,7 +101,8 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         await self._door.admit(context)
         session: RouterSession[PrefillEvent] = RouterSession(self._config.session_events_max)
         self._sessions.add(session)
-        self._send(session, PrefillEvent(info=self._engine.info(self.instance_id)))
+        info = self._engine.info(self.instance_id, self._schedule.chunk_tokens)
+        self._send(session, PrefillEvent(info=info))
         self._announcer.open(session)
         await serve_session(session, request_iterator, context, self._command, self._closed)
 
@@ -186,8 +187,8 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         for chunk in step:
             progress = self._running[chunk.job]
             progress.engine_idle.clear()
+            progress.advanced.set()  # what others have computed can travel during this step
             if chunk.is_first:
-                progress.advanced.set()  # what is cached can travel while this is computed
                 progress.started_s = time.perf_counter()
                 started = worker_pb2.PrefillStarted(
                     key=chunk.job.key[1], cached_tokens=chunk.job.cached_tokens
@@ -217,6 +218,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             key=job.key[1],
             token_id=token,
             prefill_ms=(progress.computed_s - progress.started_s) * 1000,
+            cached_tokens=job.cached_tokens,
         )
         self._send(job.key[0], PrefillEvent(first_token=event))
 
@@ -320,6 +322,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     def _send(self, session: Any, event: PrefillEvent) -> None:
         event.load.queued_tokens = self._schedule.queued_tokens
+        event.load.queued_prompts = self._schedule.queued_prompts
         event.load.cost.CopyFrom(self._engine.cost())
         session.send(event)
 

@@ -134,7 +134,7 @@ class Dispatcher:
             if kind == "started":
                 request.times.note_start(event.started, now_ms)
             elif kind == "first_token":
-                request.times.prefill_ms += event.first_token.prefill_ms
+                request.times.note_computed(event.first_token)
                 commands += self._tokens(request, 0, [event.first_token.token_id], now_ms)
             elif kind == "handed_off":
                 request.times.note_hand_off(event.handed_off)

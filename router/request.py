@@ -76,12 +76,19 @@ class Times:
     kv_exposed_ms: float = 0.0
     transport: str = ""
     cached_tokens: int = 0  # of the prompt, that no attempt has computed
+    _cached_before: int | None = None  # the same of earlier attempts; None: there were none
 
     def note_start(self, started: worker_pb2.PrefillStarted, now_ms: float) -> None:
         if self.prefill_began_at_ms is None:
             self.prefill_began_at_ms = now_ms
-            self.cached_tokens = started.cached_tokens
-        self.cached_tokens = min(self.cached_tokens, started.cached_tokens)
+        else:
+            self._cached_before = self.cached_tokens
+        self._note_cached(started.cached_tokens)
+
+    def note_computed(self, first_token: worker_pb2.FirstToken) -> None:
+        """Others may have computed more of the prompt since it was started."""
+        self.prefill_ms += first_token.prefill_ms
+        self._note_cached(max(self.cached_tokens, first_token.cached_tokens))
 
     def note_hand_off(self, handed_off: worker_pb2.HandedOff) -> None:
         self.kv_bytes += handed_off.kv_bytes
@@ -91,8 +98,12 @@ class Times:
 
     def note_computed_here(self, first_token: worker_pb2.FirstToken) -> None:
         """The decode worker has computed the prompt itself; no KV has moved."""
-        self.prefill_ms += first_token.prefill_ms
+        self.note_computed(first_token)
         self.transport = LOCAL
+
+    def _note_cached(self, tokens: int) -> None:
+        before = self._cached_before
+        self.cached_tokens = tokens if before is None else min(before, tokens)
 
 
 @dataclass(eq=False)

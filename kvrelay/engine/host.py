@@ -38,8 +38,9 @@ class EngineHost:
         )
         self._touching.start()
 
-    def info(self, instance_id: str) -> worker_pb2.WorkerInfo:
-        """What a worker with this engine says of itself at the start of a session."""
+    def info(self, instance_id: str, chunk_tokens: int) -> worker_pb2.WorkerInfo:
+        """What a worker with this engine says of itself at the start of a session; chunk_tokens: of
+        prompts in one step, at most."""
         layout = self.pool.layout
         held = self.pool.blocks * layout.block_size
         return worker_pb2.WorkerInfo(
@@ -48,6 +49,7 @@ class EngineHost:
             layout=layout.to_wire(),
             blocks_total=self.pool.blocks,
             max_model_tokens=min(held, self._runner.context_limit or held),
+            chunk_tokens=chunk_tokens,
         )
 
     def cost(self) -> worker_pb2.StepCost:

@@ -18,7 +18,10 @@ from statistics import median, median_low
 _KEPT = 16  # steps of each kind
 _HALF_LIFE_STEPS = 512  # a kind of steps that was not seen for as many counts half
 _WEIGHT_MIN = 1e-3  # but it is not forgotten: nobody else may know what prompts cost
-_RIDGE = 1e-9  # of the trace: decides where the steps leave it open, and nothing else
+_SAMPLES_MIN = 3  # steps of a kind before it counts: the first ones are often held up
+# Decides where the steps leave it open, and nothing else: base_ms gets the time, unless steps have
+# more than about 16 prompt tokens, which then get it.
+_RIDGE = (1e-9, 1e-9 * 16**2, 1e-9 * 256**2)  # of the weight of all steps
 _REFIT_STEPS = 8  # a fit takes up to 0.5 ms, so not after every step
 _PACED = 5  # steps with prompts that say how far off the fit is at present
 _GROWTH = 2  # a step's prompt tokens, against the most that was ever measured
@@ -43,6 +46,10 @@ class _Kind:
 
     steps: deque[tuple[int, int, float]] = field(default_factory=lambda: deque(maxlen=_KEPT))
     newest: int = 0  # number of the last
+
+    @property
+    def is_known(self) -> bool:
+        return len(self.steps) >= _SAMPLES_MIN
 
     def middle(self, cost: StepCost) -> tuple[int, int, float]:
         """The step with the median time against `cost`: those of a kind differ a little in size."""
@@ -72,14 +79,14 @@ class StepFit:
         self._measured += 1
         self._prompt_tokens_most = max(self._prompt_tokens_most, prompt_tokens)
         name = (prompt_tokens.bit_length(), sequences.bit_length())
-        is_new = name not in self._kinds
-        predicted_ms = self.cost.predict_ms(prompt_tokens, sequences)
-        if prompt_tokens and predicted_ms and not is_new:
-            self._paces.append(step_ms / predicted_ms)
         kind = self._kinds.setdefault(name, _Kind())
+        predicted_ms = self.cost.predict_ms(prompt_tokens, sequences)
+        if prompt_tokens and predicted_ms and kind.is_known:
+            self._paces.append(step_ms / predicted_ms)
+        was_known = kind.is_known
         kind.steps.append((prompt_tokens, sequences, step_ms))
         kind.newest = self._measured
-        if is_new or self._measured % _REFIT_STEPS == 0:
+        if kind.is_known and (not was_known or self._measured % _REFIT_STEPS == 0):
             self.cost = self._fitted()
 
     def prompt_tokens_within(self, step_ms: float, sequences: int) -> int:
@@ -101,6 +108,8 @@ class StepFit:
         sums = [[0.0] * 3 for _ in range(3)]
         wanted = [0.0] * 3
         for kind in self._kinds.values():
+            if not kind.is_known:
+                continue
             prompt_tokens, sequences, ms = kind.middle(self.cost)
             age = (self._measured - kind.newest) / _HALF_LIFE_STEPS
             weight = len(kind.steps) * max(_WEIGHT_MIN, 0.5**age)
@@ -109,9 +118,9 @@ class StepFit:
                 wanted[i] += weight * row[i]
                 for j in range(3):
                     sums[i][j] += weight * row[i] * row[j]
-        ridge = _RIDGE * (sums[0][0] + sums[1][1] + sums[2][2])
+        everything = sums[0][0]
         for i in range(3):
-            sums[i][i] += ridge
+            sums[i][i] += _RIDGE[i] * everything
         return StepCost(*_solved(sums, wanted))
 
 

@@ -21,6 +21,7 @@ class PrefixCache:
         self._block_of: dict[bytes, int] = {}
         self.journal = BlockJournal(self._block_of)  # told of every name that comes or goes
         self._hash_of: dict[int, bytes] = {}
+        self._in_doubt: set[int] = set()  # forgotten while somebody used them
         # In the order of eviction: children before their parents.
         self._unused: OrderedDict[int, None] = OrderedDict()
 
@@ -38,10 +39,10 @@ class PrefixCache:
         return blocks
 
     def take(
-        self, owner: object, hashes: Iterable[bytes], total: int
+        self, owner: object, hashes: Iterable[bytes], total: int, keep: int = 0
     ) -> tuple[list[int], list[int]]:
         """`total` blocks for `owner`, all or nothing: those it shares of the longest cached prefix,
-        and private ones for the rest.
+        and private ones for the rest. keep: so many must be left for somebody else.
 
         Raises:
             OutOfBlocksError: too few are free or could be evicted.
@@ -49,22 +50,55 @@ class PrefixCache:
         shared = self.match(hashes)
         count = total - len(shared)
         room = self.ledger.available - sum(block in self._unused for block in shared)
-        if count > room:
-            raise OutOfBlocksError(f"{count} KV blocks asked for, {room} free or evictable")
+        if count > room - keep:
+            kept = f", {keep} of them kept for a larger request" if keep else ""
+            raise OutOfBlocksError(f"{count} KV blocks asked for, {room} free or evictable{kept}")
         self.ledger.move(owner, shared, BlockEvent.SHARE)
         for block in shared:
             self._unused.pop(block, None)
         self._evict(count - self.ledger.free)
         return shared, self.ledger.reserve(owner, count)
 
-    def insert(self, owner: object, blocks: Sequence[int], hashes: Sequence[bytes]) -> None:
-        """Lets others share these blocks of `owner`, which are complete.
+    def catch_up(
+        self, owner: object, blocks: list[int], hashes: Sequence[bytes], places: range
+    ) -> int:
+        """Puts cached blocks into the places of `owner`'s own, which hold nothing yet and nobody
+        uses: as many of `places` as are cached in a row. Changes `blocks`, the owner's table.
 
-        A block whose name another one has already stays private, and ends with its owner: nobody's
-        table is changed while it runs. Blocks that are cached already are passed over; after one
-        that was forgotten meanwhile, the rest is in doubt, too.
+        Returns how many.
         """
-        for block, name in zip(blocks, hashes, strict=True):
+        for place in places:
+            other = self._block_of.get(hashes[place])
+            if other is None or other == blocks[place]:
+                return place - places.start
+            self.ledger.move(owner, [other], BlockEvent.SHARE)
+            self._unused.pop(other, None)
+            self.ledger.move(owner, [blocks[place]], BlockEvent.RELEASE)
+            blocks[place] = other
+        return len(places)
+
+    def insert(
+        self,
+        owner: object,
+        blocks: Sequence[int],
+        hashes: Sequence[bytes],
+        *,
+        first: int = 0,
+        end: int | None = None,
+    ) -> None:
+        """Lets others share these blocks of `owner`, which are complete; those before `first` have
+        been given here earlier, those from `end` on are not complete.
+
+        A block whose name another one has already stays private, and ends with its owner. Blocks
+        that are cached already are passed over; after one that was forgotten meanwhile, the rest is
+        in doubt, too.
+        """
+        end = len(hashes) if end is None else end
+        first = min(first, end)
+        if first and (self._in_doubt or hashes[first - 1] not in self._block_of):
+            first = 0  # something before it has gone
+        for place in range(first, end):
+            block, name = blocks[place], hashes[place]
             if self.ledger.state(block) is BlockState.CACHED:
                 if block not in self._hash_of:
                     return
@@ -110,6 +144,8 @@ class PrefixCache:
             if block in self._unused:
                 del self._unused[block]
                 self.ledger.move(None, [block], BlockEvent.EVICT)
+            else:
+                self._in_doubt.add(block)
 
     def check(self) -> None:
         """Raises AssertionError when index and ledger differ. Called after every test."""
@@ -119,11 +155,13 @@ class PrefixCache:
         unused = {block for block in cached if not self.ledger.is_used(block)}
         assert unused == set(self._unused)
         assert unused <= set(self._hash_of) <= cached
+        assert self._in_doubt == cached - set(self._hash_of)
 
     def _rest(self, block: int) -> None:
         if block in self._hash_of:
             self._unused[block] = None
-        else:  # forgotten while it was in use
+        else:
+            self._in_doubt.remove(block)
             self.ledger.move(None, [block], BlockEvent.EVICT)
 
     def _evict(self, count: int) -> None:

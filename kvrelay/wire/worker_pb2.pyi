@@ -181,14 +181,16 @@ class PrefillStarted(_message.Message):
     def __init__(self, key: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class FirstToken(_message.Message):
-    __slots__ = ("key", "token_id", "prefill_ms")
+    __slots__ = ("key", "token_id", "prefill_ms", "cached_tokens")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     PREFILL_MS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     key: int
     token_id: int
     prefill_ms: float
-    def __init__(self, key: _Optional[int] = ..., token_id: _Optional[int] = ..., prefill_ms: _Optional[float] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, key: _Optional[int] = ..., token_id: _Optional[int] = ..., prefill_ms: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class HandedOff(_message.Message):
     __slots__ = ("key", "kv_bytes", "kv_transfer_ms", "kv_exposed_ms", "transport")

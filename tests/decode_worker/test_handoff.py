@@ -75,7 +75,8 @@ def brought_to(handoff: HandOff, state: ReservationState, number: int = 1) -> Re
     if state is S.RESERVED:
         return reservation
     if state is S.PREFILLING:
-        return handoff.prefill(reservation.key)
+        handoff.claim_for_engine(reservation.key)
+        return reservation
     begin(handoff, reservation)
     if state is S.DECODING:
         receive(handoff, reservation)
@@ -99,7 +100,7 @@ def names(value: object) -> str:
 
 @pytest.mark.parametrize(("state", "event"), list(itertools.product(S, E)), ids=names)
 def test_every_event_in_every_state_is_in_the_table_or_raises(state, event):
-    reservation = Reservation(KEY, 1, 4, sampling(), [0], [], 0.0, state)
+    reservation = Reservation(KEY, 1, 4, sampling(), [0], 0, 1, 0.0, state)
     before = copy.copy(reservation)
     if (state, event) in TRANSITIONS:
         reservation.on(event)
@@ -491,7 +492,7 @@ def test_a_lost_session_is_answered_with_exactly_its_keys(handoff):
     ours, theirs = object(), object()
     for key in ((ours, 1), (theirs, 1), (ours, 2)):
         handoff.reserve(key, 4, sampling(max_tokens=1), 0)
-    assert handoff.of_session(ours) == [(ours, 1), (ours, 2)]
+    assert handoff.session_ended(ours) == [(ours, 1), (ours, 2)]
 
 
 # ---- leases
@@ -529,7 +530,7 @@ def test_a_prompt_waits_for_its_turn_here_as_long_as_the_engine_makes_steps(hand
 def test_a_prompt_gets_its_lease_at_an_engine_that_was_idle_before_it(handoff):
     handoff.engine_moved(0)
     reservation = reserve(handoff, now=1000)
-    handoff.prefill(reservation.key)
+    handoff.claim_for_engine(reservation.key)
     assert handoff.expired(1000 + LEASE_MS - 1) == []
     assert handoff.expired(1000 + LEASE_MS) == [reservation.key]
 
@@ -540,8 +541,9 @@ def test_a_prompt_gets_its_lease_at_an_engine_that_was_idle_before_it(handoff):
 def prefilling(handoff: HandOff, number: int, prompt: range, answer: int = 2) -> Reservation:
     params = sampling(max_tokens=answer)
     key, chain = ("router", number), chain_of(*prompt)
-    handoff.reserve(key, len(prompt), params, 0, chain, prefill_here=True)
-    return handoff.prefill(key)
+    reservation = handoff.reserve(key, len(prompt), params, 0, chain, prefill_here=True)
+    handoff.claim_for_engine(key)
+    return reservation
 
 
 def test_the_engine_owns_all_blocks_of_a_prompt_computed_here_and_no_writer_gets_leave(handoff):
@@ -559,7 +561,7 @@ def test_the_engine_owns_all_blocks_of_a_prompt_computed_here_and_no_writer_gets
 def test_a_ticket_that_has_been_used_leaves_nothing_to_compute_here(handoff):
     reservation = brought_to(handoff, S.RECEIVING)
     with pytest.raises(IllegalTransitionError):
-        handoff.prefill(reservation.key)
+        handoff.claim_for_engine(reservation.key)
     assert counts(handoff) == {B.FREE: 5, B.WRITING: 2, B.RESERVED: 1}
 
 
@@ -589,6 +591,27 @@ def test_what_is_computed_here_is_shared_block_by_block(handoff):
         handoff.computed(key)
         handoff.finish(key, [5, 6])
     assert counts(handoff) == {B.FREE: 6, B.CACHED: 2}
+
+
+def test_what_others_compute_meanwhile_takes_the_place_of_ones_own_empty_blocks(handoff):
+    one, other = prefilling(handoff, 1, range(9)), prefilling(handoff, 2, range(9))
+    table = other.blocks
+    handoff.share_prompt(one.key, 4)
+    assert handoff.catch_up(other.key, 0) == 4
+    handoff.share_prompt(one.key, 9)
+    assert handoff.catch_up(other.key, 4) == 4
+    assert handoff.catch_up(other.key, 8) == 0
+    assert other.blocks is table
+    assert (table[:2], table[2] != one.blocks[2]) == (one.blocks[:2], True)
+    assert counts(handoff) == {B.CACHED: 2, B.OWNED: 2, B.FREE: TOTAL - 4}
+    assert len(other.cached_blocks) == 0  # when it was made
+
+
+def test_the_block_of_the_last_prompt_token_stays_private_when_others_have_it(handoff):
+    one, other = prefilling(handoff, 1, range(8)), prefilling(handoff, 2, range(8))
+    handoff.share_prompt(one.key, 8)
+    assert handoff.catch_up(other.key, 0) == 4
+    assert handoff.ledger.state(other.blocks[1]) is B.OWNED
 
 
 # ---- prefix caching
@@ -852,7 +875,7 @@ class HandOffMachine(RuleBasedStateMachine):
         self.live[key] = r
         self.prompts[key] = prompt
         if here:
-            self.handoff.prefill(key)
+            self.handoff.claim_for_engine(key)
             self.computed[key] = len(r.cached_blocks) * LAYOUT.block_size
             assert self.computed[key] < length
 
@@ -959,9 +982,17 @@ class HandOffMachine(RuleBasedStateMachine):
     def chunk_begins(self, data: st.DataObject, count: int) -> None:
         r = self.pick(data, S.PREFILLING)
         if r and r.key not in self.stepping:
+            self.catch_up(r)
             self.stepping[r.key] = r
             self.chunks[r.key] = min(count, r.prompt_tokens - self.computed[r.key])
             self.compute_chunk(r)
+
+    def catch_up(self, r: Reservation) -> None:
+        if self.computed[r.key] % LAYOUT.block_size == 0:
+            found = self.handoff.catch_up(r.key, self.computed[r.key])
+            assert found % LAYOUT.block_size == 0
+            self.computed[r.key] += found
+            assert self.computed[r.key] < r.prompt_tokens
 
     def compute_chunk(self, r: Reservation) -> None:
         start, prompt = self.computed[r.key], self.prompts[r.key]

@@ -18,7 +18,7 @@ COST = StepCost(base_ms=10.0, ms_per_prompt_token=1.0, ms_per_sequence=2.0)
 
 def measured(cost: StepCost = COST) -> StepFit:
     fit = StepFit()
-    for size in ((0, 1), (0, 10), (CHUNK, 0), (CHUNK, 5)):
+    for size in ((0, 1), (0, 10), (CHUNK, 0), (CHUNK, 5)) * 3:
         fit.measured(*size, cost.predict_ms(*size))
     return fit
 
@@ -101,6 +101,7 @@ def test_the_predicted_step_is_within_the_target_or_has_one_block_and_all_get_do
     done = dict.fromkeys(range(len(lengths)), 0)
     while len(prompts):
         queued = prompts.queued_tokens
+        assert prompts.queued_prompts == len(prompts)
         chunks = step(prompts, running, fit)
         tokens = sum(count for _, _, count in chunks)
         assert 0 < tokens <= CHUNK

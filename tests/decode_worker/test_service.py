@@ -123,7 +123,26 @@ async def test_blocks_can_be_shared_before_the_prompt_is_computed_as_a_whole(mod
         await session.event("reserved", 2)
         gate.open()
         assert await answer(session, 2) == await answer(session, 1)
-        assert (await session.event("started", 2)).cached_tokens == 2 * CHUNK_TOKENS
+        assert (await session.event("started", 2)).cached_tokens == 3 * CHUNK_TOKENS
+
+
+async def test_prompts_that_wait_together_compute_what_they_share_once(model):
+    async with worker(model, itl_target_ms=0) as (service, session):
+        prompt = tokens_of(3, 200)
+        steps, gate = Steps(service), EngineGate(service)
+        ask(session, service, 1, prompt, max_tokens=5)
+        await gate.entered.wait()
+        for key in (2, 3):
+            ask(session, service, key, prompt, max_tokens=5)
+            await session.event("reserved", key)
+        gate.open()
+        answers = [await answer(session, key) for key in (1, 2, 3)]
+        started = [(await session.event("started", n)).cached_tokens for n in (1, 2, 3)]
+        cached = [(await session.event("first_token", n)).cached_tokens for n in (1, 2, 3)]
+    assert answers == [answers[0]] * 3
+    assert started == [0, 64, 128]
+    assert cached == [128, 128, 128]  # each has computed 64 of the others' and the last 8
+    assert sum(count for step in steps.all for _, count in step if count > 1) == 192 + 3 * 8
 
 
 async def test_an_answer_of_one_token_ends_with_the_prompt(model):
@@ -139,19 +158,21 @@ async def test_a_worker_says_what_it_keeps_to_what_steps_cost_and_what_waits(mod
     async with worker(model, itl_target_ms=77) as (service, session):
         await session.until(lambda: bool(session.events))
         assert session.events[0].info.itl_target_ms == 77
+        assert session.events[0].info.chunk_tokens == CHUNK_TOKENS
         assert session.events[0].load.cost == worker_pb2.StepCost()
         gate = EngineGate(service)
         ask(session, service, 1, tokens_of(5, 100), max_tokens=20)
         await gate.entered.wait()
         ask(session, service, 2, tokens_of(6, 50))
         await session.event("reserved", 2)
-        assert session.events[-1].load.queued_tokens == 150
+        load = session.events[-1].load
+        assert (load.queued_tokens, load.queued_prompts) == (150, 2)
         gate.open()
         await answer(session, 1)
         await answer(session, 2)
         load = session.events[-1].load
         assert load.queued_tokens == 0
-        assert load.cost.base_ms + load.cost.ms_per_prompt_token > 0
+        assert load.cost != worker_pb2.StepCost()
 
 
 # ---- beside others

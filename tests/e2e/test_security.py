@@ -447,7 +447,7 @@ async def test_a_worker_without_the_cluster_key_is_not_believed(cluster, keys, c
     real, fleet = cluster.decode[0], cluster.router.fleet
     prefill = [worker.address for worker in cluster.prefill]
     async with fake_worker() as fake:
-        fake.info.CopyFrom(real._engine.info("decode-fake"))
+        fake.info.CopyFrom(real._engine.info("decode-fake", 256))
         fleet.set_workers(prefill, [real.address, fake.address])
         try:
             await until(

@@ -47,8 +47,39 @@ def test_a_linear_cost_is_found():
 
 @pytest.mark.parametrize("size", [(256, 0), (0, 1), (0, 30), (16, 4)])
 def test_after_one_kind_of_steps_that_kind_is_predicted(size):
-    fit = fitted(TRUE, [size], times=1)
+    fit = fitted(TRUE, [size], times=3)
     assert fit.cost.predict_ms(*size) == pytest.approx(TRUE.predict_ms(*size), rel=1e-3)
+
+
+def test_a_kind_of_steps_counts_from_its_third_on():
+    fit = StepFit()
+    for _ in range(2):
+        fit.measured(0, 1, 2000)
+        assert fit.cost == StepCost()
+    fit.measured(0, 1, 20)
+    assert fit.cost.predict_ms(0, 1) == pytest.approx(2000, rel=1e-3)  # the middle one
+    fit = fitted(TRUE)
+    before = fit.cost
+    fit.measured(2, 40, 1e5)
+    fit.measured(2, 40, 1e5)
+    assert fit.cost == before
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 8, 30])
+def test_steps_with_one_number_of_sequences_say_little_of_more(sequences):
+    cost = fitted(StepCost(base_ms=20.0), [(0, sequences)]).cost
+    assert cost.predict_ms(0, 20) == pytest.approx(20, rel=0.05)
+
+
+def test_the_time_of_chunks_of_one_size_is_that_of_their_tokens():
+    cost = fitted(TRUE, [(256, 0)]).cost
+    assert cost.predict_ms(16, 0) < 0.2 * cost.predict_ms(256, 0)
+
+
+def test_chunks_of_one_size_and_steps_of_one_sequence_are_told_apart():
+    cost = fitted(TRUE, [(256, 0), (0, 1)]).cost
+    assert cost.predict_ms(0, 20) == pytest.approx(TRUE.predict_ms(0, 1), rel=0.05)
+    assert cost.ms_per_prompt_token == pytest.approx(TRUE.ms_per_prompt_token, rel=0.01)
 
 
 def test_steps_without_sequences_say_nothing_of_sequences():

@@ -143,6 +143,65 @@ def test_what_is_about_to_be_shared_makes_no_room(cache):
     end(cache, "B", shared + private)
 
 
+def own(cache: PrefixCache, owner: str, count: int) -> list[int]:
+    """Blocks that nothing was computed into yet."""
+    _, blocks = cache.take(owner, (), count)
+    cache.ledger.move(owner, blocks, E.CLAIM)
+    return blocks
+
+
+def test_a_table_catches_up_with_what_was_cached_meanwhile(cache):
+    mine = own(cache, "A", 4)
+    last = mine[3]
+    others = served(cache, "abc")
+    assert cache.catch_up("A", mine, names("abcd"), range(0, 2)) == 2
+    assert cache.catch_up("A", mine, names("abcd"), range(2, 2)) == 0
+    assert cache.catch_up("A", mine, names("abcd"), range(2, 4)) == 1
+    assert mine == [*others, last]
+    assert cache.catch_up("A", mine, names("abcd"), range(2, 4)) == 0  # has it already
+    cache.check()
+    assert cache.ledger.counts() == {
+        **dict.fromkeys(S, 0),
+        S.FREE: TOTAL - 4,
+        S.CACHED: 3,
+        S.OWNED: 1,
+    }
+    assert cache.ledger.available == TOTAL - 4, "what somebody uses is not evictable"
+    end(cache, "A", mine, "abcd")
+
+
+def test_what_is_cached_after_a_gap_is_not_taken(cache):
+    mine = own(cache, "A", 3)
+    served(cache, "abc")
+    cache.forget(names("ab")[1:])
+    assert cache.catch_up("A", mine, names("abc"), range(0, 3)) == 1
+    end(cache, "A", mine, "abc")
+
+
+def test_only_what_is_new_is_given_to_others_unless_something_before_it_has_gone(cache):
+    mine = own(cache, "A", 4)
+    cache.insert("A", mine, names("abcd"), end=2)
+    assert cached(cache, "abcd") == 2
+    cache.insert("A", mine, names("abcd"), first=2, end=3)
+    assert cached(cache, "abcd") == 3
+    cache.forget(names("ab"))
+    cache.insert("A", mine, names("abcd"), first=3)  # comes after what is in doubt
+    assert len(cache) == 1
+    end(cache, "A", mine, "abcd")
+    assert cache.ledger.counts()[S.CACHED] == 1
+
+
+def test_a_name_that_was_another_ones_and_has_gone_is_given_again(cache):
+    others = served(cache, "ab")
+    mine = own(cache, "A", 3)
+    cache.insert("A", mine, names("abc"), end=2)
+    assert cache.match(names("ab")) == others
+    cache._evict(2)
+    cache.insert("A", mine, names("abc"), first=2)
+    assert cache.match(names("abc")) == mine
+    end(cache, "A", mine, "abc")
+
+
 def test_a_quarantined_block_is_never_found(cache):
     shared, private = cache.take("A", names("ab"), 2)
     cache.ledger.move("A", private, E.CLAIM)
@@ -234,6 +293,22 @@ class PrefixCacheMachine(RuleBasedStateMachine):
                 self.content[block] = text[: at + 1] if at < len(text) else "?"
             share = data.draw(st.integers(0, len(text)))
             self.cache.insert(owner, blocks[:share], names(text)[:share])
+
+    @rule(data=st.data())
+    def catch_up(self, data: st.DataObject) -> None:
+        """From its first block on that is its own, whatever is in it."""
+        if self.running:
+            owner = data.draw(st.sampled_from(sorted(self.running)))
+            text, blocks, _ = self.running[owner]
+            first = next((i for i, b in enumerate(blocks) if b in self.cache.private([b])), 0)
+            end = data.draw(st.integers(0, len(text)))
+            before = list(blocks)
+            count = self.cache.catch_up(owner, blocks, names(text), range(first, end))
+            changed = [i for i, block in enumerate(blocks) if block != before[i]]
+            assert changed == list(range(first, first + count))
+            for index in changed:
+                assert self.content[blocks[index]] == text[: index + 1], "not what its name says"
+                assert self.cache.ledger.state(before[index]) is S.FREE
 
     @rule(data=st.data())
     def end(self, data: st.DataObject) -> None:

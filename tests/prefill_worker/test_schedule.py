@@ -3,7 +3,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kv_fixtures import LAYOUT, sampling
@@ -383,7 +383,71 @@ def test_a_running_prompt_is_shared_as_far_as_it_is_computed(schedule):
     run(schedule)
     schedule.add(named(2, range(30)))
     assert run(schedule) == [(1, 16, 16)]
-    assert run(schedule) == [(2, 16, 14)]
+    assert run(schedule) == [(2, 28, 2), (1, 32, 8)]
+
+
+def test_prompts_admitted_together_compute_what_they_share_once():
+    schedule = Schedule(LAYOUT, BlockLedger(400), chunk_tokens=CHUNK, jobs_max=8)
+    jobs = [named(number, [*range(98), 200 + number, 300]) for number in range(8)]
+    for one in jobs:
+        schedule.add(one)
+    tokens = 0
+    while step := schedule.next_step():
+        for chunk in step:
+            tokens += chunk.count
+            schedule.computed(chunk)
+    assert tokens == 96 + 8 * 4  # 96 are whole blocks
+    assert tokens == sum(len(one.prompt) - one.cached_tokens for one in jobs)
+    for one in jobs:
+        schedule.acknowledged(one)
+    schedule.cache.check()
+    assert schedule.ledger.available == 400
+    assert (schedule.queued_tokens, schedule.queued_prompts) == (0, 0)
+
+
+@given(
+    shared=st.integers(0, 60),
+    own=st.lists(st.integers(1, 20), min_size=1, max_size=6),
+    chunk=st.integers(4, 40),
+)
+@settings(max_examples=80, deadline=None)
+def test_nothing_that_is_shared_is_computed_twice_but_within_the_step_that_ends_a_prompt(
+    shared, own, chunk
+):
+    schedule = Schedule(LAYOUT, BlockLedger(400), chunk_tokens=chunk, jobs_max=8)
+    jobs = [named(n, [*range(shared), *[100 + n] * count]) for n, count in enumerate(own)]
+    for one in jobs:
+        schedule.add(one)
+    shareable = shared - shared % LAYOUT.block_size
+    seen, twice, ends = set(), 0, 0
+    while step := schedule.next_step():
+        for piece in step:
+            places = range(piece.start, min(piece.start + piece.count, shareable))
+            twice += len(seen.intersection(places))
+        for piece in step:
+            seen.update(range(piece.start, piece.start + piece.count))
+            schedule.computed(piece)
+        ends += any(piece.is_last for piece in step)
+    size = LAYOUT.block_size  # the block of a prompt's last token is always its own
+    assert twice <= len(jobs) * size
+    assert [one.state for one in jobs] == [S.HANDING_OFF] * len(jobs)
+    total = sum(len(one.prompt) - one.cached_tokens for one in jobs)
+    assert total <= shareable + sum(own) + len(jobs) * size + ends * chunk
+    for one in jobs:
+        schedule.acknowledged(one)
+    schedule.cache.check()
+    assert schedule.ledger.available == 400
+
+
+def test_a_chunk_is_its_jobs_first_until_the_job_has_computed_something(schedule):
+    schedule.add(named(1, range(28)))
+    schedule.add(named(2, range(32)))
+    assert run(schedule) == [(1, 0, 16)]
+    (chunk,) = schedule.next_step()  # what it waited for came from the other
+    assert (chunk.job.key[1], chunk.start, chunk.is_first) == (2, 16, True)
+    schedule.computed(chunk)
+    (chunk,) = schedule.next_step()
+    assert (chunk.job.key[1], chunk.start, chunk.is_first) == (1, 24, False)
 
 
 def test_equal_prompts_computed_at_once_leave_one_copy(schedule):
@@ -477,6 +541,7 @@ class ScheduleMachine(RuleBasedStateMachine):
         self.jobs: list[Job] = []
         self.step: list[Chunk] = []
         self.done: dict[Job, list[int]] = {}
+        self.cached: dict[Job, int] = {}  # tokens, found at the start or later
 
     @rule(
         text=st.sampled_from(TEXTS), tokens=st.integers(1, 70), caching=st.sampled_from([1, 1, 0])
@@ -494,6 +559,7 @@ class ScheduleMachine(RuleBasedStateMachine):
             return
         self.jobs.append(one)
         self.done[one] = []
+        self.cached[one] = 0
 
     @rule()
     def step_begins(self) -> None:
@@ -502,10 +568,18 @@ class ScheduleMachine(RuleBasedStateMachine):
             assert sum(chunk.count for chunk in self.step) <= 10
             assert len({chunk.job for chunk in self.step}) == len(self.step)
             for chunk in self.step:
+                self.caught_up(chunk)
                 assert chunk.job.state is S.COMPUTING
                 assert chunk.count > 0
                 self.compute(chunk)
                 assert chunk.is_last or chunk.count % LAYOUT.block_size == 0
+
+    def caught_up(self, chunk: Chunk) -> None:
+        """Between what is computed and the chunk is what others have computed."""
+        one, done = chunk.job, self.done[chunk.job]
+        self.cached[one] += chunk.start - len(done)
+        assert one.cached_tokens == self.cached[one]
+        done.extend(one.prompt[len(done) : chunk.start])
 
     def compute(self, chunk: Chunk) -> None:
         """Reads all that came before and writes the chunk's KV, at any time of a step."""
@@ -522,8 +596,6 @@ class ScheduleMachine(RuleBasedStateMachine):
     def step_ends(self) -> None:
         for chunk in self.step:
             self.compute(chunk)
-            if not self.done[chunk.job]:
-                self.done[chunk.job].extend(chunk.job.prompt[: chunk.job.cached_tokens])
             self.done[chunk.job].extend(chunk.slice().tokens)
             self.schedule.computed(chunk)
         self.step = []
@@ -551,6 +623,8 @@ class ScheduleMachine(RuleBasedStateMachine):
     @invariant()
     def the_ledger_balances(self) -> None:
         self.schedule.cache.check()
+        self.schedule._turns.check()
+        assert self.schedule._waiting_tokens == sum(len(j.prompt) for j in self.schedule._waiting)
         held = {b for j in self.jobs if j.state not in (S.QUEUED, S.CLOSED) for b in j.blocks}
         assert self.ledger.available == TOTAL - len(held)
 
@@ -567,8 +641,9 @@ class ScheduleMachine(RuleBasedStateMachine):
                 assert tokens == one.prompt
 
     @invariant()
-    def queued_tokens_are_what_is_left(self) -> None:
+    def what_is_queued_is_what_is_left(self) -> None:
         left = [j for j in self.jobs if j.state in (S.QUEUED, S.COMPUTING)]
+        assert self.schedule.queued_prompts == len(left)
         assert self.schedule.queued_tokens == sum(len(j.prompt) - j.computed for j in left)
 
     def teardown(self) -> None:

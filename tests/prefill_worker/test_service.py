@@ -53,7 +53,9 @@ async def test_a_prefill_worker_says_what_its_steps_cost(tmp_path):
         async with session_with(cluster.prefill[0]) as session:
             await session.until(lambda: bool(session.events))
             assert session.events[0].load.cost == worker_pb2.StepCost()
-        await client.generate([5] * 300, max_tokens=2).result()
+            assert session.events[0].info.chunk_tokens == cluster.prefill[0]._config.chunk_tokens
+        for token in (5, 6, 7):
+            await client.generate([token] * 300, max_tokens=2).result()
         async with session_with(cluster.prefill[0]) as session:
             await session.until(lambda: bool(session.events))
             assert session.events[0].load.cost.ms_per_prompt_token > 0

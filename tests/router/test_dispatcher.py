@@ -323,6 +323,24 @@ def test_cached_tokens_are_those_that_no_attempt_has_computed(attempts, cached):
     assert request.times.cached_tokens == cached
 
 
+@pytest.mark.parametrize(
+    ("attempts", "cached"),
+    [([(2, 6)], 6), ([(2, 0)], 2), ([(1, None), (3, 5)], 1), ([(5, None), (2, 4)], 4)],
+)
+def test_what_others_computed_after_the_start_counts_as_cached(attempts, cached):
+    bench = Bench("p1", "d1", "d2")
+    request = bench.submit(prompt=8)
+    for started, at_first_token in attempts:
+        if request.times.prefill_began_at_ms is not None:
+            bench.p_fails(request)
+        bench.bring(request, S.PREFILLING)
+        bench.p(started=pb.PrefillStarted(key=request.key, cached_tokens=started))
+        if at_first_token is not None:
+            token = pb.FirstToken(key=request.key, token_id=7, cached_tokens=at_first_token)
+            bench.p(first_token=token)
+    assert request.times.cached_tokens == cached
+
+
 def test_the_first_token_is_delivered_once_whoever_names_it_first():
     bench = Bench()
     request = bench.bring(bench.submit(), S.PREFILLING)
