@@ -154,6 +154,7 @@ async def sent_in_turns(
     statuses: Counter[str] = Counter()
     wrong: list[str] = []
     window_calls = round(per_s * _WINDOW_S)
+    await sender.send(0, 0, per_s)  # its start is over
     for first in range(0, calls, window_calls):
         count = min(window_calls, calls - first)
         with bystanders.beside():
