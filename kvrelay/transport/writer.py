@@ -231,6 +231,7 @@ class WriterLink:
         begun = self._begun.get(transfer_id)
         if begun and not begun.done():
             begun.set_exception(LinkError(f"leave to write was refused: {reason}"))
+            begun.exception()  # as in Transfer.fail
         transfer = self._transfers.get(transfer_id)
         if transfer:
             answer = transfer.aborted_by_peer(reason)
