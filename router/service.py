@@ -107,21 +107,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         )
 
 
-class _Pairs(Sequence[tuple[str, str]]):
-    """Messages as (role, content), each made when it is looked at: there may be millions, and
-    only their number is looked at then."""
-
-    def __init__(self, messages: Sequence[inference_pb2.ChatMessage]) -> None:
-        self._messages = messages
-
-    def __len__(self) -> int:
-        return len(self._messages)
-
-    def __getitem__(self, index: Any) -> Any:
-        message = self._messages[index]
-        return message.role, message.content
-
-
 async def _abort(context: Any, refusal: Refusal) -> None:
     """Ends the call with the status that fits; always raises."""
     hint: tuple[tuple[str, str], ...] = ()

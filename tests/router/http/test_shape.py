@@ -64,9 +64,9 @@ def repeated(before: bytes, piece: bytes, after: bytes) -> bytes:
         ("completions", repeated(b'{"prompt": [', b"[1],", b"[1]]}"), "complex"),
         ("completions", repeated(b'{"prompt": [', b"1,", b"1]}"), "complex"),
         ("completions", repeated(b"{", b'"a":1,', b'"prompt":"a"}'), "complex"),
-        ("completions", b'{"prompt": [[%b1]]}' % (b"1," * 200_000), "prompt"),
+        ("completions", b'{"prompt": [[%b1]]}' % (b"1," * 200_000), "context_length"),
         ("chat/completions", b'{"messages": [{"role": [%b1]}]}' % (b"1," * 200_000), "role"),
-        ("completions", repeated(b'{"prompt": "', rb"\n", b'"}'), "prompt"),
+        ("completions", repeated(b'{"prompt": "', rb"\n", b'"}'), "context_length"),
     ],
     ids=["messages", "lists", "ids", "fields", "ids within", "a wrong value", "a text"],
 )
