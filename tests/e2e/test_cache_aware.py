@@ -183,7 +183,8 @@ class Tenants(Callers):
 async def test_tenants_never_share_and_a_tenant_shares_with_itself(model):
     prompt = tokens(1, 200)
     async with local_cluster(model) as cluster, cluster.client() as client:
-        tenants = cluster.router._door.callers = Tenants()
+        tenants = Tenants()
+        cluster.router._callers.identify = tenants.identify
 
         async def ask(tenant: str) -> Any:
             tenants.tenant = tenant
@@ -202,7 +203,8 @@ async def test_tenants_never_share_and_a_tenant_shares_with_itself(model):
 async def test_no_cross_tenant_hits_under_load(model):
     """Equal prompts of many tenants at once: what is cached for each is what it asked itself."""
     async with local_cluster(model, prefill=2, decode=2) as cluster, cluster.client() as client:
-        tenants = cluster.router._door.callers = Tenants()
+        tenants = Tenants()
+        cluster.router._callers.identify = tenants.identify
         for number in range(3):
             streams = []
             prompt = tokens(number, 100)

@@ -33,9 +33,9 @@ def refused(monkeypatch):
     seen: list[Dispatcher] = []
     refuse = Dispatcher._refused
 
-    def noted(self, request, now_ms):
+    def noted(self, *args):
         seen.append(self)
-        return refuse(self, request, now_ms)
+        return refuse(self, *args)
 
     monkeypatch.setattr(Dispatcher, "_refused", noted)
     return seen
