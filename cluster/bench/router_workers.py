@@ -52,7 +52,7 @@ class Sequence:
 
 
 class Decode(worker_pb2_grpc.DecodeWorkerServicer):
-    """Grants every Reserve at once, and makes a token a step for every sequence."""
+    """Grants every Reserve at once while it has room; a token a step for every sequence."""
 
     def __init__(self, door: MembershipDoor) -> None:
         self.step_s = 0.0
@@ -109,6 +109,11 @@ class Decode(worker_pb2_grpc.DecodeWorkerServicer):
             self._sessions[session].pop(command.cancel.key, None)
 
     def _reserve(self, session: RouterSession[DecodeEvent], reserve: worker_pb2.Reserve) -> None:
+        if not self._blocks_free:
+            code = worker_pb2.FAILURE_CODE_EXHAUSTED
+            failed = worker_pb2.Failed(key=reserve.key, code=code, message="no room")
+            self._send(session, DecodeEvent(failed=failed))
+            return
         sequence = Sequence(reserve.key, reserve.sampling.max_tokens)
         self._sessions[session][reserve.key] = sequence
         reserved = worker_pb2.Reserved(key=reserve.key)
