@@ -146,6 +146,7 @@ def started() -> Iterator[Processes]:
             port=0,
             local_prefill="never",
             queue_max=QUEUE_MAX,
+            queue_patience_ms=3_600_000,  # nobody leaves a queue that is to stay full
             drain_ms=0,
         )
 
