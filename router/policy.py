@@ -144,9 +144,8 @@ def place(
     large = [p for p in prefill if blocks_for(wish.prompt_tokens, p.block_size) <= p.blocks_total]
     able_p = [p for p in large if not p.full]
     trust, trusted = _most_trusted(able_p, wish)
-    computing = [
-        _computing(p, wish) for p in sorted(trusted)
-    ]  # by name, which decides among equals
+    # By name, which decides among equals.
+    computing = [_computing(p, wish) for p in sorted(trusted)]
     options = []
     for d in able_d:
         answer = _answer(d, wish)

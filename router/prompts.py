@@ -75,7 +75,7 @@ class Prompts:
                 vocab_size=self._files.vocab_size,
                 max_model_tokens=self._max_model_tokens(),
             )
-            return prompt
+            return list(prompt)  # only now: it may have been millions
         if self._template is None:
             raise Refusal(
                 Reason.UNSUPPORTED,

@@ -39,10 +39,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 
     async def Generate(self, request: inference_pb2.GenerateRequest, context: Any) -> None:
         by_ids = request.WhichOneof("prompt") == "token_ids"
-        prompt: str | Sequence[int] = request.token_ids.ids if by_ids else request.text
-        if len(prompt) <= self._door.max_model_tokens and by_ids:  # more of them are refused
-            prompt = list(request.token_ids.ids)
-        await self._serve(request, prompt, context)
+        await self._serve(request, request.token_ids.ids if by_ids else request.text, context)
 
     async def Chat(self, request: inference_pb2.ChatRequest, context: Any) -> None:
         try:

@@ -17,17 +17,19 @@ def _unmeasured() -> MeasuredRates:
     return MeasuredRates(NEUTRAL)
 
 
-@dataclass
-class PrefillWorker:
+@dataclass(kw_only=True)
+class _Known:
+    """What is known of a worker of either role: both may compute prompts."""
+
     worker_id: str
     number: int  # in the order of coming; never used twice
     block_size: int
     blocks_total: int
     measured: MeasuredRates = field(default_factory=_unmeasured)
-    hand_offs: HandOffs = field(default_factory=HandOffs)
-    queued_tokens: int = 0  # its own figure, which knows of other routers
+    # Of prompts to be computed there, by its own word, which knows of other routers.
+    queued_tokens: int = 0
     queued_prompts: int = 0  # that those tokens are of
-    asked_tokens: int = 0  # our prompts that are not computed yet, those under way included
+    asked_tokens: int = 0  # of our prompts that are not computed yet, those under way included
     asked_prompts: int = 0
     chunk_tokens: int = CHUNK_TOKENS  # of prompts in one step, at most
     full: bool = False  # it has refused for want of room, and since then nothing has grown less
@@ -40,20 +42,25 @@ class PrefillWorker:
         return self.measured.rates
 
     @property
-    def room_blocks(self) -> int:
-        return self.blocks_total
-
-    @property
-    def load_ms(self) -> float:
-        return self.backlog_tokens * self.rates.prompt_token_ms
-
-    @property
     def backlog_tokens(self) -> int:
         return max(self.queued_tokens, self.asked_tokens)
 
     @property
     def backlog_prompts(self) -> int:
         return max(self.queued_prompts, self.asked_prompts)
+
+
+@dataclass(kw_only=True)
+class PrefillWorker(_Known):
+    hand_offs: HandOffs = field(default_factory=HandOffs)
+
+    @property
+    def room_blocks(self) -> int:
+        return self.blocks_total
+
+    @property
+    def load_ms(self) -> float:
+        return self.backlog_tokens * self.rates.prompt_token_ms
 
     def view(self, cached_blocks: int) -> PrefillView:
         return PrefillView(
@@ -72,33 +79,15 @@ class PrefillWorker:
         )
 
 
-@dataclass
-class DecodeWorker:
-    worker_id: str
-    number: int
+@dataclass(kw_only=True)
+class DecodeWorker(_Known):
     model_fingerprint: str
-    block_size: int
-    blocks_total: int
     max_model_tokens: int
     itl_target_ms: int
     blocks_free: int  # its own figure; what it could evict included
-    measured: MeasuredRates = field(default_factory=_unmeasured)
     running: int = 0  # its own figure, which knows of other routers
-    queued_tokens: int = 0  # of prompts to be computed there; its own figure as well
-    queued_prompts: int = 0  # that those tokens are of
-    asked_tokens: int = 0  # of our prompts that it is to compute itself and has not yet
-    asked_prompts: int = 0
-    chunk_tokens: int = CHUNK_TOKENS  # of prompts in one step, at most
     asked_blocks: int = 0  # of our Reserves that it has not answered yet
     asked: int = 0  # sequences of ours, running and on their way
-    full: bool = False
-    shunned: bool = False
-    shun_ms: float = 0.0
-    standing: _Standing = NO_ROOM
-
-    @property
-    def rates(self) -> Rates:
-        return self.measured.rates
 
     @property
     def room_blocks(self) -> int:
@@ -110,16 +99,8 @@ class DecodeWorker:
         return step_ms + self.backlog_tokens * self.rates.prompt_token_ms
 
     @property
-    def backlog_tokens(self) -> int:
-        return max(self.queued_tokens, self.asked_tokens)
-
-    @property
     def sequences(self) -> int:
         return max(self.running, self.asked)
-
-    @property
-    def backlog_prompts(self) -> int:
-        return max(self.queued_prompts, self.asked_prompts)
 
     def view(self, cached_blocks: int) -> DecodeView:
         return DecodeView(

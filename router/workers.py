@@ -66,10 +66,10 @@ class Workers:
     def prefill_up(self, worker_id: str, info: worker_pb2.WorkerInfo) -> None:
         self.down(worker_id)
         worker = PrefillWorker(
-            worker_id,
-            self._next_number(),
-            info.layout.block_size,
-            info.blocks_total,
+            worker_id=worker_id,
+            number=self._next_number(),
+            block_size=info.layout.block_size,
+            blocks_total=info.blocks_total,
             measured=self._measured_by_nobody(),
             chunk_tokens=info.chunk_tokens or CHUNK_TOKENS,
         )
@@ -80,13 +80,13 @@ class Workers:
     def decode_up(self, worker_id: str, info: worker_pb2.WorkerInfo) -> None:
         self.down(worker_id)
         worker = DecodeWorker(
-            worker_id,
-            self._next_number(),
-            info.layout.model_fingerprint,
-            info.layout.block_size,
-            info.blocks_total,
-            info.max_model_tokens,
-            info.itl_target_ms,
+            worker_id=worker_id,
+            number=self._next_number(),
+            model_fingerprint=info.layout.model_fingerprint,
+            block_size=info.layout.block_size,
+            blocks_total=info.blocks_total,
+            max_model_tokens=info.max_model_tokens,
+            itl_target_ms=info.itl_target_ms,
             blocks_free=info.blocks_total,
             measured=self._measured_by_nobody(),
             chunk_tokens=info.chunk_tokens or CHUNK_TOKENS,

@@ -13,7 +13,17 @@ CHAIN = [block.to_bytes(16, "big") for block in range(8)]
 
 
 def worker(number: int, asked: int = 0, free: int = 10) -> DecodeWorker:
-    return DecodeWorker(f"d{number}", number, "m", 4, 100, 400, 0, blocks_free=free, asked=asked)
+    return DecodeWorker(
+        worker_id=f"d{number}",
+        number=number,
+        model_fingerprint="m",
+        block_size=4,
+        blocks_total=100,
+        max_model_tokens=400,
+        itl_target_ms=0,
+        blocks_free=free,
+        asked=asked,
+    )
 
 
 def shortlist_of(*workers: DecodeWorker, **cached: int) -> Shortlist[DecodeWorker]:
