@@ -276,6 +276,8 @@ class Lane:
             if first["ending"] != "committed":  # else nothing is stale
                 transfer.late = True
                 self._check_in_time(transfer, first)
+                # P may have given up before D heard of it: D holds the blocks to its lease's end.
+                await self.ends.within(self._settled(transfer), self._decode_s, "D's end")
                 return
         else:
             await self.ends.decode.kill()
