@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 Transport = Literal["auto", "shm", "tcp", "nccl"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -59,6 +59,8 @@ class WorkerConfig(_Frozen):
     claims_max: int = 256  # routers whose requests wait for more blocks than are free
     itl_target_ms: int = Field(default=150, ge=0)  # of steps with chunks of prompts; 0: no bound
     local_prompts_max: int = Field(default=256, ge=1)  # to be computed here, begun or not
+    kept_ms: int = Field(default=30_000, ge=1)  # an answer whose router is gone waits for another
+    kept_max: int = Field(default=4096, ge=1)  # whole answers that no router has acknowledged
     links_max: int = 1024  # connections of prefill workers, shaken hands or not
     resends_max: int = 2  # of one block with a wrong checksum
 
@@ -71,7 +73,7 @@ class WorkerConfig(_Frozen):
     nccl_operation_ms: int = 5_000  # a group of blocks in NCCL's hands
     nccl_pairs_max: int = 32  # communicators of one worker; the least used makes room
     session_events_max: int = 65_536  # events a router has not read yet
-    heartbeat_ms: int = Field(default=500, ge=1)  # longest silence towards a router
+    heartbeat_ms: int = Field(default=400, ge=1)  # longest silence towards a router
     block_changes_ms: int = Field(default=20, ge=1)  # from one word on cached blocks to the next
 
 
@@ -104,6 +106,9 @@ class RouterConfig(_Frozen):
     queue_hold_pause_ms: int = Field(default=1_000, ge=1)  # until the next may be kept
     template_ms: int = Field(default=1_000, ge=1)  # to render one chat
     worker_proof_ms: int = 10_000  # a worker's answer that it holds the cluster's key
+    silence_ms: int = Field(default=1_500, ge=1)  # a worker that says nothing for longer is lost
+    resume_ms: int = Field(default=2_000, ge=1)  # the workers' answers to Adopt
+    strikes_max: int = Field(default=2, ge=1)  # workers that died under one request
     reserve_ms: int = 10_000  # a decode worker's answer to Reserve
     attempts_max: int = 3  # placements of one request that failed; no room is no failure
     shun_ms: int = Field(default=500, ge=1)  # a worker that failed comes last; doubled each time

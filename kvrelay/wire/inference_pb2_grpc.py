@@ -44,6 +44,11 @@ class InferenceStub:
                 request_serializer=kvrelay_dot_wire_dot_inference__pb2.ChatRequest.SerializeToString,
                 response_deserializer=kvrelay_dot_wire_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Resume = channel.unary_stream(
+                '/kvrelay.v1.Inference/Resume',
+                request_serializer=kvrelay_dot_wire_dot_inference__pb2.ResumeRequest.SerializeToString,
+                response_deserializer=kvrelay_dot_wire_dot_inference__pb2.GenerateResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/kvrelay.v1.Inference/Tokenize',
                 request_serializer=kvrelay_dot_wire_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -73,6 +78,15 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Resume(self, request, context):
+        """Goes on with an answer whose router was lost, on this one: Accepted, then what comes from
+        next_offset on. NOT_FOUND when nobody has it any more: the same request with the seed of its
+        Accepted gives the same tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Tokenize(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -96,6 +110,11 @@ def add_InferenceServicer_to_server(servicer, server):
             'Chat': grpc.unary_stream_rpc_method_handler(
                     servicer.Chat,
                     request_deserializer=kvrelay_dot_wire_dot_inference__pb2.ChatRequest.FromString,
+                    response_serializer=kvrelay_dot_wire_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_stream_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=kvrelay_dot_wire_dot_inference__pb2.ResumeRequest.FromString,
                     response_serializer=kvrelay_dot_wire_dot_inference__pb2.GenerateResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
@@ -162,6 +181,33 @@ class Inference:
             target,
             '/kvrelay.v1.Inference/Chat',
             kvrelay_dot_wire_dot_inference__pb2.ChatRequest.SerializeToString,
+            kvrelay_dot_wire_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvrelay.v1.Inference/Resume',
+            kvrelay_dot_wire_dot_inference__pb2.ResumeRequest.SerializeToString,
             kvrelay_dot_wire_dot_inference__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,

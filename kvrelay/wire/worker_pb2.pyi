@@ -16,6 +16,8 @@ class FailureCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FAILURE_CODE_PEER_LOST: _ClassVar[FailureCode]
     FAILURE_CODE_EXPIRED: _ClassVar[FailureCode]
     FAILURE_CODE_INTERNAL: _ClassVar[FailureCode]
+    FAILURE_CODE_NOT_KEPT: _ClassVar[FailureCode]
+    FAILURE_CODE_TAKEN_OVER: _ClassVar[FailureCode]
 
 class Ending(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -28,6 +30,8 @@ FAILURE_CODE_EXHAUSTED: FailureCode
 FAILURE_CODE_PEER_LOST: FailureCode
 FAILURE_CODE_EXPIRED: FailureCode
 FAILURE_CODE_INTERNAL: FailureCode
+FAILURE_CODE_NOT_KEPT: FailureCode
+FAILURE_CODE_TAKEN_OVER: FailureCode
 ENDING_NONE: Ending
 ENDING_EOS: Ending
 ENDING_LENGTH: Ending
@@ -163,14 +167,16 @@ class PrefillEvent(_message.Message):
     def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., handed_off: _Optional[_Union[HandedOff, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., load: _Optional[_Union[PrefillLoad, _Mapping]] = ..., blocks: _Optional[_Union[BlockChanges, _Mapping]] = ...) -> None: ...
 
 class PrefillLoad(_message.Message):
-    __slots__ = ("queued_tokens", "cost", "queued_prompts")
+    __slots__ = ("queued_tokens", "cost", "queued_prompts", "draining")
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COST_FIELD_NUMBER: _ClassVar[int]
     QUEUED_PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     queued_tokens: int
     cost: StepCost
     queued_prompts: int
-    def __init__(self, queued_tokens: _Optional[int] = ..., cost: _Optional[_Union[StepCost, _Mapping]] = ..., queued_prompts: _Optional[int] = ...) -> None: ...
+    draining: bool
+    def __init__(self, queued_tokens: _Optional[int] = ..., cost: _Optional[_Union[StepCost, _Mapping]] = ..., queued_prompts: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class PrefillStarted(_message.Message):
     __slots__ = ("key", "cached_tokens")
@@ -207,17 +213,37 @@ class HandedOff(_message.Message):
     def __init__(self, key: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., kv_transfer_ms: _Optional[float] = ..., kv_exposed_ms: _Optional[float] = ..., transport: _Optional[str] = ...) -> None: ...
 
 class DecodeCommand(_message.Message):
-    __slots__ = ("reserve", "cancel", "resync")
+    __slots__ = ("reserve", "cancel", "resync", "adopt", "acknowledge")
     RESERVE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     RESYNC_FIELD_NUMBER: _ClassVar[int]
+    ADOPT_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
     reserve: Reserve
     cancel: Cancel
     resync: Resync
-    def __init__(self, reserve: _Optional[_Union[Reserve, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., resync: _Optional[_Union[Resync, _Mapping]] = ...) -> None: ...
+    adopt: Adopt
+    acknowledge: Acknowledge
+    def __init__(self, reserve: _Optional[_Union[Reserve, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., resync: _Optional[_Union[Resync, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., acknowledge: _Optional[_Union[Acknowledge, _Mapping]] = ...) -> None: ...
+
+class Adopt(_message.Message):
+    __slots__ = ("key", "tenant", "request_id")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    key: int
+    tenant: str
+    request_id: str
+    def __init__(self, key: _Optional[int] = ..., tenant: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class Acknowledge(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, keys: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Reserve(_message.Message):
-    __slots__ = ("key", "request_id", "attempt", "prompt_tokens", "sampling", "block_hashes", "hash_root", "tail_token_ids", "prompt_token_ids", "answered", "prefill_here")
+    __slots__ = ("key", "request_id", "attempt", "prompt_tokens", "sampling", "block_hashes", "hash_root", "tail_token_ids", "prompt_token_ids", "answered", "prefill_here", "tenant", "stop", "priority")
     KEY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -229,6 +255,9 @@ class Reserve(_message.Message):
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     ANSWERED_FIELD_NUMBER: _ClassVar[int]
     PREFILL_HERE_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
     key: int
     request_id: str
     attempt: int
@@ -240,16 +269,20 @@ class Reserve(_message.Message):
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     answered: int
     prefill_here: bool
-    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., block_hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., tail_token_ids: _Optional[_Iterable[int]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., answered: _Optional[int] = ..., prefill_here: _Optional[bool] = ...) -> None: ...
+    tenant: str
+    stop: _containers.RepeatedScalarFieldContainer[str]
+    priority: int
+    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., block_hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., tail_token_ids: _Optional[_Iterable[int]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., answered: _Optional[int] = ..., prefill_here: _Optional[bool] = ..., tenant: _Optional[str] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[int] = ...) -> None: ...
 
 class DecodeEvent(_message.Message):
-    __slots__ = ("info", "reserved", "step", "failed", "started", "first_token", "load", "blocks")
+    __slots__ = ("info", "reserved", "step", "failed", "started", "first_token", "adopted", "load", "blocks")
     INFO_FIELD_NUMBER: _ClassVar[int]
     RESERVED_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ADOPTED_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     info: WorkerInfo
@@ -258,23 +291,38 @@ class DecodeEvent(_message.Message):
     failed: Failed
     started: PrefillStarted
     first_token: FirstToken
+    adopted: Adopted
     load: DecodeLoad
     blocks: BlockChanges
-    def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., load: _Optional[_Union[DecodeLoad, _Mapping]] = ..., blocks: _Optional[_Union[BlockChanges, _Mapping]] = ...) -> None: ...
+    def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., reserved: _Optional[_Union[Reserved, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., adopted: _Optional[_Union[Adopted, _Mapping]] = ..., load: _Optional[_Union[DecodeLoad, _Mapping]] = ..., blocks: _Optional[_Union[BlockChanges, _Mapping]] = ...) -> None: ...
 
 class DecodeLoad(_message.Message):
-    __slots__ = ("blocks_free", "running", "cost", "queued_tokens", "queued_prompts")
+    __slots__ = ("blocks_free", "running", "cost", "queued_tokens", "queued_prompts", "draining")
     BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     COST_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     blocks_free: int
     running: int
     cost: StepCost
     queued_tokens: int
     queued_prompts: int
-    def __init__(self, blocks_free: _Optional[int] = ..., running: _Optional[int] = ..., cost: _Optional[_Union[StepCost, _Mapping]] = ..., queued_tokens: _Optional[int] = ..., queued_prompts: _Optional[int] = ...) -> None: ...
+    draining: bool
+    def __init__(self, blocks_free: _Optional[int] = ..., running: _Optional[int] = ..., cost: _Optional[_Union[StepCost, _Mapping]] = ..., queued_tokens: _Optional[int] = ..., queued_prompts: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+
+class Adopted(_message.Message):
+    __slots__ = ("key", "reserve", "token_ids", "ending")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    ENDING_FIELD_NUMBER: _ClassVar[int]
+    key: int
+    reserve: Reserve
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    ending: Ending
+    def __init__(self, key: _Optional[int] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., ending: _Optional[_Union[Ending, str]] = ...) -> None: ...
 
 class Reserved(_message.Message):
     __slots__ = ("key", "ticket")
