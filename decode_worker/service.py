@@ -7,10 +7,11 @@ state is touched from one event loop; only the engine's steps and copies run on 
 
 import asyncio
 import logging
-import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
+
+import grpc
 
 from decode_worker import messages
 from decode_worker.batch import Batch, Ending, Output, Running
@@ -21,16 +22,19 @@ from decode_worker.prompts import LocalPrompt, LocalPrompts, PromptsFullError
 from decode_worker.reservation import InvalidReservationError, Key, Reservation
 from decode_worker.step import DecodeStep
 from kvrelay.announcer import Announcer
+from kvrelay.clock import now_ms, now_s
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
 from kvrelay.engine.step import CancelFlag, StepCancelledError
 from kvrelay.engine.turns import Chunk
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
+from kvrelay.kv.pool import KVPool
 from kvrelay.membership import MembershipDoor
 from kvrelay.rpc import RouterSession, listen, make_server, serve_session
 from kvrelay.transport.listener import Listener
 from kvrelay.transport.nccl_link import find_nccl
+from kvrelay.transport.reader import TransferBook
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
 from kvrelay.wire.worker_pb2 import DecodeCommand, DecodeEvent, FailureCode
 
@@ -38,12 +42,27 @@ log = logging.getLogger(__name__)
 
 _REAP_EVERY_S = 1.0
 
+MakeListener = Callable[[WorkerConfig, str, KVPool, TransferBook], Listener]
+
+
+def make_listener(
+    config: WorkerConfig, instance_id: str, pool: KVPool, book: TransferBook
+) -> Listener:
+    return Listener(config, instance_id, pool, book, find_nccl(config))
+
 
 class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
-    """Made by `start`; `address` is where routers reach it."""
+    """Made by `start`; `address` is where routers reach it. The simulation makes it with an engine,
+    a listener and a name of its own, and serves sessions without gRPC: `begin`, `serve`."""
 
-    def __init__(self, config: WorkerConfig, engine: EngineHost) -> None:
-        self.instance_id = f"decode-{uuid.uuid4().hex[:12]}"
+    def __init__(
+        self,
+        config: WorkerConfig,
+        engine: EngineHost,
+        listener: MakeListener = make_listener,
+        instance_id: str = "",
+    ) -> None:
+        self.instance_id = instance_id or f"decode-{uuid.uuid4().hex[:12]}"
         self.address = ""
         self.ledger = BlockLedger(engine.pool.blocks)
         self._config = config
@@ -74,11 +93,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._step_cancelled = CancelFlag()
         self._work = asyncio.Event()
         self._announced_free = self.ledger.available
-        book = Book(self._handoff, _now_ms, self._committed, self._writer_lost)
-        self._listener = Listener(config, self.instance_id, engine.pool, book, find_nccl(config))
-        self._server = make_server()
+        book = Book(self._handoff, now_ms, self._committed, self._writer_lost)
+        self._listener = listener(config, self.instance_id, engine.pool, book)
+        self._server: grpc.aio.Server
         self._door: MembershipDoor
-        self._sessions: set[RouterSession[DecodeEvent]] = set()
+        self._sessions: dict[RouterSession[DecodeEvent], None] = {}  # in order of coming
         self._announcer = Announcer(config, self._handoff.cache.journal, self._announce)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -86,18 +105,23 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     async def start(cls, config: WorkerConfig) -> "DecodeService":
         """Loads the model and listens; raises UnsupportedModelError when that cannot be."""
         service = cls(config, await EngineHost.load(config, shared_pool=True))
-        await service._listener.start()
+        await service.begin()
+        service._server = make_server()
         worker_pb2_grpc.add_DecodeWorkerServicer_to_server(service, service._server)
         port = listen(service._server, f"{config.host}:0", config.certificates)
         service.address = f"{config.host}:{port}"
         service._door = MembershipDoor(config.cluster_key, service.address)
         await service._server.start()
-        service._tasks = [
-            asyncio.create_task(service._decode()),
-            asyncio.create_task(service._reap()),
-            asyncio.create_task(service._announcer.run()),
-        ]
         return service
+
+    async def begin(self) -> None:
+        """Takes KV links and makes steps from now on."""
+        await self._listener.start()
+        self._tasks = [
+            asyncio.create_task(self._decode()),
+            asyncio.create_task(self._reap()),
+            asyncio.create_task(self._announcer.run()),
+        ]
 
     async def wait_for_end(self) -> None:
         """Does not return while the worker lives. Raises what ended its loops, which no request
@@ -117,13 +141,17 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     async def Session(self, request_iterator: AsyncIterator[DecodeCommand], context: Any) -> None:
         await self._door.admit(context)
+        await self.serve(request_iterator, context)
+
+    async def serve(self, commands: AsyncIterator[DecodeCommand], context: Any) -> None:
+        """The session of a router that has been let in, to its end. Events go to context.write."""
         session: RouterSession[DecodeEvent] = RouterSession(self._config.session_events_max)
-        self._sessions.add(session)
+        self._sessions[session] = None
         info = self._engine.info(self.instance_id, self._prompts.chunk_tokens)
         info.itl_target_ms = self._config.itl_target_ms
         self._send(session, DecodeEvent(info=info))
         self._announcer.open(session)
-        await serve_session(session, request_iterator, context, self._command, self._closed)
+        await serve_session(session, commands, context, self._command, self._closed)
 
     def _command(self, session: RouterSession[DecodeEvent], command: DecodeCommand) -> None:
         kind = command.WhichOneof("command")
@@ -136,7 +164,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     def _closed(self, session: RouterSession[DecodeEvent]) -> None:
         self._announcer.close(session)
-        self._sessions.discard(session)
+        self._sessions.pop(session, None)
         for key in self._handoff.session_ended(session):
             self._abort(key, "the router's session ended")
 
@@ -181,7 +209,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             key,
             reserve.prompt_tokens,
             sampling,
-            _now_ms(),
+            now_ms(),
             chain,
             prefill_here=reserve.prefill_here,
         )
@@ -245,7 +273,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._step_cancelled = CancelFlag()
         for chunk in step.chunks:
             if chunk.is_first:
-                chunk.job.started_s = time.perf_counter()
+                chunk.job.started_s = now_s()
                 self._send(chunk.job.key[0], messages.started(chunk.job))
 
     def _step_done(self, step: DecodeStep, tokens: Sequence[int | None]) -> None:
@@ -272,7 +300,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             self._spoilt(prompt.key)
             return []
         self._handoff.computed(prompt.key)
-        prefill_ms = (time.perf_counter() - prompt.started_s) * 1000
+        prefill_ms = (now_s() - prompt.started_s) * 1000
         self._send(prompt.key[0], messages.first_token(prompt, token, prefill_ms))
         sequence = Running(
             key=prompt.key,
@@ -300,7 +328,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     def _engine_idle(self, step: DecodeStep) -> None:
         """Frees what was aborted while the step ran."""
-        self._handoff.engine_moved(_now_ms())
+        self._handoff.engine_moved(now_ms())
         for key in step.keys:
             self._in_step.discard(key)
             if self._handoff.is_aborting(key):
@@ -318,7 +346,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     async def _reap(self) -> None:
         while True:
             await asyncio.sleep(_REAP_EVERY_S)
-            for key in self._handoff.expired(_now_ms()):
+            for key in self._handoff.expired(now_ms()):
                 self._abort(key, "its lease ran out")
                 self._fail(key, FailureCode.FAILURE_CODE_EXPIRED, "no progress within the lease")
 
@@ -358,7 +386,3 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         event.load.queued_prompts = self._prompts.queued_prompts
         event.load.cost.CopyFrom(self._engine.cost())
         session.send(event)
-
-
-def _now_ms() -> float:
-    return time.monotonic() * 1000

@@ -8,12 +8,14 @@ computed. All state is touched from one event loop; only engine steps and copies
 import asyncio
 import contextlib
 import logging
-import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+import grpc
+
 from kvrelay.announcer import Announcer
+from kvrelay.clock import now_s
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams, history_of
@@ -21,6 +23,7 @@ from kvrelay.engine.step import CancelFlag, StepCancelledError
 from kvrelay.engine.turns import Chunk
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockLedger
+from kvrelay.kv.pool import KVPool
 from kvrelay.kv.prefix import split_hashes
 from kvrelay.membership import MembershipDoor
 from kvrelay.rpc import RouterSession, listen, make_server, serve_session
@@ -35,12 +38,25 @@ from prefill_worker.schedule import InvalidJobError, Job, JobState, QueueFullErr
 
 log = logging.getLogger(__name__)
 
+MakeWriters = Callable[[WorkerConfig, str, KVPool], WriterPool]
+
+
+def make_writers(config: WorkerConfig, instance_id: str, pool: KVPool) -> WriterPool:
+    return WriterPool(config, instance_id, pool, find_nccl(config))
+
 
 class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
-    """Made by `start`; `address` is where routers reach it."""
+    """Made by `start`; `address` is where routers reach it. The simulation makes it with an engine,
+    links and a name of its own, and serves sessions without gRPC: `begin`, `serve`."""
 
-    def __init__(self, config: WorkerConfig, engine: EngineHost) -> None:
-        self.instance_id = f"prefill-{uuid.uuid4().hex[:12]}"
+    def __init__(
+        self,
+        config: WorkerConfig,
+        engine: EngineHost,
+        writers: MakeWriters = make_writers,
+        instance_id: str = "",
+    ) -> None:
+        self.instance_id = instance_id or f"prefill-{uuid.uuid4().hex[:12]}"
         self.address = ""
         self.ledger = BlockLedger(engine.pool.blocks)
         self._config = config
@@ -52,15 +68,15 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             chunk_tokens=config.chunk_tokens,
             jobs_max=config.jobs_max,
         )
-        self._writers = WriterPool(config, self.instance_id, engine.pool, find_nccl(config))
+        self._writers = writers(config, self.instance_id, engine.pool)
         self._work = asyncio.Event()
         self._steps = 0  # ended
         self._step: Sequence[Chunk[Job]] = ()
         self._step_cancelled = CancelFlag()
         self._running: dict[Job, _Progress] = {}
-        self._server = make_server()
+        self._server: grpc.aio.Server
         self._door: MembershipDoor
-        self._sessions: set[RouterSession[PrefillEvent]] = set()
+        self._sessions: dict[RouterSession[PrefillEvent], None] = {}  # in order of coming
         self._announcer = Announcer(config, self._schedule.cache.journal, self._announce)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -68,16 +84,21 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     async def start(cls, config: WorkerConfig) -> "PrefillService":
         """Loads the model and listens; raises UnsupportedModelError when that cannot be."""
         service = cls(config, await EngineHost.load(config, shared_pool=False))
+        await service.begin()
+        service._server = make_server()
         worker_pb2_grpc.add_PrefillWorkerServicer_to_server(service, service._server)
         port = listen(service._server, f"{config.host}:0", config.certificates)
         service.address = f"{config.host}:{port}"
         service._door = MembershipDoor(config.cluster_key, service.address)
         await service._server.start()
-        service._tasks = [
-            asyncio.create_task(service._compute()),
-            asyncio.create_task(service._announcer.run()),
-        ]
         return service
+
+    async def begin(self) -> None:
+        """Makes steps from now on."""
+        self._tasks = [
+            asyncio.create_task(self._compute()),
+            asyncio.create_task(self._announcer.run()),
+        ]
 
     async def wait_for_end(self) -> None:
         """Does not return while the worker lives. Raises what ended its loops, which no request
@@ -99,12 +120,16 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     async def Session(self, request_iterator: AsyncIterator[PrefillCommand], context: Any) -> None:
         await self._door.admit(context)
+        await self.serve(request_iterator, context)
+
+    async def serve(self, commands: AsyncIterator[PrefillCommand], context: Any) -> None:
+        """The session of a router that has been let in, to its end. Events go to context.write."""
         session: RouterSession[PrefillEvent] = RouterSession(self._config.session_events_max)
-        self._sessions.add(session)
+        self._sessions[session] = None
         info = self._engine.info(self.instance_id, self._schedule.chunk_tokens)
         self._send(session, PrefillEvent(info=info))
         self._announcer.open(session)
-        await serve_session(session, request_iterator, context, self._command, self._closed)
+        await serve_session(session, commands, context, self._command, self._closed)
 
     def _command(self, session: RouterSession[PrefillEvent], command: PrefillCommand) -> None:
         kind = command.WhichOneof("command")
@@ -117,7 +142,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     def _closed(self, session: RouterSession[PrefillEvent]) -> None:
         self._announcer.close(session)
-        self._sessions.discard(session)
+        self._sessions.pop(session, None)
         for key in self._schedule.of_session(session):
             self._abort(key)
 
@@ -189,7 +214,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             progress.engine_idle.clear()
             progress.advanced.set()  # what others have computed can travel during this step
             if chunk.is_first:
-                progress.started_s = time.perf_counter()
+                progress.started_s = now_s()
                 started = worker_pb2.PrefillStarted(
                     key=chunk.job.key[1], cached_tokens=chunk.job.cached_tokens
                 )
@@ -213,7 +238,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     def _first_token(self, job: Job, token: int) -> None:
         job.first_token = token
         progress = self._running[job]
-        progress.computed_s = time.perf_counter()
+        progress.computed_s = now_s()
         event = worker_pb2.FirstToken(
             key=job.key[1],
             token_id=token,
@@ -290,7 +315,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             key=job.key[1],
             kv_bytes=transfer.bytes_sent,
             kv_transfer_ms=transfer.busy_s * 1000,
-            kv_exposed_ms=(time.perf_counter() - progress.computed_s) * 1000,
+            kv_exposed_ms=(now_s() - progress.computed_s) * 1000,
             transport=transfer.transport,
         )
         self._send(job.key[0], PrefillEvent(handed_off=event))

@@ -6,17 +6,15 @@ worker has one task that keeps a session to it and reconnects when it breaks.
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 import grpc
 
+from kvrelay.clock import now_ms
 from kvrelay.config import PROTOCOL_VERSION, RouterConfig
 from kvrelay.kv.layout import KVLayout
-from kvrelay.membership import prove
-from kvrelay.rpc import dial
-from kvrelay.wire import worker_pb2, worker_pb2_grpc
+from kvrelay.wire import worker_pb2
 from router.answer import Answer, ReadingTurns
 from router.commands import (
     Command,
@@ -30,6 +28,7 @@ from router.commands import (
 from router.dispatcher import Dispatcher
 from router.metrics import Metrics
 from router.request import Ending, Request
+from router.worker_calls import Connect, over_grpc
 from router.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -39,7 +38,10 @@ _REAP_EVERY_S = 0.5
 
 
 class Fleet:
-    def __init__(self, config: RouterConfig, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self, config: RouterConfig, metrics: Metrics | None = None, connect: Connect = over_grpc
+    ) -> None:
+        self.connect = connect
         self.dispatcher = Dispatcher(config)
         self.metrics = metrics or Metrics()
         self._config = config
@@ -81,9 +83,9 @@ class Fleet:
 
     def set_workers(self, prefill: Iterable[str], decode: Iterable[str]) -> None:
         wanted = {("prefill", a) for a in prefill} | {("decode", a) for a in decode}
-        for key in set(self._workers) - wanted:
+        for key in sorted(set(self._workers) - wanted):
             self._workers.pop(key).stop()
-        for role, address in wanted - set(self._workers):
+        for role, address in sorted(wanted - set(self._workers)):
             self._workers[role, address] = _Worker(self, self._config, role, address)
         self._announce()
 
@@ -250,28 +252,19 @@ class _Worker:
 
     async def _session(self) -> None:
         self._outbox = asyncio.Queue()
-        config = self._config
-        async with dial(self._address, config.certificates) as channel:
-            handle, session = self._handler(), self._open(channel)
-            proof = await prove(
-                session, self._address, config.cluster_key, config.worker_proof_ms / 1000
-            )
-            call = session(_drain(self._outbox), metadata=proof)
-            try:
-                async for event in call:
+        handle, commands = self._handler(), _drain(self._outbox)
+        try:
+            async with self._fleet.connect(
+                self._config, self.role, self._address, commands
+            ) as events:
+                async for event in events:
                     if event.WhichOneof("event") == "info":
                         self._fleet.worker_up(self, event.info)
                         self.instance_id = event.info.instance_id  # only then it counts as up
                     else:
                         self._fleet.carry_out(handle(self.instance_id, event, now_ms()))
-            finally:
-                call.cancel()
-                self._outbox.put_nowait(None)  # gRPC does not end who reads it
-
-    def _open(self, channel: grpc.aio.Channel) -> Callable[..., Any]:
-        if self.role == "prefill":
-            return worker_pb2_grpc.PrefillWorkerStub(channel).Session
-        return worker_pb2_grpc.DecodeWorkerStub(channel).Session
+        finally:
+            self._outbox.put_nowait(None)  # gRPC does not end who reads it
 
     def _handler(self) -> Callable[[str, Any, float], list[Command]]:
         dispatcher = self._fleet.dispatcher
@@ -284,7 +277,3 @@ async def _drain(outbox: "asyncio.Queue[Any]") -> AsyncIterator[Any]:
     """Commands, up to None."""
     while (command := await outbox.get()) is not None:
         yield command
-
-
-def now_ms() -> float:
-    return time.monotonic() * 1000

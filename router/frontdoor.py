@@ -11,6 +11,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from kvrelay.clock import now_ms
 from kvrelay.wire.inference_pb2 import Delta, Finished
 from router.admission import DEFAULT_LIMITS, check_request_id, check_sampling, check_urgency
 from router.answer import Answer
@@ -19,7 +20,7 @@ from router.ask import Ask, choice_seed
 from router.callers import ANYBODY, Caller, Callers
 from router.commands import Trouble
 from router.detokenize import Detokenizer
-from router.fleet import Fleet, now_ms
+from router.fleet import Fleet
 from router.leases import RequestLease, leased, reserve_all
 from router.metrics import Metrics
 from router.model_files import ModelFiles

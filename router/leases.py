@@ -6,8 +6,8 @@ Made by the front door, over router/quotas.py.
 import contextlib
 from collections.abc import Iterator, Sequence
 
+from kvrelay.clock import now_ms
 from router.callers import Caller
-from router.fleet import now_ms
 from router.quotas import BeyondQuotaError, Lease, Quotas
 from router.request import Request
 

@@ -132,9 +132,8 @@ class Listener:
         link: ReaderLink | None = None
         reason = "the prefill worker closed the link"
         try:
-            if transport != "shm":
-                tune_tcp(frames.channel.sock, self._stall_s)
             async with asyncio.timeout(self._connect_s):
+                await self._secure(frames, transport)
                 link = await self._shake_hands(frames, transport)
             prove_by_s = asyncio.get_running_loop().time() + self._connect_s
             while True:
@@ -158,13 +157,19 @@ class Listener:
                 link.close(reason)
             frames.close()
 
-    async def _shake_hands(self, frames: FrameSocket, transport: str) -> ReaderLink:
-        """Version and layout first: workers that differ are never paired."""
-        if self._tls and transport != "shm":
+    async def _secure(self, frames: FrameSocket, transport: str) -> None:
+        """Over tcp: silence of the peer's host ends the link, and with certificates it is TLS."""
+        if transport == "shm":
+            return
+        tune_tcp(frames.channel.sock, self._stall_s)
+        if self._tls:
             try:
                 await frames.channel.start_tls(self._tls, server_side=True)
             except LinkError as error:
                 raise ProtocolError(Rejection.HANDSHAKE, str(error)) from error
+
+    async def _shake_hands(self, frames: FrameSocket, transport: str) -> ReaderLink:
+        """Version and layout first: workers that differ are never paired."""
         frame = await frames.receive()
         if frame.WhichOneof("body") != "hello":
             raise ProtocolError(Rejection.HANDSHAKE, "the first frame is not Hello")
@@ -184,8 +189,6 @@ class Listener:
         )
         await frames.send(Frame(welcome=welcome))
         wire = Wire(replace(self._pool.layout, dtype=dtype), checksums)
-        if transport == "shm":
-            send_fd(frames.channel.sock, self._pool.fd)
         receiver = self._receiver(transport, wire, hello.instance_id, frames)
         return ReaderLink(
             hello.instance_id, frames, receiver, self._book, self._links, self.rejected
@@ -193,6 +196,7 @@ class Listener:
 
     def _receiver(self, transport: str, wire: Wire, peer: str, frames: FrameSocket) -> Receiver:
         if transport == "shm":
+            send_fd(frames.channel.sock, self._pool.fd)
             return ShmReceiver(self._pool, wire)
         if transport == "tcp":
             return TcpReceiver(self._pool, wire)

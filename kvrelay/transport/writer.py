@@ -8,10 +8,10 @@ worker use the blocks again.
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
+from kvrelay.clock import now_s
 from kvrelay.transport.channel import to_end
 from kvrelay.transport.errors import LinkError
 from kvrelay.transport.frames import FrameSocket
@@ -61,11 +61,11 @@ class Transfer:
         )
         async with self._writing:
             self._raise_if_aborted()
-            started = time.perf_counter()
+            started = now_s()
             self._sources.extend(source)  # first: the answer may come before the send returns
             await self._link.send_blocks(header, source, target)
             self.transport = self._link.sender.name
-            self.busy_s += time.perf_counter() - started
+            self.busy_s += now_s() - started
             self.blocks_sent += len(source)
 
     def has_sent(self, indexes: Sequence[int]) -> bool:

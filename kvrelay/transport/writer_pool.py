@@ -14,7 +14,7 @@ from kvrelay.kv.pool import KVPool
 from kvrelay.tls import client_context
 from kvrelay.transport.errors import LinkError
 from kvrelay.transport.frames import FrameSocket, tune_tcp
-from kvrelay.transport.movers import Wire
+from kvrelay.transport.movers import Sender, Wire
 from kvrelay.transport.nccl_library import NcclLibrary
 from kvrelay.transport.nccl_link import NcclSender, make_pairs
 from kvrelay.transport.shm import ShmSender, receive_fd
@@ -82,13 +82,10 @@ class WriterPool:
         return await asyncio.shield(self._links[key])
 
     async def _connect(self, instance_id: str, endpoint: transfer_pb2.Endpoint) -> WriterLink:
-        stall_s = self._config.link_reply_ms / 1000
-        frames = FrameSocket(_socket_for(endpoint, stall_s), stall_s)
+        frames = self._frames_for(endpoint)
         try:
             async with asyncio.timeout(self._config.link_connect_ms / 1000):
-                await _dial(frames.channel.sock, endpoint)
-                if self._tls and endpoint.transport != "shm":
-                    await frames.channel.start_tls(self._tls, server_side=False)
+                await self._open(frames, endpoint)
                 return await self._shake_hands(frames, instance_id, endpoint.transport)
         except (OSError, TimeoutError, LinkError) as error:
             frames.close()
@@ -96,6 +93,28 @@ class WriterPool:
         except asyncio.CancelledError:
             frames.close()
             raise
+
+    # The next three are all that a link needs of the system: the simulation has its own.
+
+    def _frames_for(self, endpoint: transfer_pb2.Endpoint) -> FrameSocket:
+        stall_s = self._config.link_reply_ms / 1000
+        return FrameSocket(_socket_for(endpoint, stall_s), stall_s)
+
+    async def _open(self, frames: FrameSocket, endpoint: transfer_pb2.Endpoint) -> None:
+        """Connects. Raises OSError or LinkError."""
+        await _dial(frames.channel.sock, endpoint)
+        if self._tls and endpoint.transport != "shm":
+            await frames.channel.start_tls(self._tls, server_side=False)
+
+    async def _sender(
+        self, transport: str, wire: Wire, frames: FrameSocket, welcome: transfer_pb2.Welcome
+    ) -> Sender:
+        if transport == "nccl":
+            return self._nccl_sender(welcome.instance_id, wire, frames)
+        if transport == "tcp":
+            return TcpSender(self._pool, wire)
+        fd = await receive_fd(frames.channel.sock)
+        return ShmSender(self._pool, wire, fd, welcome.pool_bytes)
 
     async def _shake_hands(
         self, frames: FrameSocket, instance_id: str, transport: str
@@ -117,14 +136,8 @@ class WriterPool:
         if welcome.wire_dtype not in DTYPE_BYTES:
             raise LinkError(f"KV blocks as {welcome.wire_dtype!r} are asked for, unknown here")
         wire = Wire(replace(self._pool.layout, dtype=welcome.wire_dtype), welcome.checksums)
-        push_bytes_max = self._config.push_bytes_max
-        if transport == "nccl":
-            return WriterLink(frames, self._nccl_sender(instance_id, wire, frames), push_bytes_max)
-        if transport == "tcp":
-            return WriterLink(frames, TcpSender(self._pool, wire), push_bytes_max)
-        fd = await receive_fd(frames.channel.sock)
-        sender = ShmSender(self._pool, wire, fd, welcome.pool_bytes)
-        return WriterLink(frames, sender, push_bytes_max)
+        sender = await self._sender(transport, wire, frames, welcome)
+        return WriterLink(frames, sender, self._config.push_bytes_max)
 
     def _nccl_sender(self, peer: str, wire: Wire, frames: FrameSocket) -> NcclSender:
         assert self._pairs is not None

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvrelay.clock import now_ms
 from kvrelay.config import PROTOCOL_VERSION, RouterConfig
 from kvrelay.wire import worker_pb2
 from router import fleet as fleet_module
@@ -18,12 +19,13 @@ from router.commands import Deliver, Finished, ToDecode
 from router.fleet import Fleet
 from router.main import _NOT_SERVING, _SERVING, Router
 from router.request import Ending, Request, Times
+from router.worker_calls import over_grpc
 
 DEADLINE_S = 10.0  # only a broken test waits this long
 
 
 @contextlib.asynccontextmanager
-async def a_fleet(monkeypatch) -> AsyncIterator[Fleet]:
+async def a_fleet(monkeypatch, connect=over_grpc) -> AsyncIterator[Fleet]:
     monkeypatch.setattr(fleet_module, "_REAP_EVERY_S", 0.001)
     fleet = Fleet(
         RouterConfig(
@@ -31,14 +33,15 @@ async def a_fleet(monkeypatch) -> AsyncIterator[Fleet]:
             model_name="tiny",
             cluster_key="k" * 16,
             control_socket=Path("none"),
-        )
+        ),
+        connect=connect,
     )
     yield fleet
     await fleet.close()
 
 
 def request() -> Request:
-    return Request("r1", [1, 2], Sampling(0.0, 0, 1.0, 0, 4, (), ()), Times(fleet_module.now_ms()))
+    return Request("r1", [1, 2], Sampling(0.0, 0, 1.0, 0, 4, (), ()), Times(now_ms()))
 
 
 async def test_a_command_that_fails_does_not_take_the_others_with_it(monkeypatch, caplog):
@@ -116,38 +119,23 @@ async def test_a_worker_that_comes_while_the_health_is_set_is_noticed(monkeypatc
         health.cancel()
 
 
-class _Call:
-    """A session whose worker says who it is, and then nothing."""
-
-    def __init__(self, info: worker_pb2.WorkerInfo) -> None:
-        self._info = info
-
-    async def __aiter__(self) -> AsyncIterator[Any]:
-        yield worker_pb2.DecodeEvent(info=self._info)
-
-    def cancel(self) -> None:
-        pass
-
-
 @pytest.mark.parametrize("version", [PROTOCOL_VERSION, PROTOCOL_VERSION + 1])
 async def test_only_a_worker_that_was_up_is_called_again_at_once(monkeypatch, version):
     sessions = asyncio.Semaphore(0)
     info = worker_pb2.WorkerInfo(protocol_version=version, instance_id="d1")
 
-    def session(*_: Any, **__: Any) -> _Call:
+    async def who_it_is() -> AsyncIterator[Any]:
+        yield worker_pb2.DecodeEvent(info=info)
+
+    @contextlib.asynccontextmanager
+    async def connect(*_: Any) -> AsyncIterator[AsyncIterator[Any]]:
         sessions.release()
-        return _Call(info)
+        yield who_it_is()
 
     # Whoever comes to the wait for ever is never called again.
     refused = version != PROTOCOL_VERSION
     monkeypatch.setattr(fleet_module, "_RECONNECT_S", (3600.0, 0.0) if refused else (0.0, 3600.0))
-
-    async def proven(*_: Any) -> list[tuple[str, str]]:
-        return []
-
-    monkeypatch.setattr(fleet_module, "prove", proven)
-    monkeypatch.setattr(fleet_module._Worker, "_open", lambda *_: session)
-    async with a_fleet(monkeypatch) as fleet, asyncio.timeout(DEADLINE_S):
+    async with a_fleet(monkeypatch, connect) as fleet, asyncio.timeout(DEADLINE_S):
         fleet.set_workers([], ["127.0.0.1:1"])
         for _ in range(3):
             await sessions.acquire()
