@@ -1,0 +1,115 @@
+"""Simulated clients: they ask, read, lose their router and ask another, cancel, and compare.
+
+Every token is compared with the reference as it is seen. A client that loses its router asks the
+same again elsewhere and skips what it has, as kvrelay/client.py does.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+from cluster.simulation.loop import ProcessLoop
+from cluster.simulation.model import answer_to
+from cluster.simulation.processes import SimProcess, SimRouter, Surroundings
+from cluster.simulation.settings import Arrival
+
+_ASK_AGAIN_S = 0.2
+_ASKS_MAX = 12  # of one request, at routers that it lost or did not find
+
+
+class Client:
+    """One request, from its arrival until it has ended in one way or another."""
+
+    def __init__(self, arrival: Arrival, violated: Callable[[str], None]) -> None:
+        self.ask = arrival.ask
+        self.arrival = arrival
+        self.outcome = ""  # none yet
+        self.seen: list[int] = []
+        self._right = answer_to(arrival.ask)
+        self._violated = violated
+
+    def tokens(self, offset: int, tokens: Sequence[int]) -> None:
+        """Of the present stream, which begins at token 0: those that were seen come again."""
+        name, right = self.ask.request_id, self._right[offset : offset + len(tokens)]
+        if offset > len(self.seen):
+            self._violated(f"client {name}: token {offset} after {len(self.seen)}: a gap")
+        elif list(tokens) != right:
+            self._violated(f"client {name}: {list(tokens)} at {offset}, the reference has {right}")
+        self.seen += tokens[len(self.seen) - offset :]
+
+    def finished(self, ending: str) -> None:
+        self.outcome = "finished"
+        if len(self.seen) != len(self._right):
+            self._violated(
+                f"client {self.ask.request_id}: {ending} after {len(self.seen)} tokens of "
+                f"{len(self._right)}"
+            )
+
+    @property
+    def wants_no_more(self) -> bool:
+        limit = self.arrival.cancel_after
+        return limit is not None and len(self.seen) >= limit
+
+
+class SimClients(SimProcess):
+    """All clients, in one process that no fault meets."""
+
+    role = "clients"
+
+    def __init__(
+        self,
+        name: str,
+        loop: ProcessLoop,
+        around: Surroundings,
+        arrivals: Sequence[Arrival],
+        routers: Callable[[], list[SimRouter]],
+        rng: Random,
+    ) -> None:
+        super().__init__(name, loop, around)
+        self.clients = [Client(arrival, self.violated) for arrival in arrivals]
+        self._routers = routers
+        self._rng = rng
+        for client in self.clients:
+            loop.spawn(self._live(client))
+
+    @property
+    def waiting(self) -> list[Client]:
+        return [client for client in self.clients if not client.outcome]
+
+    async def _live(self, client: Client) -> None:
+        await asyncio.sleep(client.arrival.at_s)
+        for _ in range(_ASKS_MAX):
+            with contextlib.suppress(ConnectionError):
+                await self._asked(client)
+            if client.outcome:
+                return
+            await asyncio.sleep(_ASK_AGAIN_S)
+        client.outcome = "no router"
+
+    async def _asked(self, client: Client) -> None:
+        """At one router, until the answer has ended. Raises ConnectionError when it is lost."""
+        router = self._rng.choice(self._routers())
+        end = await self._around.network.dial(self.place, router.address, "client")
+        try:
+            end.send(("ask", client.ask, len(client.seen)))
+            while not client.outcome:
+                if client.wants_no_more:
+                    client.outcome = "cancelled"
+                    return
+                self._take(client, await end.receive())
+        finally:
+            end.close()
+
+    def _take(self, client: Client, message: tuple[Any, ...]) -> None:
+        kind, *rest = message
+        if kind == "tokens":
+            client.tokens(rest[0], rest[1:])
+        elif kind == "finished":
+            client.finished(rest[0])
+        elif rest[0] == "DuplicateRequestError":
+            raise ConnectionResetError  # the router has not noticed yet that we had left
+        else:
+            client.outcome = rest[0]
+
