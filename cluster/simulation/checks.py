@@ -84,9 +84,10 @@ def unwanted(worker: SimWorker, routers: dict[str, SimRouter]) -> Iterator[tuple
             yield "a session that is over", number
             continue
         router = routers.get(end.peer.place.name)
-        if router is not None and router.fleet is not None:
-            if router.fleet.dispatcher._attempts.get(number) is None:
-                yield router.name, number
+        if router is None or router.fleet is None:
+            continue
+        if router.fleet.dispatcher._attempts.get(number) is None:
+            yield router.name, number
 
 
 def _wanted_keys(worker: SimWorker) -> list[Any]:

@@ -112,4 +112,3 @@ class SimClients(SimProcess):
             raise ConnectionResetError  # the router has not noticed yet that we had left
         else:
             client.outcome = rest[0]
-

@@ -34,6 +34,7 @@ class Cluster:
     ) -> None:
         self.workers: dict[int, SimWorker] = {}  # by slot
         self.routers: dict[int, SimRouter] = {}
+        self.by_name: dict[str, SimProcess] = {}  # those that have died too
         self._settings = settings
         self._timeline = timeline
         self._around = around
@@ -78,12 +79,13 @@ class Cluster:
         name, loop = self._name(kind.role)
         settings = self._settings
         worker = kind(name, loop, self._around, settings.worker, settings.cost, blocks)
-        self.workers[slot] = worker
+        self.workers[slot] = self.by_name[name] = worker
         self._told(f"{name} begins")
 
     def _begin_router(self, slot: int) -> None:
         name, loop = self._name("router")
-        self.routers[slot] = SimRouter(name, loop, self._around, self._settings.router)
+        router = SimRouter(name, loop, self._around, self._settings.router)
+        self.routers[slot] = self.by_name[name] = router
         self._told(f"{name} begins")
 
     def announce(self) -> None:
@@ -134,4 +136,3 @@ class Cluster:
         """The end of the run: nothing that was begun is left behind."""
         for loop in self._loops:
             loop.unwind()
-

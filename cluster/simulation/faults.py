@@ -7,12 +7,13 @@ meets the narrow moments too.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from cluster.simulation.cluster import Cluster
 from cluster.simulation.loop import Timeline
 from cluster.simulation.network import End, Network
-from cluster.simulation.processes import SimPrefill, SimProcess, SimRouter, SimWorker
+from cluster.simulation.processes import SimPrefill, SimProcess, SimWorker
 from cluster.simulation.settings import Settings
 
 _TAIL_S = 1.5  # after the last arrival no fault begins
@@ -88,7 +89,7 @@ class Faults:
             if fault.moment:
                 self._due.setdefault((fault.moment, fault.number), []).append(fault)
             else:
-                timeline.call_later(fault.at_s, lambda fault=fault: self._begin(fault, None))
+                timeline.call_later(fault.at_s, partial(self._begin, fault, None))
 
     def _draw(self, last_s: float) -> Fault:
         rng = self._rng
@@ -108,7 +109,7 @@ class Faults:
             return
         self._heard[kind] += 1
         for fault in self._due.pop((kind, self._heard[kind]), ()):
-            self._timeline.call_later(0, lambda fault=fault: self._begin(fault, end))
+            self._timeline.call_later(0, partial(self._begin, fault, end))
 
     def _begin(self, fault: Fault, end: End | None) -> None:
         now_s = self._timeline.now_s
@@ -125,7 +126,8 @@ class Faults:
         """Whom it meets; None when they are gone, or are clients."""
         if end is not None:
             name = (end.peer if fault.at_sender else end).place.name
-            return next((p for p in self._cluster.processes if p.name == name), None)
+            process = self._cluster.by_name.get(name)
+            return process if process is not None and process.place.alive else None
         processes = self._cluster.processes
         return self._rng.choice(processes) if processes else None
 
@@ -178,7 +180,3 @@ class Faults:
             worker.link_faults.spoilt_blocks += amount
         elif isinstance(worker, SimPrefill):
             worker.link_faults.doubled_frames += 1
-
-
-def routers_of(cluster: Cluster) -> list[SimRouter]:
-    return list(cluster.routers.values())

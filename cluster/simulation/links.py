@@ -6,9 +6,9 @@ of blocks follow their frame, over "shm" the sender writes them into the peer's 
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from random import Random
 from typing import Any, cast
 
 from cluster.simulation.memory import SimBlock, SimPool, spoilt
@@ -83,12 +83,13 @@ class SimFrames:
         return payload
 
     async def drain(self) -> None:
-        """Returns when the peer has ended its side."""
-        try:
-            while self.end is not None:
-                await self.end.receive()
-        except ConnectionError:
+        """Says that no more comes from here, and returns when the peer has ended its side."""
+        if self.end is None:
             return
+        self.end.end_sending()
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await self.end.receive()
 
     def close(self) -> None:
         self._closed = True

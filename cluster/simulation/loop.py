@@ -73,7 +73,7 @@ class Life(Enum):
     DEAD = "dead"
 
 
-class ProcessLoop(asyncio.AbstractEventLoop):
+class ProcessLoop(asyncio.BaseEventLoop):
     """The event loop of one process, as far as the roles use one. `offset_s`: its clock differs
     from the timeline's by that; `failed` hears what no task has caught."""
 
@@ -81,20 +81,21 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         self, timeline: Timeline, offset_s: float = 0.0, failed: Callable[[str], None] = print
     ) -> None:
         self.life = Life.RUNNING
+        self._woken = False  # a wake-up is on the timeline, or callbacks are being run
+        super().__init__()
         self._timeline = timeline
         self._offset_s = offset_s
         self._failed = failed
         self._ready: deque[asyncio.Handle] = deque()
-        self._woken = False  # a wake-up is on the timeline, or callbacks are being run
         self._tasks: list[asyncio.Task[Any]] = []
         self._tasks_most = 64
 
-    # ---- what asyncio asks of a loop
+    # ---- what asyncio asks of a loop; the types are plainer than asyncio's own
 
     def time(self) -> float:
         return self._timeline.now_s + self._offset_s
 
-    def call_soon(
+    def call_soon(  # type: ignore[override]
         self, callback: Callable[..., Any], *args: Any, context: Context | None = None
     ) -> asyncio.Handle:
         handle = asyncio.Handle(callback, args, self, context)
@@ -104,9 +105,9 @@ class ProcessLoop(asyncio.AbstractEventLoop):
             self._timeline.put(self._timeline.now_s, self, None)
         return handle
 
-    call_soon_threadsafe = call_soon
+    call_soon_threadsafe = call_soon  # type: ignore[assignment]
 
-    def call_later(
+    def call_later(  # type: ignore[override]
         self,
         delay: float,
         callback: Callable[..., Any],
@@ -115,7 +116,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
     ) -> asyncio.TimerHandle:
         return self.call_at(self.time() + delay, callback, *args, context=context)
 
-    def call_at(
+    def call_at(  # type: ignore[override]
         self,
         when: float,
         callback: Callable[..., Any],
@@ -137,7 +138,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         self._tasks.append(task)  # asyncio itself would let go of a task that nobody holds
         return task
 
-    def run_in_executor(
+    def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., Any], *args: Any
     ) -> "asyncio.Future[Any]":
         """There are no threads: done at once."""
@@ -216,8 +217,12 @@ class ProcessLoop(asyncio.AbstractEventLoop):
 
     def _run(self) -> None:
         self._woken = True
-        with self._current():
+        before = events._get_running_loop()
+        events._set_running_loop(self)
+        try:
             self._drain(Life.RUNNING)
+        finally:
+            events._set_running_loop(before)
         self._woken = False
 
     def _drain(self, life: Life) -> None:

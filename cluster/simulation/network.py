@@ -15,7 +15,6 @@ from typing import Any
 
 from cluster.simulation.loop import Life, ProcessLoop, Timeline
 
-
 SAME_HOST = "shm"  # the kind of streams that end with a process alone
 BY_GRPC = ("session", "client")
 
@@ -62,7 +61,7 @@ class End:
     network: "Network"
     place: Place
     kind: str
-    on_break: Callable[[], None] | None = None
+    on_break: Callable[[], object] | None = None
     peer: "End" = field(init=False)
     _arrived: deque[Any] = field(default_factory=deque)
     _reader: "asyncio.Future[None] | None" = None
@@ -92,6 +91,11 @@ class End:
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
         return self._arrived.popleft()
+
+    def end_sending(self) -> None:
+        """The peer sees the end after what was sent; what it sends still comes."""
+        if not self.closed:
+            self.network.carry(self, _END)
 
     def close(self) -> None:
         """The peer sees the end after what was sent. Safe at any time."""
@@ -250,16 +254,16 @@ class Network:
         pair = frozenset((one, other))
         if pair not in self._cuts:
             held = self._cuts[pair] = []
-            self._timeline.call_later(
-                self.delays.keepalive_s, lambda: self._cuts.get(pair) is held and self._tear(pair)
-            )
+            self._timeline.call_later(self.delays.keepalive_s, lambda: self._tear(pair, held))
 
     def heal(self, one: str, other: str) -> None:
         for end, message in self._cuts.pop(frozenset((one, other)), ()):
             self.carry(end, message)
 
-    def _tear(self, pair: frozenset[str]) -> None:
-        self._cuts[pair].clear()
+    def _tear(self, pair: frozenset[str], held: list[tuple[End, Any]]) -> None:
+        if self._cuts.get(pair) is not held:
+            return  # it has healed
+        held.clear()
         for name in sorted(pair):
             place = self.places.get(name)
             for end in list(place.ends) if place is not None else ():

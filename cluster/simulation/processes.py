@@ -58,9 +58,7 @@ class SimProcess:
         self.calls[task] = end
         task.add_done_callback(self.calls.pop)
 
-    async def _to_its_end(
-        self, end: End, work: Callable[[End], Coroutine[Any, Any, None]]
-    ) -> None:
+    async def _to_its_end(self, end: End, work: Callable[[End], Coroutine[Any, Any, None]]) -> None:
         try:
             await work(end)
         except asyncio.CancelledError:

@@ -17,10 +17,10 @@ from cluster.simulation import checks
 from cluster.simulation.clients import SimClients
 from cluster.simulation.cluster import Cluster
 from cluster.simulation.engine import EngineFaultError
-from cluster.simulation.faults import Faults, routers_of
+from cluster.simulation.faults import Faults
 from cluster.simulation.loop import Life, LivelockError, ProcessLoop, Timeline
 from cluster.simulation.network import End, Network, Place
-from cluster.simulation.processes import SimProcess, SimRouter, SimWorker, Surroundings
+from cluster.simulation.processes import SimRouter, SimWorker, Surroundings
 from cluster.simulation.settings import Settings, draw, generator
 from cluster.simulation.trace import Trace, shown
 from kvrelay.wire import worker_pb2
@@ -91,7 +91,7 @@ class World:
             self.cluster.new_loop("clients"),
             around,
             settings.arrivals,
-            lambda: routers_of(self.cluster),
+            lambda: list(self.cluster.routers.values()),
             generator(seed, "clients"),
         )
 
@@ -199,8 +199,8 @@ class World:
 
     def _check(self) -> None:
         for name in self._touched:
-            process = self._process(name)
-            if process is None:
+            process = self.cluster.by_name.get(name)
+            if process is None or not process.place.alive:
                 continue
             self._checked += 1
             for what in checks.cheap(process):
@@ -214,9 +214,6 @@ class World:
         for process in self.cluster.processes:
             for what in (*checks.cheap(process), *checks.deep(process)):
                 self._note_violation(what)
-
-    def _process(self, name: str) -> SimProcess | None:
-        return next((p for p in self.cluster.processes if p.name == name), None)
 
     @contextmanager
     def _listening_to_errors(self) -> Iterator[None]:
