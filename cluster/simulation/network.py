@@ -102,7 +102,7 @@ class End:
         if not self._closed:
             self._closed = True
             self._wake()
-            if self._over is None:
+            if not isinstance(self._over, StreamBrokenError):
                 self.network.carry(self, _END)
             self._leave_if_done()
 
