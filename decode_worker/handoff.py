@@ -5,7 +5,6 @@ from its event loop and carries out what it answers. It is the only caller of th
 of the block ledger under it.
 """
 
-import hmac
 import math
 from collections.abc import Sequence
 
@@ -142,11 +141,7 @@ class HandOff:
     def begin(self, ticket: Ticket, now_ms: float) -> None:
         """Gives the holder of the ticket leave to write, once."""
         reservation = self._by_transfer.get(ticket.transfer_id)
-        if not self._signer.is_ours(ticket):
-            given = b"" if reservation is None else reservation.signature
-            if given and hmac.compare_digest(given, ticket.signature):
-                raise RefusedError(Rejection.ALTERED, "the ticket is not as it was given")
-            raise RefusedError(Rejection.FORGED, "the ticket's signature is wrong")
+        self._signer.check(ticket, b"" if reservation is None else reservation.signature)
         if reservation is not None and reservation.state is not ReservationState.RESERVED:
             raise RefusedError(Rejection.REPLAYED, "the ticket has been used")
         if ticket.expires_ms <= now_ms:
@@ -166,22 +161,7 @@ class HandOff:
         Answers for an aborted transfer too: its blocks are in quarantine, and what is already on
         the wire must go somewhere.
         """
-        reservation = self._by_transfer[transfer_id]
-        end = first_index + count
-        if end > reservation.ticket_blocks:
-            text = f"blocks to {end} sent, the ticket ends at {reservation.ticket_blocks}"
-            raise RefusedError(Rejection.OVERSIZED, text)
-        if again:
-            unasked = set(range(first_index, end)) - set(reservation.bad_blocks)
-            if unasked:
-                text = f"blocks {sorted(unasked)} sent again, which nobody asked for"
-                raise RefusedError(Rejection.DUPLICATE, text)
-        elif first_index != reservation.blocks_received:
-            text = f"blocks from {first_index} sent, expected from {reservation.blocks_received}"
-            early = first_index > reservation.blocks_received
-            raise RefusedError(Rejection.REORDERED if early else Rejection.DUPLICATE, text)
-        first = reservation.first_block
-        return reservation.blocks[first + first_index : first + end]
+        return self._by_transfer[transfer_id].expect(first_index, count, again=again)
 
     def received(
         self,
@@ -197,19 +177,8 @@ class HandOff:
             RefusedError: one of them came too often.
         """
         reservation = self._by_transfer[transfer_id]
-        reservation.blocks_received = max(reservation.blocks_received, first_index + count)
         reservation.lease_end_ms = now_ms + self._lease_ms
-        for index in range(first_index, first_index + count):
-            if index not in bad:
-                reservation.bad_blocks.discard(index)
-        for index in bad:
-            reservation.bad_blocks.add(index)
-            reservation.resends[index] += 1
-            if reservation.resends[index] > self._resends_max:
-                text = (
-                    f"block {index} has a wrong checksum for the {reservation.resends[index]}. time"
-                )
-                raise RefusedError(Rejection.CHECKSUM, text)
+        reservation.received(first_index, count, bad, self._resends_max)
 
     def awaits_again(self, transfer_id: int) -> bool:
         """Whether blocks that were bad have not come again yet."""
@@ -220,8 +189,7 @@ class HandOff:
         reservation = self._by_transfer[transfer_id]
         if reservation.state is ReservationState.ABORTING:
             return None
-        missing = reservation.ticket_blocks - reservation.blocks_received
-        missing += len(reservation.bad_blocks)
+        missing = reservation.missing_blocks
         if missing or blocks != reservation.ticket_blocks:
             text = f"Commit of {blocks} blocks while {missing} are missing"
             raise RefusedError(Rejection.INCOMPLETE, text)

@@ -4,6 +4,7 @@ decode_worker/handoff.py owns all of them and is the only one who changes them.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -11,6 +12,7 @@ from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.prefix import PrefixChain
 from kvrelay.lifecycle import advance
+from kvrelay.transport.errors import RefusedError, Rejection
 
 
 class ReservationState(Enum):
@@ -99,8 +101,43 @@ class Reservation:
         return self.prompt_end - self.first_block
 
     @property
+    def missing_blocks(self) -> int:
+        """Of those, the ones that have not come, or must come again."""
+        return self.ticket_blocks - self.blocks_received + len(self.bad_blocks)
+
+    @property
     def hashes(self) -> list[bytes]:
         return [] if self.chain is None else self.chain.hashes
 
     def on(self, event: ReservationEvent) -> None:
         self.state = advance(TRANSITIONS, self.state, event)
+
+    def expect(self, first_index: int, count: int, *, again: bool = False) -> Sequence[int]:
+        """HandOff.expect."""
+        end = first_index + count
+        if end > self.ticket_blocks:
+            text = f"blocks to {end} sent, the ticket ends at {self.ticket_blocks}"
+            raise RefusedError(Rejection.OVERSIZED, text)
+        if again:
+            unasked = set(range(first_index, end)) - self.bad_blocks
+            if unasked:
+                text = f"blocks {sorted(unasked)} sent again, which nobody asked for"
+                raise RefusedError(Rejection.DUPLICATE, text)
+        elif first_index != self.blocks_received:
+            text = f"blocks from {first_index} sent, expected from {self.blocks_received}"
+            early = first_index > self.blocks_received
+            raise RefusedError(Rejection.REORDERED if early else Rejection.DUPLICATE, text)
+        return self.blocks[self.first_block + first_index : self.first_block + end]
+
+    def received(self, first_index: int, count: int, bad: Sequence[int], resends_max: int) -> None:
+        """HandOff.received."""
+        self.blocks_received = max(self.blocks_received, first_index + count)
+        for index in range(first_index, first_index + count):
+            if index not in bad:
+                self.bad_blocks.discard(index)
+        for index in bad:
+            self.bad_blocks.add(index)
+            self.resends[index] += 1
+            if self.resends[index] > resends_max:
+                text = f"block {index} has a wrong checksum for the {self.resends[index]}. time"
+                raise RefusedError(Rejection.CHECKSUM, text)
