@@ -5,13 +5,13 @@ load, so that a placement costs no look at every running request or every worker
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from itertools import islice
 from math import inf
 
 from kvrelay.config import RouterConfig
 from kvrelay.kv.layout import blocks_for, reserved_blocks
 from kvrelay.wire import worker_pb2
+from router.claims import Claim, Claims
 from router.measured import MeasuredRates, usual_of
 from router.policy import (
     CHUNK_TOKENS,
@@ -25,21 +25,11 @@ from router.policy import (
 )
 from router.request import Request, RequestState
 from router.shortlist import Shortlist
+from router.shunned import Shunned
 from router.worker import DecodeWorker, PrefillWorker, Worker
 
 _SAMPLE = 64  # workers of each role that say what is usual when another comes
 _DISTRUSTED_MAX = 8  # workers that failed, and in whose place others are looked at
-
-
-@dataclass
-class _Claim:
-    """What one attempt asks of its pair. Its workers may be gone: then nobody reads their sums."""
-
-    computes: Worker  # the prompt
-    decode: DecodeWorker
-    prompt_tokens: int  # that are to be computed
-    blocks: int
-    moved_blocks: int = 0  # by the hand-off
 
 
 class Workers:
@@ -58,8 +48,8 @@ class Workers:
         self._usual = NEUTRAL
         self._prefill_list: Shortlist[PrefillWorker] = Shortlist(config.index_names_total_max)
         self._decode_list: Shortlist[DecodeWorker] = Shortlist(config.index_names_total_max)
-        self._claims: dict[int, _Claim] = {}  # by the attempt's key
-        self._shunned: dict[str, tuple[Worker, float]] = {}  # by name, and until when
+        self.claims = Claims(self._rank)
+        self._shunned = Shunned(config)
 
     # ---- what they say
 
@@ -97,7 +87,7 @@ class Workers:
         self._note_context()
 
     def down(self, worker_id: str) -> None:
-        self._shunned.pop(worker_id, None)
+        self._shunned.forget(worker_id)
         if prefill := self.prefill.pop(worker_id, None):
             self._prefill_list.down(prefill)
         if decode := self.decode.pop(worker_id, None):
@@ -182,19 +172,10 @@ class Workers:
     # ---- whether they fail
 
     def failed(self, worker_id: str, now_ms: float) -> None:
-        """An attempt has failed there: the worker comes last, for longer each time up to a limit.
-
-        One that fails at once is always the least busy, and would get every request. What else
-        fails there meanwhile had begun before, and makes it no longer.
-        """
+        """An attempt has failed there: the worker comes last for a while."""
         worker = self._named(worker_id)
-        if worker is None or worker.shunned:
-            return
-        limits = self._config
-        worker.shun_ms = min(2 * worker.shun_ms or limits.shun_ms, limits.shun_max_ms)
-        worker.shunned = True
-        self._shunned[worker_id] = worker, now_ms + worker.shun_ms
-        self._rank(worker)
+        if worker is not None and self._shunned.shun(worker, now_ms):
+            self._rank(worker)
 
     def succeeded(self, worker_id: str) -> None:
         """A request that was there has ended well."""
@@ -204,13 +185,11 @@ class Workers:
 
     def forgive(self, now_ms: float) -> None:
         """Those whose time is up are tried again as before."""
-        for worker, until_ms in list(self._shunned.values()):
-            if until_ms <= now_ms:
-                self._trust(worker)
+        for worker in self._shunned.over(now_ms):
+            self._trust(worker)
 
     def _trust(self, worker: Worker) -> None:
-        if self._shunned.pop(worker.worker_id, None):
-            worker.shunned = False
+        if self._shunned.trust(worker):
             self.room_grew = True
             self._rank(worker)
 
@@ -310,52 +289,7 @@ class Workers:
         computes = decode if placement.prefill is None else self.prefill[placement.prefill]
         blocks = reserved_blocks(prompt_tokens, max_tokens, decode.block_size)
         moved = 0 if computes is decode else blocks_for(prompt_tokens, decode.block_size)
-        self._claims[key] = _Claim(computes, decode, placement.tokens, blocks, moved)
-        computes.asked_tokens += placement.tokens
-        computes.asked_prompts += 1
-        computes.measured.prompts.note()
-        decode.measured.answers.note()
-        decode.asked_blocks += blocks
-        decode.asked += 1
-        self._rank(computes)
-        self._rank(decode)
-
-    def reserved(self, key: int, cached_blocks: int) -> None:
-        """From now on the decode worker's own figure knows of the blocks."""
-        claim = self._claims[key]
-        claim.moved_blocks -= cached_blocks
-        self._give_back(claim, blocks=True)
-
-    def computed(self, key: int) -> None:
-        """The prompt is no backlog any more."""
-        claim = self._claims[key]
-        if claim.prompt_tokens:  # called for every token of the answer
-            self._give_back(claim, prompt=True)
-
-    def handed_off(self, key: int, exposed_ms: float) -> None:
-        """Notes what the hand-off cost."""
-        claim = self._claims[key]
-        worker = claim.computes
-        if isinstance(worker, PrefillWorker):
-            worker.full = False  # the prompt's blocks are free there
-            worker.hand_offs.note(claim.moved_blocks, exposed_ms)
-            self._rank(worker)
-
-    def release(self, key: int) -> None:
-        claim = self._claims.pop(key)
-        claim.decode.asked -= 1
-        self._give_back(claim, blocks=True, prompt=True)
-
-    def _give_back(self, claim: _Claim, *, blocks: bool = False, prompt: bool = False) -> None:
-        if blocks:
-            claim.decode.asked_blocks -= claim.blocks
-            claim.blocks = 0
-        if prompt and claim.prompt_tokens:
-            claim.computes.asked_prompts -= 1
-            claim.computes.asked_tokens -= claim.prompt_tokens
-            claim.prompt_tokens = 0
-        self._rank(claim.computes)
-        self._rank(claim.decode)
+        self.claims.begin(key, Claim(computes, decode, placement.tokens, blocks, moved))
 
     # ---- their order
 
@@ -386,7 +320,7 @@ class Workers:
 
     def check(self, requests: Collection[Request]) -> None:
         """Asserts that the sums are those of the requests with an attempt under way."""
-        assert self._claims.keys() == {r.key for r in requests}
+        assert self.claims.keys == {r.key for r in requests}
         for p in self.prefill.values():
             mine = [r for r in requests if r.prefill_id == p.worker_id and not r.prefill_settled]
             assert (p.asked_tokens, p.asked_prompts) == _uncomputed(mine), (p, mine)
