@@ -17,6 +17,7 @@ from decode_worker.batch import Batch, Running
 from decode_worker.book import Book
 from decode_worker.claims import Claims
 from decode_worker.handoff import HandOff
+from decode_worker.kept import Kept
 from decode_worker.prompts import LocalPrompts, PromptsFullError
 from decode_worker.reservation import InvalidReservationError, Key, Reservation
 from decode_worker.step_loop import StepLoop
@@ -71,11 +72,13 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._sessions: Sessions[DecodeEvent] = Sessions(
             config, journal, DecodeEvent, self._write_load
         )
+        self._kept = Kept(kept_ms=config.kept_ms, kept_max=config.kept_max)
         self._steps = StepLoop(
             engine,
             self._handoff,
             self._batch,
             self._prompts,
+            self._kept,
             self._sessions,
             now_ms=_now_ms,
             freed=self._announce_load,
@@ -132,14 +135,22 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         if kind == "reserve":
             self._reserve(session, command.reserve)
         elif kind == "cancel":
-            self._abort((session, command.cancel.key), "the request was cancelled")
+            key = self._kept.key_of((session, command.cancel.key))
+            if key is not None:
+                self._abort(key, "the request was cancelled")
+        elif kind == "adopt":
+            self._adopt(session, command.adopt)
+        elif kind == "acknowledge":
+            self._kept.acknowledge(session, command.acknowledge.keys)
         elif kind == "resync":
             self._sessions.announcer.resync(session)
 
     def _closed(self, session: RouterSession[DecodeEvent]) -> None:
         self._sessions.close(session)
+        self._kept.session_ended(session, _now_ms())
         for key in self._handoff.session_ended(session):
-            self._abort(key, "the router's session ended")
+            if not self._kept.may_be_adopted(key):
+                self._abort(key, "the router's session ended")
 
     def _reserve(self, session: RouterSession[DecodeEvent], reserve: worker_pb2.Reserve) -> None:
         key = (session, reserve.key)
@@ -151,6 +162,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         except InvalidReservationError as error:
             self._sessions.fail(key, FailureCode.FAILURE_CODE_INVALID, str(error))
             return
+        self._kept.reserved(key, reserve)
         self._announced_free = self.ledger.available
         reserved = worker_pb2.Reserved(key=reserve.key)
         if reserve.prefill_here:
@@ -172,8 +184,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         chain = None
         if self._config.prefix_caching:
             chain = messages.prefix_chain(reserve, self._layout.block_size)
+        messages.check_prompt(reserve)
         if reserve.prefill_here:
-            messages.check_prompt(reserve)
             self._prompts.check_room()
         sampling = SamplingParams.from_wire(reserve.sampling)
         history = messages.token_history(reserve, sampling)
@@ -187,6 +199,18 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         )
         reservation.history = history
         return reservation
+
+    def _adopt(self, session: RouterSession[DecodeEvent], adopt: worker_pb2.Adopt) -> None:
+        holder = (session, adopt.key)
+        found = self._kept.adopt((adopt.tenant, adopt.request_id), holder)
+        if found is None:
+            self._sessions.fail(holder, FailureCode.FAILURE_CODE_NOT_KEPT, "it is not kept here")
+            return
+        answer, before = found
+        if before is not None:  # a router that hangs may find it when it goes on
+            why = "another router goes on with it"
+            self._sessions.fail(before, FailureCode.FAILURE_CODE_TAKEN_OVER, why)
+        self._sessions.send(session, messages.adopted(adopt.key, answer))
 
     # ---- the prefill workers' side, called by Book
 
@@ -209,12 +233,14 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     def _writer_lost(self, transfer_id: int, reason: str) -> None:
         failed = self._handoff.writer_lost(transfer_id)
         if failed is not None:
+            self._kept.let_go(failed.key)
             self._sessions.fail(failed.key, FailureCode.FAILURE_CODE_PEER_LOST, reason)
         self._announce_load()
 
     # ---- letting go
 
     async def _reap(self) -> None:
+        crowded_out = 0
         while True:
             await asyncio.sleep(_REAP_EVERY_S)
             for key in self._handoff.expired(_now_ms()):
@@ -222,6 +248,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 self._sessions.fail(
                     key, FailureCode.FAILURE_CODE_EXPIRED, "no progress within the lease"
                 )
+            for key in self._kept.expired(_now_ms()):
+                self._abort(key, "no router has adopted it")
+            if self._kept.crowded_out > crowded_out:
+                log.warning("more than %d whole answers to keep", self._config.kept_max)
+                crowded_out = self._kept.crowded_out
 
     def _abort(self, key: Key, reason: str) -> None:
         transfer_id = self._steps.let_go(key)
