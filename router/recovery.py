@@ -15,6 +15,7 @@ from router.commands import (
     ExhaustedTrouble,
     Finished,
     InvalidTrouble,
+    TakenOverTrouble,
     UnavailableTrouble,
 )
 from router.forecast import wait_is_over
@@ -69,6 +70,9 @@ class Recovery:
             return self._attempts.withdraw(request) + self._requests.fail(
                 request, InvalidTrouble(failed.message)
             )
+        if failed.code == FailureCode.FAILURE_CODE_TAKEN_OVER:
+            commands = self._attempts.withdraw(request)
+            return commands + self._requests.fail(request, TakenOverTrouble())
         begun = request.state is RequestState.DECODING or len(request.answer) > request.base
         if failed.code == FailureCode.FAILURE_CODE_EXHAUSTED and not begun:
             return self._refused(request, worker_id, now_ms)

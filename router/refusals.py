@@ -12,7 +12,9 @@ from router.commands import (
     DuplicateRequestError,
     ExhaustedTrouble,
     InvalidTrouble,
+    NotKeptTrouble,
     OverloadError,
+    TakenOverTrouble,
     Trouble,
 )
 from router.quotas import BeyondQuotaError, QuotaExceededError
@@ -33,6 +35,7 @@ class Reason(Enum):
     NOT_FOUND = "not_found"
     UNSUPPORTED = "unsupported"  # not by this model
     DUPLICATE = "duplicate"
+    TAKEN_OVER = "taken_over"  # its client goes on with it in another call
     EXHAUSTED = "exhausted"  # later it may be served
     UNAVAILABLE = "unavailable"
 
@@ -67,6 +70,10 @@ def refusal(error: Exception) -> Refusal | None:
             return Refusal(Reason.INVALID, str(error))
         case DuplicateRequestError():
             return Refusal(Reason.DUPLICATE, str(error))
+        case TakenOverTrouble():
+            return Refusal(Reason.TAKEN_OVER, str(error))
+        case NotKeptTrouble():
+            return Refusal(Reason.NOT_FOUND, str(error))
         case OverloadError() | ExhaustedTrouble():
             return _exhausted(error, _predicted(error.retry_ms))
         case TemplateBusyError():

@@ -29,6 +29,7 @@ class RequestEvent(Enum):
     PLACE = "place"
     RESERVED = "reserved"
     ACCEPTED = "accepted"  # the decode worker sent a token
+    ADOPTED = "adopted"  # it was another router's; a decode worker has its KV
     RETRY = "retry"  # a worker failed it or was lost
     END = "end"  # finished, refused, failed or cancelled
 
@@ -37,6 +38,7 @@ _S, _E = RequestState, RequestEvent
 
 TRANSITIONS: dict[tuple[RequestState, RequestEvent], RequestState] = {
     (_S.QUEUED, _E.PLACE): _S.RESERVING,
+    (_S.QUEUED, _E.ADOPTED): _S.DECODING,
     (_S.QUEUED, _E.END): _S.ENDED,
     (_S.RESERVING, _E.RESERVED): _S.PREFILLING,
     (_S.RESERVING, _E.RETRY): _S.QUEUED,
@@ -60,6 +62,9 @@ class Ending(Enum):
     EOS = 1
     LENGTH = 2
     STOP_STRING = 3
+
+
+ENDINGS = {worker_pb2.ENDING_EOS: Ending.EOS, worker_pb2.ENDING_LENGTH: Ending.LENGTH}
 
 
 @dataclass
