@@ -83,6 +83,14 @@ class InvalidTrouble(Trouble):
     """No worker here can ever serve it."""
 
 
+class PoisonTrouble(Trouble):
+    """Workers died while they served it, by all that is known because of it."""
+
+
+class TakenOverTrouble(Trouble):
+    """Another router goes on with it."""
+
+
 @dataclass(frozen=True)
 class Failed:
     request: Request

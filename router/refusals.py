@@ -13,6 +13,8 @@ from router.commands import (
     ExhaustedTrouble,
     InvalidTrouble,
     OverloadError,
+    PoisonTrouble,
+    TakenOverTrouble,
     Trouble,
 )
 from router.quotas import BeyondQuotaError, QuotaExceededError
@@ -35,6 +37,8 @@ class Reason(Enum):
     DUPLICATE = "duplicate"
     EXHAUSTED = "exhausted"  # later it may be served
     UNAVAILABLE = "unavailable"
+    TAKEN_OVER = "taken_over"  # another router goes on with it
+    POISON = "poison"  # workers die of it: not to be tried again
 
 
 class Refusal(Exception):
@@ -73,6 +77,10 @@ def refusal(error: Exception) -> Refusal | None:
             return _exhausted(error, RETRY_HINT_MS)
         case QuotaExceededError():
             return _exhausted(error, RETRY_HINT_MS if error.retry_ms is None else error.retry_ms)
+        case PoisonTrouble():
+            return Refusal(Reason.POISON, str(error))
+        case TakenOverTrouble():
+            return Refusal(Reason.TAKEN_OVER, str(error))
         case TemplateDownError() | Trouble():
             return Refusal(Reason.UNAVAILABLE, str(error))
         case _:

@@ -27,6 +27,8 @@ STATUSES = {
     Reason.DUPLICATE: grpc.StatusCode.ALREADY_EXISTS,
     Reason.EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    Reason.TAKEN_OVER: grpc.StatusCode.ABORTED,
+    Reason.POISON: grpc.StatusCode.INTERNAL,
 }
 
 
