@@ -85,6 +85,4 @@ class Servers:
         try:
             return call(request, timeout=timeout_s, metadata=self._metadata)
         except ValueError as error:  # the channel is closed
-            raise KvrelayError(
-                grpc.StatusCode.CANCELLED, "the client has been closed"
-            ) from error
+            raise KvrelayError(grpc.StatusCode.CANCELLED, "the client has been closed") from error

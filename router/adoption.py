@@ -18,7 +18,7 @@ from router.commands import (
     adopt,
     cancel_adopted,
 )
-from router.request import ENDINGS, Request, Times
+from router.request import ENDINGS, Request, RequestEvent, Times
 from router.requests import Requests
 from router.resumption import Resumption
 from router.workers import Workers
@@ -69,7 +69,7 @@ class Adoptions:
         unknown = self._known(wish, request)
         if unknown is not None:
             commands = self._attempts.withdraw(request)
-            self._requests.end(request)
+            self._requests.end(request, RequestEvent.CANCEL)
             return [*commands, unknown]
         request.ending = ENDINGS.get(adopted.ending)
         return [Resumed(wish, request), *self._requests.finish_if_complete(request)]

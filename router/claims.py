@@ -59,7 +59,7 @@ class Claims:
         claim = self._by_key[key]
         worker = claim.computes
         if isinstance(worker, PrefillWorker):
-            worker.full = False  # the prompt's blocks are free there
+            worker.refused = False  # the prompt's blocks are free there
             worker.hand_offs.note(claim.moved_blocks, exposed_ms)
             self._rank(worker)
 

@@ -29,6 +29,7 @@ from router.recovery import Recovery
 from router.request import ENDINGS, Request, RequestEvent, RequestState, TokenMismatchError
 from router.requests import Requests
 from router.resumption import Resumption
+from router.strikes import Strikes
 from router.workers import Workers
 
 _NO_ROOM = FailureCode.FAILURE_CODE_EXHAUSTED
@@ -45,8 +46,9 @@ class Dispatcher:
         self._workers = Workers(config)
         self._attempts = Attempts(self._workers)
         self._requests = Requests(self._queue, self._workers, self._attempts)
+        self._strikes = Strikes(config)
         self._recovery = Recovery(
-            config, self._requests, self._queue, self._workers, self._attempts
+            config, self._requests, self._queue, self._workers, self._attempts, self._strikes
         )
         self._adoptions = Adoptions(config, self._requests, self._workers, self._attempts)
         self._arrivals = 0
@@ -80,7 +82,7 @@ class Dispatcher:
         if not self._requests.has(request):
             return self._attempts.acknowledge(request)
         commands = self._attempts.withdraw(request)
-        self._requests.end(request)
+        self._requests.end(request, RequestEvent.CANCEL)
         return commands
 
     def resume(self, wish: Resumption) -> list[Command]:
@@ -114,22 +116,39 @@ class Dispatcher:
 
     def prefill_up(self, worker_id: str, info: worker_pb2.WorkerInfo) -> None:
         self._workers.prefill_up(worker_id, info)
+        self._recovery.worker_up(worker_id)
 
     def decode_up(self, worker_id: str, info: worker_pb2.WorkerInfo) -> None:
         self._workers.decode_up(worker_id, info)
+        self._recovery.worker_up(worker_id)
 
-    def worker_down(self, worker_id: str, now_ms: float) -> list[Command]:
-        """Every request that needs this worker is placed again."""
+    def worker_down(
+        self, worker_id: str, now_ms: float, *, on_purpose: bool = False
+    ) -> list[Command]:
+        """Every request that needs this worker is placed again.
+
+        on_purpose: it was taken away, and has not died.
+        """
+        died = not on_purpose and not self._workers.drains(worker_id)
         self._workers.down(worker_id)
+        self._keep_no_longer(worker_id, now_ms)
+        adoptions = self._adoptions.worker_down(worker_id)
+        return adoptions + self._recovery.worker_down(worker_id, now_ms, died=died)
+
+    def _keep_no_longer(self, worker_id: str, now_ms: float) -> None:
         if self._hold.worker_id == worker_id:
             self._hold.end(now_ms)
-        adoptions = self._adoptions.worker_down(worker_id)
-        return adoptions + self._recovery.worker_down(worker_id, now_ms)
+
+    def _drains(self, worker_id: str, now_ms: float) -> None:
+        self._keep_no_longer(worker_id, now_ms)
+        self._recovery.worker_drains(worker_id)
 
     def on_prefill_event(
         self, worker_id: str, event: worker_pb2.PrefillEvent, now_ms: float
     ) -> list[Command]:
-        self._workers.prefill_load(worker_id, event.load, refused=event.failed.code == _NO_ROOM)
+        refused = event.failed.code == _NO_ROOM
+        if self._workers.prefill_load(worker_id, event.load, refused=refused):
+            self._drains(worker_id, now_ms)
         commands: list[Command] = []
         if event.HasField("blocks") and not self._workers.blocks_changed(worker_id, event.blocks):
             commands.append(resync_prefill(worker_id))
@@ -155,7 +174,9 @@ class Dispatcher:
     def on_decode_event(
         self, worker_id: str, event: worker_pb2.DecodeEvent, now_ms: float
     ) -> list[Command]:
-        self._workers.decode_load(worker_id, event.load, refused=event.failed.code == _NO_ROOM)
+        refused = event.failed.code == _NO_ROOM
+        if self._workers.decode_load(worker_id, event.load, refused=refused):
+            self._drains(worker_id, now_ms)
         commands: list[Command] = []
         if event.HasField("blocks") and not self._workers.blocks_changed(worker_id, event.blocks):
             commands.append(resync_decode(worker_id))
@@ -207,14 +228,17 @@ class Dispatcher:
                 # Without a success the next call would find no more than this one.
                 self._queue.changed = bool(commands)
                 return commands
-            kept = self._hold.kept_from(request)
-            left -= self._workers.have_room(request, kept)
-            commands += self._try(request, kept, now_ms)
+            without = self._strikes.apart(request) | self._hold.kept_from(request)
+            left -= self._workers.have_room(request, without)
+            commands += self._try(request, without, now_ms)
         self._queue.changed = False
         return commands
 
-    def _try(self, request: Request, kept: str, now_ms: float) -> list[Command]:
-        """Places a waiting request, or ends it where that is hopeless; [] when it waits on."""
+    def _try(self, request: Request, without: set[str], now_ms: float) -> list[Command]:
+        """Places a waiting request, or ends it where that is hopeless; [] when it waits on.
+
+        without: workers that it may not go to.
+        """
         tokens = request.tokens_max
         # Longer than anything that was ever connected. Not than what is connected now: a larger
         # worker that died is being replaced. And nothing is known while there is no worker.
@@ -222,15 +246,17 @@ class Dispatcher:
         if self.context_tokens is not None and tokens > most:
             trouble = f"prompt and answer may need {tokens} tokens, the workers hold {most}"
             return self._requests.fail(request, InvalidTrouble(trouble))
-        choice = self._workers.choose(request, kept)
+        choice = self._workers.choose(request, without)
         if choice is None or not choice.now:
-            return self._keep_one(request, choice, now_ms)
+            return self._keep_one(request, choice, without, now_ms)
         if ended := self._recovery.end_wait(request, now_ms):
             return ended
         self._queue.depart(request, now_ms)
         return [self._attempts.begin(request, choice.placement, now_ms)]
 
-    def _keep_one(self, request: Request, choice: Choice | None, now_ms: float) -> list[Command]:
+    def _keep_one(
+        self, request: Request, choice: Choice | None, without: set[str], now_ms: float
+    ) -> list[Command]:
         """Keeps a worker for a request that has waited too long, if none is kept.
 
         A decode worker is asked at once, without room: it refuses, and knows then who waits for
@@ -238,13 +264,13 @@ class Dispatcher:
         """
         if not (self._hold.may_begin(now_ms) and self._queue.impatient(request, now_ms)):
             return []
-        worker_id = self._workers.worth_keeping(request, choice)
+        worker_id = self._workers.worth_keeping(request, choice, without)
         if not worker_id:
             return []
         self._hold.begin(request, worker_id, now_ms)
         if choice is not None:
             return []
-        asked = self._workers.choose_at(worker_id, request)
+        asked = self._workers.choose_at(worker_id, request, without)
         if asked is None or not asked.now:
             return []
         self._queue.remove(request)
@@ -273,9 +299,11 @@ class Dispatcher:
         self, request: Request, offset: int, tokens: Sequence[int], now_ms: float
     ) -> list[Command]:
         try:
+            if request.state is RequestState.RESERVING:
+                raise TokenMismatchError(f"tokens {list(tokens)} before Reserved")
             new = request.log(offset, tokens, now_ms)
         except TokenMismatchError as error:
-            return self._recovery.retry(request, str(error), now_ms)
+            return self._recovery.retry(request, RequestEvent.FAILED, str(error), now_ms)
         if not new:
             return []
         self._workers.claims.computed(request.key)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from router.attempts import Attempts
 from router.commands import Command, Failed, Finished, Trouble
 from router.queue import WaitingQueue
-from router.request import Request, RequestEvent, RequestState
+from router.request import Ending, Request, RequestEvent, RequestState
 from router.workers import Workers
 
 
@@ -55,17 +55,23 @@ class Requests:
         for worker_id in (request.prefill_id, request.decode_id):
             if worker_id is not None:
                 self._workers.succeeded(worker_id)
-        self.end(request)
-        return [Finished(request, request.ending)]
+        return self.finish(request, request.ending)
 
-    def fail(self, request: Request, trouble: Trouble) -> list[Command]:
-        self.end(request)
+    def finish(self, request: Request, ending: Ending) -> list[Command]:
+        self.end(request, RequestEvent.FINISH)
+        return [Finished(request, ending)]
+
+    def fail(
+        self, request: Request, trouble: Trouble, event: RequestEvent = RequestEvent.GIVE_UP
+    ) -> list[Command]:
+        self.end(request, event)
         return [Failed(request, trouble)]
 
-    def end(self, request: Request) -> None:
-        if request.state is RequestState.QUEUED:
+    def end(self, request: Request, event: RequestEvent) -> None:
+        waits = request.state is RequestState.QUEUED
+        request.on(event)
+        if waits:
             self._queue.remove(request)
-        request.on(RequestEvent.END)
         self._attempts.release(request)
         del self._by_name[request.name]
 

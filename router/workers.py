@@ -98,25 +98,27 @@ class Workers:
         self.context_tokens = max((d.max_model_tokens for d in self.decode.values()), default=None)
         self.context_tokens_seen = max(self.context_tokens_seen, self.context_tokens or 0)
 
-    def prefill_load(self, worker_id: str, load: worker_pb2.PrefillLoad, *, refused: bool) -> None:
+    def prefill_load(self, worker_id: str, load: worker_pb2.PrefillLoad, *, refused: bool) -> bool:
+        """Whether it has begun to drain."""
         worker = self.prefill.get(worker_id)
         if worker is None:
-            return
+            return False
         if refused or load.queued_tokens < worker.queued_tokens:
-            worker.full = refused
+            worker.refused = refused
         worker.queued_tokens = load.queued_tokens
         worker.queued_prompts = load.queued_prompts
         if load.queued_tokens:
             worker.measured.prompts.note()
-        self._hear(worker, load)
+        return self._hear(worker, load)
 
-    def decode_load(self, worker_id: str, load: worker_pb2.DecodeLoad, *, refused: bool) -> None:
+    def decode_load(self, worker_id: str, load: worker_pb2.DecodeLoad, *, refused: bool) -> bool:
+        """Whether it has begun to drain."""
         worker = self.decode.get(worker_id)
         if worker is None:
-            return
+            return False
         grew = load.blocks_free > worker.blocks_free
         if refused or grew or load.queued_tokens < worker.queued_tokens:
-            worker.full = refused
+            worker.refused = refused
         worker.blocks_free = load.blocks_free
         worker.running = load.running
         worker.queued_tokens = load.queued_tokens
@@ -125,14 +127,16 @@ class Workers:
             worker.measured.prompts.note()
         if load.running:
             worker.measured.answers.note()
-        self._hear(worker, load)
+        return self._hear(worker, load)
 
-    def _hear(self, worker: Worker, load: worker_pb2.PrefillLoad | worker_pb2.DecodeLoad) -> None:
+    def _hear(self, worker: Worker, load: worker_pb2.PrefillLoad | worker_pb2.DecodeLoad) -> bool:
+        drained, worker.draining = worker.draining, load.draining
         if load.HasField("cost"):
             worker.measured.hear(load.cost, self._usual)
             if self._usual is NEUTRAL:
                 self._usual = usual_of([worker.measured], NEUTRAL)
         self._rank(worker)
+        return worker.draining and not drained
 
     def blocks_changed(self, worker_id: str, changes: worker_pb2.BlockChanges) -> bool:
         """False when the worker must be asked to send everything again."""
@@ -146,8 +150,8 @@ class Workers:
         """A worker that is asked for nothing may have no reason to say that it has room again."""
         workers: list[Worker] = [*self.prefill.values(), *self.decode.values()]
         for worker in workers:
-            if worker.full:
-                worker.full = False
+            if worker.refused:
+                worker.refused = False
                 self._rank(worker)
 
     def fade(self, now_ms: float) -> None:
@@ -193,44 +197,58 @@ class Workers:
             self.room_grew = True
             self._rank(worker)
 
+    def drains(self, worker_id: str) -> bool:
+        worker = self._named(worker_id)
+        return worker is not None and worker.draining
+
+    def taking(self, role: str) -> int:
+        """How many of a role take new work."""
+        workers: Collection[Worker] = (
+            self.prefill.values() if role == "prefill" else self.decode.values()
+        )
+        return sum(not worker.draining for worker in workers)
+
     def _named(self, worker_id: str) -> Worker | None:
         return self.prefill.get(worker_id) or self.decode.get(worker_id)
 
     # ---- what is asked of them
 
-    def have_room(self, request: Request, without: str = "") -> bool:
-        """False when surely no decode worker but one has room for it. Cheap."""
+    def have_room(self, request: Request, without: Collection[str] = ()) -> bool:
+        """False when surely no decode worker but some has room for it. Cheap."""
         d = self._decode_list.roomiest(without)
         if d is None or d.full:
             return False
         prompt, answer = request.prompt_tokens_now, request.max_tokens_now
         return reserved_blocks(prompt, answer, d.block_size) <= d.room_blocks
 
-    def choose(self, request: Request, without: str = "") -> Choice | None:
+    def choose(self, request: Request, without: Collection[str] = ()) -> Choice | None:
         """The best placement of a request now; None when no decode worker has room for it.
 
         Its cost does not grow with the number of workers, or as its logarithm.
 
-        without: a worker that it may not go to.
+        without: workers that it may not go to.
         """
         if not self.have_room(request, without):
             return None
         failures_max = self._failures_max(request)
-        looks = self._distrusted(request) + bool(without)
+        looks = self._distrusted(request) + len(without)
         decode = [
             d.view(blocks)
             for d, blocks in self._decode_list.pick(self._hashes(request), looks)
-            if d.worker_id != without and request.failures[d.worker_id] <= failures_max
+            if d.worker_id not in without and request.failures[d.worker_id] <= failures_max
         ]
         return self._place(request, decode, without)
 
-    def choose_at(self, worker_id: str, request: Request) -> Choice | None:
+    def choose_at(
+        self, worker_id: str, request: Request, without: Collection[str] = ()
+    ) -> Choice | None:
         """The best placement at one decode worker, as if it were empty."""
         d = self.decode[worker_id]
-        return self._place(request, [d.view(0)._replace(blocks_free=d.blocks_total, full=False)])
+        view = d.view(0)._replace(blocks_free=d.blocks_total, full=False)
+        return self._place(request, [view], without)
 
     def _place(
-        self, request: Request, decode: list[DecodeView], without: str = ""
+        self, request: Request, decode: list[DecodeView], without: Collection[str]
     ) -> Choice | None:
         wish = Wish(
             request.prompt_tokens_now,
@@ -239,11 +257,11 @@ class Workers:
             request.failures,
             self._config.local_prefill == "auto",
         )
-        looks = self._distrusted(request) + bool(without)
+        looks = self._distrusted(request) + len(without)
         prefill = [
             p.view(blocks)
             for p, blocks in self._prefill_list.pick(self._hashes(request), looks)
-            if p.worker_id != without
+            if p.worker_id not in without
         ]
         if self.prefill and not prefill and not wish.local:
             return None
@@ -256,7 +274,9 @@ class Workers:
     def _distrusted(self, request: Request) -> int:
         return min(len(request.failures) + len(self._shunned), _DISTRUSTED_MAX)
 
-    def worth_keeping(self, request: Request, choice: Choice | None) -> str:
+    def worth_keeping(
+        self, request: Request, choice: Choice | None, without: Collection[str] = ()
+    ) -> str:
         """The worker that others should leave alone for a while, so that this request finds room.
 
         Where it would go but for a backlog; else the decode worker with the most room of those that
@@ -264,19 +284,24 @@ class Workers:
         """
         if choice is not None:
             return choice.placement.prefill or choice.placement.decode
-        able = [d for d in self.decode.values() if request.tokens_max <= d.max_model_tokens]
         best = max(
-            able, key=lambda d: (-request.failures[d.worker_id], d.room_blocks), default=None
+            (d for d in self._able(request) if d.worker_id not in without),
+            key=lambda d: (-request.failures[d.worker_id], d.room_blocks),
+            default=None,
         )
         return best.worker_id if best else ""
 
     def _failures_max(self, request: Request) -> float:
         """Of a decode worker that may have the request: its last attempt is not spent on one that
         has failed it while there is a better one, though that may have no room now."""
-        if not request.failures or request.attempt + 1 < self._config.attempts_max:
+        if not request.failures or request.attempts_failed + 1 < self._config.attempts_max:
             return inf
-        able = [d for d in self.decode.values() if request.tokens_max <= d.max_model_tokens]
-        return min((request.failures[d.worker_id] for d in able), default=inf)
+        return min((request.failures[d.worker_id] for d in self._able(request)), default=inf)
+
+    def _able(self, request: Request) -> list[DecodeWorker]:
+        """Those that could ever hold it."""
+        tokens = request.tokens_max
+        return [d for d in self.decode.values() if tokens <= d.max_model_tokens and not d.draining]
 
     def computing(self, placement: Placement) -> tuple[Rates, int]:
         """The rates of the worker that would compute the prompt, and how many have its role."""

@@ -804,7 +804,7 @@ def test_a_lost_decode_worker_is_replaced_and_the_client_sees_no_gap(state):
 def test_a_new_attempt_is_told_what_the_answer_has_and_what_it_still_needs():
     """So that penalties and min_tokens go on where the lost worker left them."""
     penalties = {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.25}
-    bench = Bench("p1", "d1")
+    bench = Bench("p1", "d1", strikes_max=9)
     request = bench.submit(prompt=8, max_tokens=6, min_p=0.125, min_tokens=3, **penalties)
     ((_, reserve),) = bench.reserves()
     told = {name: getattr(reserve.sampling, name) for name in penalties}
@@ -1066,20 +1066,6 @@ def test_the_last_attempt_waits_for_a_worker_that_has_not_failed():
     assert request.state is S.QUEUED
     bench.d("d2")
     assert (request.state, request.decode_id) == (S.RESERVING, "d2")
-
-
-@pytest.mark.parametrize("dies", ["p1", "d1"])
-def test_one_death_costs_one_attempt(dies):
-    """Its peer tells of it first, and the retry is on its way to the dead when that is known."""
-    bench = Bench(attempts_max=2)
-    request = bench.bring(bench.submit(), S.PREFILLING)
-    (bench.p_fails if dies == "d1" else bench.d_fails)(request)
-    assert (request.state, request.attempt) == (S.RESERVING, 2)
-    bench.up(dies[0] + "2")
-    bench.down(dies)
-    assert (request.state, request.attempt) == (S.RESERVING, 2)
-    bench.down(dies[0] + "2")  # another death
-    assert isinstance(bench.end(request), UnavailableTrouble)
 
 
 @pytest.mark.parametrize("role", ["decode", "prefill"])
@@ -1543,6 +1529,7 @@ class World(Bench):
             *("p1", "p2", "d1", "d2"),
             blocks=8,
             attempts_max=attempts_max,
+            strikes_max=1000,
             queue_max=50,
             local_prefill=dice.choice(("auto", "never")),
         )
