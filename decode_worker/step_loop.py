@@ -13,7 +13,7 @@ from decode_worker import messages
 from decode_worker.batch import Batch, Ending, Output, Running
 from decode_worker.handoff import HandOff
 from decode_worker.prompts import LocalPrompt, LocalPrompts
-from decode_worker.reservation import Key
+from decode_worker.reservation import Key, ReservationEvent
 from decode_worker.step import DecodeStep
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER
@@ -71,6 +71,7 @@ class StepLoop:
                 )
             except StepCancelledError:
                 self._engine_idle(step)
+                self._freed()
             except Exception as error:
                 log.exception("a decode step failed")
                 self._failed(step, error)
@@ -87,14 +88,14 @@ class StepLoop:
         self._publish([self._join(sequence, first_token)])
         self._work.set()
 
-    def let_go(self, key: Key) -> int | None:
-        """Computes no more for this request, and aborts its reservation. Returns the transfer
-        whose writer must be told, if there is one."""
+    def let_go(self, key: Key, why: ReservationEvent) -> int | None:
+        """Computes no more for this request, and aborts its reservation (HandOff.abort). Returns
+        the transfer whose writer must be told, if there is one."""
         self._batch.leave(key)
         self._prompts.leave(key)
         sequence = self.decoding.pop(key, None)
         answer = sequence.answer if sequence else ()
-        transfer_id = self._handoff.abort(key, answer, in_step=key in self._in_step)
+        transfer_id = self._handoff.abort(key, why, answer, in_step=key in self._in_step)
         if all(map(self._handoff.is_aborting, self._in_step)):
             self.cancelled.set()  # or its blocks would wait for a step nobody wants
         self._freed()
@@ -149,13 +150,13 @@ class StepLoop:
 
     def _spoilt(self, key: Key) -> None:
         self._handoff.distrust(key)
-        self.let_go(key)
+        self.let_go(key, ReservationEvent.FAIL)
         self._sessions.fail(key, FailureCode.FAILURE_CODE_INTERNAL, NOT_A_NUMBER)
 
     def _failed(self, step: DecodeStep, error: Exception) -> None:
         self._engine_idle(step)
         for key in step.keys:
-            self.let_go(key)
+            self.let_go(key, ReservationEvent.FAIL)
             self._sessions.fail(key, FailureCode.FAILURE_CODE_INTERNAL, f"decode step: {error}")
 
     def _engine_idle(self, step: DecodeStep) -> None:
