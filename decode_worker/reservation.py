@@ -20,38 +20,76 @@ class ReservationState(Enum):
     RECEIVING = "receiving"  # a writer has leave to write
     PREFILLING = "prefilling"  # the engine here computes the prompt, or will when its turn comes
     DECODING = "decoding"  # the prompt's KV is complete
-    ABORTING = "aborting"  # not wanted, but the writer or the engine has not let go
+    REVOKING = "revoking"  # not wanted, but the writer has not let go
+    ABORTING = "aborting"  # not wanted, but the engine has not let go
     CLOSED = "closed"
 
 
 class ReservationEvent(Enum):
-    BEGIN = "begin"
-    COMMIT = "commit"
+    BEGIN = "begin"  # a writer has shown its ticket
+    COMMIT = "commit"  # every block is in and checked
     PREFILL = "prefill"  # no writer: the prompt is for the engine here
-    COMPUTED = "computed"
-    FINISH = "finish"
-    ABORT = "abort"  # cancel, timeout, a lost router
-    WRITER_LOST = "writer_lost"  # the writer let go, or its link ended
-    ENGINE_IDLE = "engine_idle"  # the step that was running has ended
+    COMPUTED = "computed"  # the prompt, by the engine here
+    FINISH = "finish"  # the answer is complete
+    CANCEL = "cancel"  # its router does not want it any more
+    TIMEOUT = "timeout"  # its lease ran out, or no router came for its answer
+    ROUTER_LOST = "router lost"  # its router's session ended
+    WRITER_LOST = "writer lost"  # the writer let go, or its link ended
+    FAIL = "fail"  # the engine could not do it
+    ENGINE_IDLE = "engine idle"  # the step that was running has ended
+    DRAIN = "drain"  # this worker takes nothing new from here on
 
 
 _S, _E = ReservationState, ReservationEvent
 
 TRANSITIONS: dict[tuple[ReservationState, ReservationEvent], ReservationState] = {
     (_S.RESERVED, _E.BEGIN): _S.RECEIVING,
-    (_S.RESERVED, _E.ABORT): _S.CLOSED,
-    (_S.RECEIVING, _E.COMMIT): _S.DECODING,
-    (_S.RECEIVING, _E.ABORT): _S.ABORTING,
-    (_S.RECEIVING, _E.WRITER_LOST): _S.CLOSED,
     (_S.RESERVED, _E.PREFILL): _S.PREFILLING,
+    (_S.RESERVED, _E.CANCEL): _S.CLOSED,
+    (_S.RESERVED, _E.TIMEOUT): _S.CLOSED,
+    (_S.RESERVED, _E.ROUTER_LOST): _S.CLOSED,
+    (_S.RESERVED, _E.WRITER_LOST): _S.RESERVED,  # nobody has begun
+    (_S.RESERVED, _E.DRAIN): _S.RESERVED,
+    (_S.RECEIVING, _E.COMMIT): _S.DECODING,
+    (_S.RECEIVING, _E.CANCEL): _S.REVOKING,
+    (_S.RECEIVING, _E.TIMEOUT): _S.REVOKING,
+    (_S.RECEIVING, _E.ROUTER_LOST): _S.REVOKING,
+    (_S.RECEIVING, _E.WRITER_LOST): _S.CLOSED,
+    (_S.RECEIVING, _E.DRAIN): _S.RECEIVING,
     (_S.PREFILLING, _E.COMPUTED): _S.DECODING,
-    (_S.PREFILLING, _E.ABORT): _S.ABORTING,
+    (_S.PREFILLING, _E.CANCEL): _S.ABORTING,
+    (_S.PREFILLING, _E.TIMEOUT): _S.ABORTING,
+    (_S.PREFILLING, _E.ROUTER_LOST): _S.ABORTING,
+    (_S.PREFILLING, _E.WRITER_LOST): _S.PREFILLING,  # there is none
+    (_S.PREFILLING, _E.FAIL): _S.ABORTING,
+    (_S.PREFILLING, _E.DRAIN): _S.PREFILLING,
     (_S.DECODING, _E.FINISH): _S.CLOSED,
-    (_S.DECODING, _E.ABORT): _S.ABORTING,
-    (_S.ABORTING, _E.ABORT): _S.ABORTING,
-    (_S.ABORTING, _E.WRITER_LOST): _S.CLOSED,
+    (_S.DECODING, _E.CANCEL): _S.ABORTING,
+    (_S.DECODING, _E.TIMEOUT): _S.ABORTING,
+    (_S.DECODING, _E.ROUTER_LOST): _S.DECODING,  # another one may adopt it
+    (_S.DECODING, _E.WRITER_LOST): _S.DECODING,  # it has written all
+    (_S.DECODING, _E.FAIL): _S.ABORTING,
+    (_S.DECODING, _E.DRAIN): _S.DECODING,
+    (_S.REVOKING, _E.CANCEL): _S.REVOKING,
+    (_S.REVOKING, _E.TIMEOUT): _S.REVOKING,
+    (_S.REVOKING, _E.ROUTER_LOST): _S.REVOKING,
+    (_S.REVOKING, _E.WRITER_LOST): _S.CLOSED,
+    (_S.REVOKING, _E.DRAIN): _S.REVOKING,
+    (_S.ABORTING, _E.CANCEL): _S.ABORTING,
+    (_S.ABORTING, _E.TIMEOUT): _S.ABORTING,
+    (_S.ABORTING, _E.ROUTER_LOST): _S.ABORTING,
+    (_S.ABORTING, _E.WRITER_LOST): _S.ABORTING,
+    (_S.ABORTING, _E.FAIL): _S.ABORTING,
     (_S.ABORTING, _E.ENGINE_IDLE): _S.CLOSED,
+    (_S.ABORTING, _E.DRAIN): _S.ABORTING,
 }
+
+# Why a reservation is let go of before its answer is complete; HandOff.abort takes these.
+CAUSES = frozenset({_E.CANCEL, _E.TIMEOUT, _E.ROUTER_LOST, _E.FAIL})
+
+
+class DrainingError(Exception):
+    """This worker takes nothing new."""
 
 
 class InvalidReservationError(Exception):

@@ -19,7 +19,13 @@ from decode_worker.claims import Claims
 from decode_worker.handoff import HandOff
 from decode_worker.kept import Kept
 from decode_worker.prompts import LocalPrompts, PromptsFullError
-from decode_worker.reservation import InvalidReservationError, Key, Reservation
+from decode_worker.reservation import (
+    DrainingError,
+    InvalidReservationError,
+    Key,
+    Reservation,
+    ReservationEvent,
+)
 from decode_worker.step_loop import StepLoop
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
@@ -84,6 +90,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             freed=self._announce_load,
         )
         self._announced_free = self.ledger.available
+        self._changed = asyncio.Event()  # something may have ended
         book = Book(self._handoff, _now_ms, self._committed, self._writer_lost)
         self._listener = Listener(config, self.instance_id, engine.pool, book, find_nccl(config))
         self._server = make_server()
@@ -112,6 +119,21 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         would survive: whoever waits here replaces the worker."""
         await asyncio.gather(*self._tasks)
 
+    async def drain(self, deadline_s: float) -> bool:
+        """Takes nothing new from here on, tells every router so, and returns when nothing runs
+        here any more; False when that took longer than deadline_s. May be called again."""
+        log.info("draining: %d requests are here", len(self._handoff))
+        self._handoff.drain()
+        self._sessions.tell_load()
+        try:
+            async with asyncio.timeout(deadline_s):
+                while not self._is_idle():
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
     async def stop(self) -> None:
         await self._server.stop(grace=None)
         self._steps.cancelled.set()
@@ -137,7 +159,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         elif kind == "cancel":
             key = self._kept.key_of((session, command.cancel.key))
             if key is not None:
-                self._abort(key, "the request was cancelled")
+                self._abort(key, ReservationEvent.CANCEL, "the request was cancelled")
         elif kind == "adopt":
             self._adopt(session, command.adopt)
         elif kind == "acknowledge":
@@ -148,15 +170,15 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     def _closed(self, session: RouterSession[DecodeEvent]) -> None:
         self._sessions.close(session)
         self._kept.session_ended(session, _now_ms())
-        for key in self._handoff.session_ended(session):
-            if not self._kept.may_be_adopted(key):
-                self._abort(key, "the router's session ended")
+        to_abort, _ = self._handoff.session_ended(session)  # the others go on, and are kept
+        for key in to_abort:
+            self._abort(key, ReservationEvent.ROUTER_LOST, "the router's session ended")
 
     def _reserve(self, session: RouterSession[DecodeEvent], reserve: worker_pb2.Reserve) -> None:
         key = (session, reserve.key)
         try:
             reservation = self._reservation(key, reserve)
-        except (OutOfBlocksError, PromptsFullError) as error:
+        except (DrainingError, OutOfBlocksError, PromptsFullError) as error:
             self._sessions.fail(key, FailureCode.FAILURE_CODE_EXHAUSTED, str(error))
             return
         except InvalidReservationError as error:
@@ -239,28 +261,33 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     # ---- letting go
 
+    def _is_idle(self) -> bool:
+        return len(self._handoff) == 0  # whoever is in a step has a reservation until it ends
+
     async def _reap(self) -> None:
         crowded_out = 0
         while True:
             await asyncio.sleep(_REAP_EVERY_S)
+            self._listener.log_rejected()
             for key in self._handoff.expired(_now_ms()):
-                self._abort(key, "its lease ran out")
+                self._abort(key, ReservationEvent.TIMEOUT, "its lease ran out")
                 self._sessions.fail(
                     key, FailureCode.FAILURE_CODE_EXPIRED, "no progress within the lease"
                 )
             for key in self._kept.expired(_now_ms()):
-                self._abort(key, "no router has adopted it")
+                self._abort(key, ReservationEvent.TIMEOUT, "no router has adopted it")
             if self._kept.crowded_out > crowded_out:
                 log.warning("more than %d whole answers to keep", self._config.kept_max)
                 crowded_out = self._kept.crowded_out
 
-    def _abort(self, key: Key, reason: str) -> None:
-        transfer_id = self._steps.let_go(key)
+    def _abort(self, key: Key, why: ReservationEvent, reason: str) -> None:
+        transfer_id = self._steps.let_go(key, why)
         if transfer_id is not None:
             self._listener.abort(transfer_id, reason)
 
     def _announce_load(self) -> None:
         """Tells every router when there are more blocks: requests may be waiting for them."""
+        self._changed.set()
         if self.ledger.available > self._announced_free:
             self._sessions.tell_load()
         self._announced_free = self.ledger.available
@@ -271,6 +298,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         load.queued_tokens = self._prompts.queued_tokens
         load.queued_prompts = self._prompts.queued_prompts
         load.cost.CopyFrom(self._engine.cost())
+        load.draining = self._handoff.draining
 
 
 def _now_ms() -> float:

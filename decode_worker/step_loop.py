@@ -14,7 +14,7 @@ from decode_worker.batch import Batch, Ending, Output, Running
 from decode_worker.handoff import HandOff
 from decode_worker.kept import Kept
 from decode_worker.prompts import LocalPrompt, LocalPrompts
-from decode_worker.reservation import Key
+from decode_worker.reservation import Key, ReservationEvent
 from decode_worker.step import DecodeStep
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER
@@ -74,6 +74,7 @@ class StepLoop:
                 )
             except StepCancelledError:
                 self._engine_idle(step)
+                self._freed()
             except Exception as error:
                 log.exception("a decode step failed")
                 self._failed(step, error)
@@ -90,15 +91,15 @@ class StepLoop:
         self._publish([self._join(sequence, first_token)])
         self._work.set()
 
-    def let_go(self, key: Key) -> int | None:
-        """Computes no more for this request, and aborts its reservation. Returns the transfer
-        whose writer must be told, if there is one."""
+    def let_go(self, key: Key, why: ReservationEvent) -> int | None:
+        """Computes no more for this request, and aborts its reservation (HandOff.abort). Returns
+        the transfer whose writer must be told, if there is one."""
         self._batch.leave(key)
         self._prompts.leave(key)
         sequence = self.decoding.pop(key, None)
         answer = sequence.answer if sequence else ()
         self._kept.let_go(key)
-        transfer_id = self._handoff.abort(key, answer, in_step=key in self._in_step)
+        transfer_id = self._handoff.abort(key, why, answer, in_step=key in self._in_step)
         if all(map(self._handoff.is_aborting, self._in_step)):
             self.cancelled.set()  # or its blocks would wait for a step nobody wants
         self._freed()
@@ -163,7 +164,7 @@ class StepLoop:
 
     def _end(self, key: Key, why: str) -> None:
         holder = self._kept.holder(key)
-        self.let_go(key)
+        self.let_go(key, ReservationEvent.FAIL)
         if holder is not None:
             self._sessions.fail(holder, FailureCode.FAILURE_CODE_INTERNAL, why)
 

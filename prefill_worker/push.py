@@ -11,12 +11,12 @@ from collections.abc import Callable
 
 from kvrelay.sessions import Sessions
 from kvrelay.transport.channel import to_end
-from kvrelay.transport.errors import LinkError
+from kvrelay.transport.errors import LinkError, LinkTimeoutError
 from kvrelay.transport.writer import Transfer
 from kvrelay.transport.writer_pool import WriterPool
 from kvrelay.wire import worker_pb2
 from kvrelay.wire.worker_pb2 import FailureCode, PrefillEvent
-from prefill_worker.schedule import Job, JobState, Schedule
+from prefill_worker.schedule import Job, JobEvent, JobState, Schedule
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class Push:
         """However it ends, the blocks come back."""
         job = self._job
         transfer: Transfer | None = None
+        why = JobEvent.CANCEL
         try:
             transfer = await self._writers.begin(job.ticket)
             await self._push(transfer)
@@ -74,14 +75,17 @@ class Push:
             await transfer.commit(job.first_token, self._reply_s)
             self._acknowledged(transfer)
         except LinkError as error:
+            late = isinstance(error, LinkTimeoutError)
+            why = JobEvent.TIMEOUT if late else JobEvent.DECODER_LOST
             self._sessions.fail(job.key, FailureCode.FAILURE_CODE_PEER_LOST, str(error))
         except asyncio.CancelledError:
             log.debug("%s, attempt %d: cancelled", job.ticket.request_id, job.ticket.attempt)
         except Exception as error:
+            why = JobEvent.FAIL
             log.exception("handing off %s failed", job.ticket.request_id)
             self._sessions.fail(job.key, FailureCode.FAILURE_CODE_INTERNAL, f"hand-off: {error}")
         finally:
-            await to_end(self._let_go(transfer))  # a cancel must not cut it short
+            await to_end(self._let_go(transfer, why))  # a cancel must not cut it short
 
     async def _push(self, transfer: Transfer) -> None:
         """Sends every block that the ticket asks for as soon as it is filled; returns when the
@@ -113,7 +117,8 @@ class Push:
                 return
             self._idle_s += wait_s
             if self._idle_s >= 3 * wait_s:  # the lease on this side
-                raise LinkError("the engine made no step within the ticket's lease") from None
+                text = "the engine made no step within the ticket's lease"
+                raise LinkTimeoutError(text) from None
 
     def _acknowledged(self, transfer: Transfer) -> None:
         if self._job.state is not JobState.HANDING_OFF:
@@ -128,8 +133,8 @@ class Push:
         )
         self._sessions.send(self._job.key[0], PrefillEvent(handed_off=event))
 
-    async def _let_go(self, transfer: Transfer | None) -> None:
-        self._schedule.abort(self._job.key)  # first: no cancel comes after it
+    async def _let_go(self, transfer: Transfer | None, why: JobEvent) -> None:
+        self._schedule.abort(self._job.key, why)  # first: no cancel comes after it
         if transfer is not None:
             if not transfer.committed:
                 with contextlib.suppress(LinkError):

@@ -28,7 +28,16 @@ from kvrelay.transport.writer_pool import WriterPool
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
 from kvrelay.wire.worker_pb2 import FailureCode, PrefillCommand, PrefillEvent
 from prefill_worker.push import Push
-from prefill_worker.schedule import InvalidJobError, Job, JobState, QueueFullError, Schedule
+from prefill_worker.schedule import (
+    DrainingError,
+    InvalidJobError,
+    Job,
+    JobEvent,
+    JobState,
+    Key,
+    QueueFullError,
+    Schedule,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +64,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         self._step: Sequence[Chunk[Job]] = ()
         self._step_cancelled = CancelFlag()
         self._running: dict[Job, Push] = {}
+        self._changed = asyncio.Event()  # one of those has ended
         self._server = make_server()
         self._door: MembershipDoor
         journal = self._schedule.cache.journal
@@ -83,6 +93,21 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         would survive: whoever waits here replaces the worker."""
         await asyncio.gather(*self._tasks)
 
+    async def drain(self, deadline_s: float) -> bool:
+        """Takes nothing new from here on, tells every router so, and returns when nothing runs
+        here any more; False when that took longer than deadline_s. May be called again."""
+        log.info("draining: %d prompts are here", len(self._running))
+        self._schedule.drain()
+        self._sessions.tell_load()
+        try:
+            async with asyncio.timeout(deadline_s):
+                while self._running:  # each until no step has its job
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
     async def stop(self) -> None:
         await self._server.stop(grace=None)
         self._step_cancelled.set()
@@ -107,14 +132,14 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         if kind == "prefill":
             self._accept(session, command.prefill)
         elif kind == "cancel":
-            self._abort((session, command.cancel.key))
+            self._abort((session, command.cancel.key), JobEvent.CANCEL)
         elif kind == "resync":
             self._sessions.announcer.resync(session)
 
     def _closed(self, session: RouterSession[PrefillEvent]) -> None:
         self._sessions.close(session)
         for key in self._schedule.of_session(session):
-            self._abort(key)
+            self._abort(key, JobEvent.ROUTER_LOST)
 
     def _accept(self, session: RouterSession[PrefillEvent], prefill: worker_pb2.Prefill) -> None:
         job = Job(
@@ -136,7 +161,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             self._schedule.add(job)
         except (InvalidJobError, ValueError) as error:
             self._sessions.fail(job.key, FailureCode.FAILURE_CODE_INVALID, str(error))
-        except QueueFullError as error:
+        except (DrainingError, QueueFullError) as error:
             self._sessions.fail(job.key, FailureCode.FAILURE_CODE_EXHAUSTED, str(error))
         else:
             self._running[job] = self._push(job)
@@ -156,11 +181,12 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     def _ended(self, job: Job) -> None:
         del self._running[job]
+        self._changed.set()
         self._work.set()  # blocks are free: somebody may be waiting for them
         self._sessions.tell_load()
 
-    def _abort(self, key: tuple[object, int]) -> None:
-        job = self._schedule.abort(key)
+    def _abort(self, key: Key, why: JobEvent) -> None:
+        job = self._schedule.abort(key, why)
         if job is not None:
             # Not at once: a task that never began would not run its clean-up either.
             asyncio.get_running_loop().call_soon(self._running[job].task.cancel)
@@ -218,7 +244,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
                     self._sessions.fail(
                         chunk.job.key, FailureCode.FAILURE_CODE_INTERNAL, NOT_A_NUMBER
                     )
-                    self._abort(chunk.job.key)
+                    self._abort(chunk.job.key, JobEvent.FAIL)
                 else:
                     self._first_token(chunk.job, token)
             self._running[chunk.job].step_ended()
@@ -241,7 +267,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             self._sessions.fail(
                 chunk.job.key, FailureCode.FAILURE_CODE_INTERNAL, f"prefill step: {error}"
             )
-            self._abort(chunk.job.key)
+            self._abort(chunk.job.key, JobEvent.FAIL)
 
     # ---- the load
 
@@ -249,6 +275,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         load.queued_tokens = self._schedule.queued_tokens
         load.queued_prompts = self._schedule.queued_prompts
         load.cost.CopyFrom(self._engine.cost())
+        load.draining = self._schedule.draining
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
