@@ -46,6 +46,10 @@ def check_prompt(reserve: worker_pb2.Reserve) -> None:
     sent = len(reserve.prompt_token_ids)
     if sent == 0 or sent != reserve.prompt_tokens:
         raise InvalidReservationError(f"{sent} tokens sent of a prompt of {reserve.prompt_tokens}")
+    if reserve.answered > sent:
+        raise InvalidReservationError(
+            f"{reserve.answered} tokens answered, of {sent} prompt tokens"
+        )
 
 
 def local_prompt(
