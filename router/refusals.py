@@ -12,7 +12,10 @@ from router.commands import (
     DuplicateRequestError,
     ExhaustedTrouble,
     InvalidTrouble,
+    NotKeptTrouble,
     OverloadError,
+    PoisonTrouble,
+    TakenOverTrouble,
     Trouble,
 )
 from router.quotas import BeyondQuotaError, QuotaExceededError
@@ -35,6 +38,8 @@ class Reason(Enum):
     DUPLICATE = "duplicate"
     EXHAUSTED = "exhausted"  # later it may be served
     UNAVAILABLE = "unavailable"
+    TAKEN_OVER = "taken_over"  # another call goes on with it
+    POISON = "poison"  # workers die of it: not to be tried again
 
 
 class Refusal(Exception):
@@ -67,12 +72,18 @@ def refusal(error: Exception) -> Refusal | None:
             return Refusal(Reason.INVALID, str(error))
         case DuplicateRequestError():
             return Refusal(Reason.DUPLICATE, str(error))
+        case NotKeptTrouble():
+            return Refusal(Reason.NOT_FOUND, str(error))
         case OverloadError() | ExhaustedTrouble():
             return _exhausted(error, _predicted(error.retry_ms))
         case TemplateBusyError():
             return _exhausted(error, RETRY_HINT_MS)
         case QuotaExceededError():
             return _exhausted(error, RETRY_HINT_MS if error.retry_ms is None else error.retry_ms)
+        case PoisonTrouble():
+            return Refusal(Reason.POISON, str(error))
+        case TakenOverTrouble():
+            return Refusal(Reason.TAKEN_OVER, str(error))
         case TemplateDownError() | Trouble():
             return Refusal(Reason.UNAVAILABLE, str(error))
         case _:

@@ -8,11 +8,12 @@ Choices are numbered as OpenAI does: prompt by prompt.
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from kvrelay.clock import now_ms
 from kvrelay.wire.inference_pb2 import Delta, Finished
 from router.ask import Ask
 from router.callers import Caller
-from router.frontdoor import Admitted, FrontDoor, Served
+from router.fleet import now_ms
+from router.frontdoor import Admitted, FrontDoor
+from router.served import Served
 
 # Told of everything that comes, with the choice's number; what it awaits holds that choice up.
 Take = Callable[[int, Served, Delta | Finished], Awaitable[None]]

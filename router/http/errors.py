@@ -43,6 +43,8 @@ KINDS = {
     Reason.DUPLICATE: _Kind(HTTPStatus.CONFLICT, INVALID, "duplicate_request_id"),
     Reason.EXHAUSTED: _Kind(HTTPStatus.TOO_MANY_REQUESTS, RATE_LIMIT, "rate_limit_exceeded"),
     Reason.UNAVAILABLE: _Kind(HTTPStatus.SERVICE_UNAVAILABLE, SERVER, "unavailable"),
+    Reason.TAKEN_OVER: _Kind(HTTPStatus.CONFLICT, SERVER, "taken_over"),
+    Reason.POISON: _Kind(HTTPStatus.INTERNAL_SERVER_ERROR, SERVER, "poison"),
 }
 
 

@@ -500,7 +500,12 @@ async def tickets(cluster: LocalCluster) -> AsyncIterator[Any]:
 
         async def ticket() -> Any:
             sampling = worker_pb2.Sampling(max_tokens=1)
-            reserve = worker_pb2.Reserve(key=next(numbers), prompt_tokens=32, sampling=sampling)
+            reserve = worker_pb2.Reserve(
+                key=next(numbers),
+                prompt_tokens=32,
+                prompt_token_ids=[5] * 32,
+                sampling=sampling,
+            )
             commands.put_nowait(worker_pb2.DecodeCommand(reserve=reserve))
             while (event := await call.read()).WhichOneof("event") != "reserved":
                 assert event.WhichOneof("event") != "failed", event

@@ -11,10 +11,10 @@ from router.answer import Answer, ReadingTurns
 from router.answer_stream import AnswerStream
 from router.commands import UnavailableTrouble
 from router.detokenize import Detokenizer
-from router.frontdoor import Served
 from router.metrics import Metrics
 from router.refusals import Reason, Refusal
 from router.request import Ending, Request, Times
+from router.served import Served
 
 TOKENIZER = byte_level_tokenizer()
 EOS_ID = TOKENIZER.token_to_id(EOS)
