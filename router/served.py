@@ -6,12 +6,12 @@ Made by router/frontdoor.py, read by the handlers of both protocols.
 import contextlib
 from collections.abc import Iterator
 
+from kvrelay.clock import now_ms
 from kvrelay.wire.inference_pb2 import Delta, Finished
 from router.answer import Answer
 from router.answer_stream import AnswerStream
 from router.commands import Trouble
 from router.detokenize import Detokenizer
-from router.fleet import now_ms
 from router.metrics import Metrics
 from router.refusals import refusal
 from router.request import Request

@@ -8,10 +8,10 @@ Choices are numbered as OpenAI does: prompt by prompt.
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
+from kvrelay.clock import now_ms
 from kvrelay.wire.inference_pb2 import Delta, Finished
 from router.ask import Ask
 from router.callers import Caller
-from router.fleet import now_ms
 from router.frontdoor import Admitted, FrontDoor
 from router.served import Served
 
