@@ -7,10 +7,11 @@ is touched from one event loop; only the engine's steps and copies run on other 
 
 import asyncio
 import logging
-import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
+
+import grpc
 
 from decode_worker import messages
 from decode_worker.batch import Batch, Running
@@ -27,15 +28,18 @@ from decode_worker.reservation import (
     ReservationEvent,
 )
 from decode_worker.step_loop import StepLoop
+from kvrelay.clock import now_ms
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
+from kvrelay.kv.pool import KVPool
 from kvrelay.membership import MembershipDoor
 from kvrelay.rpc import RouterSession, listen, make_server, serve_session
 from kvrelay.sessions import Sessions
 from kvrelay.transport.listener import Listener
 from kvrelay.transport.nccl_link import find_nccl
+from kvrelay.transport.reader import TransferBook
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
 from kvrelay.wire.worker_pb2 import DecodeCommand, DecodeEvent, FailureCode
 
@@ -43,12 +47,27 @@ log = logging.getLogger(__name__)
 
 _REAP_EVERY_S = 1.0
 
+MakeListener = Callable[[WorkerConfig, str, KVPool, TransferBook], Listener]
+
+
+def make_listener(
+    config: WorkerConfig, instance_id: str, pool: KVPool, book: TransferBook
+) -> Listener:
+    return Listener(config, instance_id, pool, book, find_nccl(config))
+
 
 class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
-    """Made by `start`; `address` is where routers reach it."""
+    """Made by `start`; `address` is where routers reach it. The simulation makes it with an engine,
+    a listener and a name of its own, and serves sessions without gRPC: `begin`, `serve`."""
 
-    def __init__(self, config: WorkerConfig, engine: EngineHost) -> None:
-        self.instance_id = f"decode-{uuid.uuid4().hex[:12]}"
+    def __init__(
+        self,
+        config: WorkerConfig,
+        engine: EngineHost,
+        listener: MakeListener = make_listener,
+        instance_id: str = "",
+    ) -> None:
+        self.instance_id = instance_id or f"decode-{uuid.uuid4().hex[:12]}"
         self.address = ""
         self.ledger = BlockLedger(engine.pool.blocks)
         self._config = config
@@ -86,14 +105,14 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             self._prompts,
             self._kept,
             self._sessions,
-            now_ms=_now_ms,
+            now_ms=now_ms,
             freed=self._announce_load,
         )
         self._announced_free = self.ledger.available
         self._changed = asyncio.Event()  # something may have ended
-        book = Book(self._handoff, _now_ms, self._committed, self._writer_lost)
-        self._listener = Listener(config, self.instance_id, engine.pool, book, find_nccl(config))
-        self._server = make_server()
+        book = Book(self._handoff, now_ms, self._committed, self._writer_lost)
+        self._listener = listener(config, self.instance_id, engine.pool, book)
+        self._server: grpc.aio.Server
         self._door: MembershipDoor
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -101,18 +120,23 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     async def start(cls, config: WorkerConfig) -> "DecodeService":
         """Loads the model and listens; raises UnsupportedModelError when that cannot be."""
         service = cls(config, await EngineHost.load(config, shared_pool=True))
-        await service._listener.start()
+        await service.begin()
+        service._server = make_server()
         worker_pb2_grpc.add_DecodeWorkerServicer_to_server(service, service._server)
         port = listen(service._server, f"{config.host}:0", config.certificates)
         service.address = f"{config.host}:{port}"
         service._door = MembershipDoor(config.cluster_key, service.address)
         await service._server.start()
-        service._tasks = [
-            asyncio.create_task(service._steps.run()),
-            asyncio.create_task(service._reap()),
-            asyncio.create_task(service._sessions.announcer.run()),
-        ]
         return service
+
+    async def begin(self) -> None:
+        """Takes KV links and makes steps from now on."""
+        await self._listener.start()
+        self._tasks = [
+            asyncio.create_task(self._steps.run()),
+            asyncio.create_task(self._reap()),
+            asyncio.create_task(self._sessions.announcer.run()),
+        ]
 
     async def wait_for_end(self) -> None:
         """Does not return while the worker lives. Raises what ended its loops, which no request
@@ -147,10 +171,14 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     async def Session(self, request_iterator: AsyncIterator[DecodeCommand], context: Any) -> None:
         await self._door.admit(context)
+        await self.serve(request_iterator, context)
+
+    async def serve(self, commands: AsyncIterator[DecodeCommand], context: Any) -> None:
+        """The session of a router that has been let in, to its end. Events go to context.write."""
         info = self._engine.info(self.instance_id, self._prompts.chunk_tokens)
         info.itl_target_ms = self._config.itl_target_ms
         session = self._sessions.open(info)
-        await serve_session(session, request_iterator, context, self._command, self._closed)
+        await serve_session(session, commands, context, self._command, self._closed)
 
     def _command(self, session: RouterSession[DecodeEvent], command: DecodeCommand) -> None:
         kind = command.WhichOneof("command")
@@ -169,7 +197,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     def _closed(self, session: RouterSession[DecodeEvent]) -> None:
         self._sessions.close(session)
-        self._kept.session_ended(session, _now_ms())
+        self._kept.session_ended(session, now_ms())
         to_abort, _ = self._handoff.session_ended(session)  # the others go on, and are kept
         for key in to_abort:
             self._abort(key, ReservationEvent.ROUTER_LOST, "the router's session ended")
@@ -215,7 +243,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             key,
             reserve.prompt_tokens,
             sampling,
-            _now_ms(),
+            now_ms(),
             chain,
             prefill_here=reserve.prefill_here,
         )
@@ -269,12 +297,12 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         while True:
             await asyncio.sleep(_REAP_EVERY_S)
             self._listener.log_rejected()
-            for key in self._handoff.expired(_now_ms()):
+            for key in self._handoff.expired(now_ms()):
                 self._abort(key, ReservationEvent.TIMEOUT, "its lease ran out")
                 self._sessions.fail(
                     key, FailureCode.FAILURE_CODE_EXPIRED, "no progress within the lease"
                 )
-            for key in self._kept.expired(_now_ms()):
+            for key in self._kept.expired(now_ms()):
                 self._abort(key, ReservationEvent.TIMEOUT, "no router has adopted it")
             if self._kept.crowded_out > crowded_out:
                 log.warning("more than %d whole answers to keep", self._config.kept_max)
@@ -299,7 +327,3 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         load.queued_prompts = self._prompts.queued_prompts
         load.cost.CopyFrom(self._engine.cost())
         load.draining = self._handoff.draining
-
-
-def _now_ms() -> float:
-    return time.monotonic() * 1000

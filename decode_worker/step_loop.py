@@ -6,7 +6,6 @@ or leave when they are let go of. What each step computes is decided by Batch an
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 
 from decode_worker import messages
@@ -16,6 +15,7 @@ from decode_worker.kept import Kept
 from decode_worker.prompts import LocalPrompt, LocalPrompts
 from decode_worker.reservation import Key, ReservationEvent
 from decode_worker.step import DecodeStep
+from kvrelay.clock import now_s
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER
 from kvrelay.engine.step import CancelFlag, StepCancelledError
@@ -110,7 +110,7 @@ class StepLoop:
         self.cancelled = CancelFlag()
         for chunk in step.chunks:
             if chunk.is_first:
-                chunk.job.started_s = time.perf_counter()
+                chunk.job.started_s = now_s()
                 self._sessions.send(chunk.job.key[0], messages.started(chunk.job))
 
     def _done(self, step: DecodeStep, tokens: Sequence[int | None]) -> None:
@@ -137,7 +137,7 @@ class StepLoop:
             self._spoilt(prompt.key)
             return []
         self._handoff.computed(prompt.key)
-        prefill_ms = (time.perf_counter() - prompt.started_s) * 1000
+        prefill_ms = (now_s() - prompt.started_s) * 1000
         self._sessions.send(prompt.key[0], messages.first_token(prompt, token, prefill_ms))
         sequence = Running(
             key=prompt.key,

@@ -30,19 +30,19 @@ class Sessions(Generic[Event]):
         self._events_max = config.session_events_max
         self._event = event
         self._load = load
-        self._open: set[RouterSession[Event]] = set()
+        self._open: dict[RouterSession[Event], None] = {}  # in order of coming
 
     def open(self, info: WorkerInfo) -> RouterSession[Event]:
         """A new one, which hears first who we are, then all that is cached."""
         session: RouterSession[Event] = RouterSession(self._events_max)
-        self._open.add(session)
+        self._open[session] = None
         self.send(session, self._event(info=info))
         self.announcer.open(session)
         return session
 
     def close(self, session: RouterSession[Event]) -> None:
         self.announcer.close(session)
-        self._open.discard(session)
+        self._open.pop(session, None)
 
     def send(self, session: Any, event: Any) -> None:
         self._load(event.load)

@@ -6,9 +6,9 @@ Made by prefill_worker/service.py, one for each job, which tells it how its comp
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable
 
+from kvrelay.clock import now_s
 from kvrelay.sessions import Sessions
 from kvrelay.transport.channel import to_end
 from kvrelay.transport.errors import LinkError, LinkTimeoutError
@@ -128,7 +128,7 @@ class Push:
             key=self._job.key[1],
             kv_bytes=transfer.bytes_sent,
             kv_transfer_ms=transfer.busy_s * 1000,
-            kv_exposed_ms=(time.perf_counter() - self.computed_s) * 1000,
+            kv_exposed_ms=(now_s() - self.computed_s) * 1000,
             transport=transfer.transport,
         )
         self._sessions.send(self._job.key[0], PrefillEvent(handed_off=event))

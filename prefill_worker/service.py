@@ -7,11 +7,13 @@ computed. All state is touched from one event loop; only engine steps and copies
 
 import asyncio
 import logging
-import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+import grpc
+
+from kvrelay.clock import now_s
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams, history_of
@@ -19,6 +21,7 @@ from kvrelay.engine.step import CancelFlag, StepCancelledError
 from kvrelay.engine.turns import Chunk
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockLedger
+from kvrelay.kv.pool import KVPool
 from kvrelay.kv.prefix import split_hashes
 from kvrelay.membership import MembershipDoor
 from kvrelay.rpc import RouterSession, listen, make_server, serve_session
@@ -41,12 +44,25 @@ from prefill_worker.schedule import (
 
 log = logging.getLogger(__name__)
 
+MakeWriters = Callable[[WorkerConfig, str, KVPool], WriterPool]
+
+
+def make_writers(config: WorkerConfig, instance_id: str, pool: KVPool) -> WriterPool:
+    return WriterPool(config, instance_id, pool, find_nccl(config))
+
 
 class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
-    """Made by `start`; `address` is where routers reach it."""
+    """Made by `start`; `address` is where routers reach it. The simulation makes it with an engine,
+    links and a name of its own, and serves sessions without gRPC: `begin`, `serve`."""
 
-    def __init__(self, config: WorkerConfig, engine: EngineHost) -> None:
-        self.instance_id = f"prefill-{uuid.uuid4().hex[:12]}"
+    def __init__(
+        self,
+        config: WorkerConfig,
+        engine: EngineHost,
+        writers: MakeWriters = make_writers,
+        instance_id: str = "",
+    ) -> None:
+        self.instance_id = instance_id or f"prefill-{uuid.uuid4().hex[:12]}"
         self.address = ""
         self.ledger = BlockLedger(engine.pool.blocks)
         self._config = config
@@ -58,14 +74,14 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             chunk_tokens=config.chunk_tokens,
             jobs_max=config.jobs_max,
         )
-        self._writers = WriterPool(config, self.instance_id, engine.pool, find_nccl(config))
+        self._writers = writers(config, self.instance_id, engine.pool)
         self._work = asyncio.Event()
         self._steps = 0  # ended
         self._step: Sequence[Chunk[Job]] = ()
         self._step_cancelled = CancelFlag()
         self._running: dict[Job, Push] = {}
         self._changed = asyncio.Event()  # one of those has ended
-        self._server = make_server()
+        self._server: grpc.aio.Server
         self._door: MembershipDoor
         journal = self._schedule.cache.journal
         self._sessions: Sessions[PrefillEvent] = Sessions(
@@ -77,16 +93,21 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     async def start(cls, config: WorkerConfig) -> "PrefillService":
         """Loads the model and listens; raises UnsupportedModelError when that cannot be."""
         service = cls(config, await EngineHost.load(config, shared_pool=False))
+        await service.begin()
+        service._server = make_server()
         worker_pb2_grpc.add_PrefillWorkerServicer_to_server(service, service._server)
         port = listen(service._server, f"{config.host}:0", config.certificates)
         service.address = f"{config.host}:{port}"
         service._door = MembershipDoor(config.cluster_key, service.address)
         await service._server.start()
-        service._tasks = [
-            asyncio.create_task(service._compute()),
-            asyncio.create_task(service._sessions.announcer.run()),
-        ]
         return service
+
+    async def begin(self) -> None:
+        """Makes steps from now on."""
+        self._tasks = [
+            asyncio.create_task(self._compute()),
+            asyncio.create_task(self._sessions.announcer.run()),
+        ]
 
     async def wait_for_end(self) -> None:
         """Does not return while the worker lives. Raises what ended its loops, which no request
@@ -123,9 +144,13 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     async def Session(self, request_iterator: AsyncIterator[PrefillCommand], context: Any) -> None:
         await self._door.admit(context)
+        await self.serve(request_iterator, context)
+
+    async def serve(self, commands: AsyncIterator[PrefillCommand], context: Any) -> None:
+        """The session of a router that has been let in, to its end. Events go to context.write."""
         info = self._engine.info(self.instance_id, self._schedule.chunk_tokens)
         session = self._sessions.open(info)
-        await serve_session(session, request_iterator, context, self._command, self._closed)
+        await serve_session(session, commands, context, self._command, self._closed)
 
     def _command(self, session: RouterSession[PrefillEvent], command: PrefillCommand) -> None:
         kind = command.WhichOneof("command")
@@ -226,7 +251,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             push = self._running[chunk.job]
             push.step_begins()
             if chunk.is_first:
-                push.started_s = time.perf_counter()
+                push.started_s = now_s()
                 started = worker_pb2.PrefillStarted(
                     key=chunk.job.key[1], cached_tokens=chunk.job.cached_tokens
                 )
@@ -252,7 +277,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     def _first_token(self, job: Job, token: int) -> None:
         job.first_token = token
         push = self._running[job]
-        push.computed_s = time.perf_counter()
+        push.computed_s = now_s()
         event = worker_pb2.FirstToken(
             key=job.key[1],
             token_id=token,

@@ -11,13 +11,14 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from kvrelay.clock import now_ms
 from kvrelay.wire.inference_pb2 import Finished
 from router.admission import DEFAULT_LIMITS, check_request_id, check_sampling, check_urgency
 from router.answer import Answer
 from router.ask import Ask, choice_seed
 from router.callers import ANYBODY, Caller, Callers
 from router.detokenize import Detokenizer
-from router.fleet import Fleet, now_ms
+from router.fleet import Fleet
 from router.leases import RequestLease, leased, reserve_all
 from router.model_files import ModelFiles
 from router.prompts import Prompts
