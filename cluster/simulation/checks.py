@@ -42,6 +42,7 @@ def deep(process: SimProcess) -> Iterator[str]:
                 process.service._schedule._turns.check()
             else:
                 process.service._prompts._turns.check()
+                process.service._kept.check()
         elif isinstance(process, SimRouter) and process.fleet is not None:
             process.fleet.dispatcher.check()
     except AssertionError as error:
@@ -51,7 +52,7 @@ def deep(process: SimProcess) -> Iterator[str]:
 def left(process: SimProcess) -> Iterator[str]:
     """What nobody uses any more and is still held."""
     if isinstance(process, SimRouter) and process.fleet is not None:
-        if len(process.fleet.dispatcher) or process.fleet._answers:
+        if len(process.fleet.dispatcher) or process.fleet._readers._answers:
             yield f"{process.name}: {len(process.fleet.dispatcher)} requests are left"
         return
     if not isinstance(process, SimWorker) or process.service is None:
@@ -91,9 +92,10 @@ def unwanted(worker: SimWorker, routers: dict[str, SimRouter]) -> Iterator[tuple
 
 
 def _wanted_keys(worker: SimWorker) -> list[Any]:
-    """Of all that is not being let go of already."""
+    """As their routers call them, of all that is not being let go of already and has a router."""
     service = worker.service
     if worker.role == "prefill":
         jobs = service._schedule._jobs
         return [key for key, job in jobs.items() if job.state is not JobState.ABORTING]
-    return [key for key in service._handoff._by_key if not service._handoff.is_aborting(key)]
+    keys = [key for key in service._handoff._by_key if not service._handoff.is_aborting(key)]
+    return [holder for key in keys if (holder := service._kept.holder(key)) is not None]

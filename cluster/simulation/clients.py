@@ -1,11 +1,11 @@
 """Simulated clients: they ask, read, lose their router and ask another, cancel, and compare.
 
-Every token is compared with the reference as it is seen. A client that loses its router asks the
-same again elsewhere and skips what it has, as kvrelay/client.py does.
+Every token is compared with the reference as it is seen. A client that loses its router asks any
+to resume; when nobody has its answer it asks the same again and skips what it has, as
+kvrelay/client.py does.
 """
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
@@ -16,7 +16,7 @@ from cluster.simulation.processes import SimProcess, SimRouter, Surroundings
 from cluster.simulation.settings import Arrival
 
 _ASK_AGAIN_S = 0.2
-_ASKS_MAX = 12  # of one request, at routers that it lost or did not find
+_ASKS_MAX = 60  # of one request, at routers that it lost or did not find
 
 
 class Client:
@@ -26,6 +26,8 @@ class Client:
         self.ask = arrival.ask
         self.arrival = arrival
         self.outcome = ""  # none yet
+        self.kept_at = ""  # the decode worker of its newest tokens
+        self.may_resume = False  # it has lost a router that may have begun
         self.seen: list[int] = []
         self._right = answer_to(arrival.ask)
         self._violated = violated
@@ -51,6 +53,17 @@ class Client:
     def wants_no_more(self) -> bool:
         limit = self.arrival.cancel_after
         return limit is not None and len(self.seen) >= limit
+
+
+class _AskAgainError(Exception):
+    """Nobody has kept the answer."""
+
+
+def _wish(client: Client) -> tuple[Any, ...]:
+    ask = client.ask
+    if client.may_resume:
+        return "resume", (ask.tenant, ask.request_id), len(client.seen), client.kept_at
+    return "ask", ask
 
 
 class SimClients(SimProcess):
@@ -81,34 +94,43 @@ class SimClients(SimProcess):
     async def _live(self, client: Client) -> None:
         await asyncio.sleep(client.arrival.at_s)
         for _ in range(_ASKS_MAX):
-            with contextlib.suppress(ConnectionError):
+            try:
                 await self._asked(client)
+            except ConnectionError:
+                client.may_resume = True
             if client.outcome:
                 return
             await asyncio.sleep(_ASK_AGAIN_S)
         client.outcome = "no router"
 
     async def _asked(self, client: Client) -> None:
-        """At one router, until the answer has ended. Raises ConnectionError when it is lost."""
+        """At one router, until the answer has ended or it has to be asked for again. Raises
+        ConnectionError when the router is lost."""
         router = self._rng.choice(self._routers())
         end = await self._around.network.dial(self.place, router.address, "client")
         try:
-            end.send(("ask", client.ask, len(client.seen)))
+            end.send(_wish(client))
             while not client.outcome:
                 if client.wants_no_more:
                     client.outcome = "cancelled"
                     return
                 self._take(client, await end.receive())
+        except _AskAgainError:
+            return
         finally:
             end.close()
 
     def _take(self, client: Client, message: tuple[Any, ...]) -> None:
         kind, *rest = message
         if kind == "tokens":
-            client.tokens(rest[0], rest[1:])
+            client.kept_at = rest[1]
+            client.tokens(rest[0], rest[2:])
         elif kind == "finished":
             client.finished(rest[0])
-        elif rest[0] == "DuplicateRequestError":
+        elif rest[0] == "NotKeptTrouble":
+            client.may_resume = False
+            raise _AskAgainError
+        elif rest[0] in ("DuplicateRequestError", "TakenOverTrouble"):
             raise ConnectionResetError  # the router has not noticed yet that we had left
         else:
             client.outcome = rest[0]

@@ -18,6 +18,7 @@ from cluster.simulation.processes import (
 )
 from cluster.simulation.settings import Settings
 
+_RESTART_S = 0.05
 _ANNOUNCED_S = 0.03  # until every router has heard of a change, at most
 
 
@@ -108,6 +109,14 @@ class Cluster:
         self._around.network.gone(process.place)
         self._timeline.call_later(0, process.loop.unwind)
         self._timeline.call_later(restart_s, lambda: self._replace(process))
+
+    def drain(self, process: SimProcess, within_s: float) -> None:
+        """As a rolling restart does: it takes nothing new, and is replaced when it is idle or the
+        time is up."""
+        if isinstance(process, SimWorker) and process.service is not None:
+            self._told(f"{process.name} drains")
+            process.loop.post(self._timeline.now_s, process.drain, within_s)
+            self._timeline.call_later(within_s + _RESTART_S, lambda: self.kill(process, _RESTART_S))
 
     def _replace(self, process: SimProcess) -> None:
         for slot, worker in self.workers.items():

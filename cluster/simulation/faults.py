@@ -21,6 +21,7 @@ _KINDS = {
     "kill": 6,
     "stop": 4,
     "stop and kill": 1,
+    "drain": 2,
     "cut": 3,
     "break": 4,
     "slow": 2,
@@ -141,6 +142,8 @@ class Faults:
         elif fault.kind == "stop and kill":
             cluster.stop(process)
             later(fault.lasts_s, lambda: cluster.kill(process, fault.lasts_s))
+        elif fault.kind == "drain":
+            cluster.drain(process, fault.lasts_s)
         elif fault.kind == "cut":
             self._cut(process, end, fault.lasts_s)
         elif fault.kind == "break":

@@ -196,7 +196,7 @@ class SimReceiver:
 
 def check_peer(target: Target, transfer_id: int, blocks: Sequence[int]) -> None:
     """A violation unless that transfer may write these blocks now."""
-    reservation = target.handoff._by_transfer.get(transfer_id)
+    reservation = target.handoff._transfers.find(transfer_id)
     if reservation is None:
         target.pool._violated(f"{target.pool._name}: transfer {transfer_id} writes after its end")
         return

@@ -19,10 +19,12 @@ from kvrelay.config import RouterConfig, WorkerConfig
 from kvrelay.engine.step_cost import StepCost
 from prefill_worker.service import PrefillService
 from router.admission import Sampling
+from router.answer import Answer
 from router.commands import DuplicateRequestError, OverloadError, Trouble
 from router.fleet import Fleet
 from router.metrics import Metrics
 from router.request import Ending, Request, Times
+from router.resumption import Resumption
 
 
 @dataclass
@@ -102,6 +104,10 @@ class SimWorker(SimProcess):
             await self.service.wait_for_end()
         except Exception as error:
             self.violated(f"the worker's loops ended: {error!r}")
+
+    def drain(self, within_s: float) -> None:
+        """In its own process."""
+        asyncio.get_running_loop().create_task(self.service.drain(within_s))
 
     def _accept(self, end: End) -> None:
         self._answer(end, self._session)
@@ -195,27 +201,41 @@ class SimRouter(SimProcess):
         self._answer(end, self._serve)
 
     async def _serve(self, end: End) -> None:
-        """One request of a client, from its Ask on; every answer ends with a word of it."""
-        assert self.fleet is not None
+        """One call of a client: Ask or Resume first, and every answer ends with a word of it."""
         try:
-            _, ask, _ = await end.receive()
-            request = _request(ask)
-            sent = 0
+            kind, *asked = await end.receive()
             try:
-                answer = self.fleet.submit(request)
-                while True:
-                    event = await answer.next()
-                    if isinstance(event, Ending):
-                        end.send(("finished", event.name))
-                        return
-                    end.send(("tokens", sent, *event))
-                    sent += len(event)
+                await (self._generate(end, *asked) if kind == "ask" else self._resume(end, *asked))
             except (Trouble, OverloadError, DuplicateRequestError) as error:
                 end.send(("refused", type(error).__name__, str(error)))
-            finally:
-                self.fleet.let_go(request)
         except ConnectionError:
             return  # the client is gone
+
+    async def _generate(self, end: End, ask: Ask) -> None:
+        assert self.fleet is not None
+        request = _request(ask)
+        await self._stream(end, request, self.fleet.submit(request), 0)
+
+    async def _resume(self, end: End, name: tuple[str, str], seen: int, kept_at: str) -> None:
+        assert self.fleet is not None
+        tenant, request_id = name
+        wish = Resumption(request_id, tenant, kept_at, seen, now_ms())
+        request, answer = await self.fleet.resume(wish)
+        await self._stream(end, request, answer, seen)
+
+    async def _stream(self, end: End, request: Request, answer: Answer, first: int) -> None:
+        """What comes after the first tokens, which the client has."""
+        assert self.fleet is not None
+        passed = 0
+        try:
+            while not isinstance(event := await answer.next(), Ending):
+                new = event[max(0, first - passed) :]
+                passed += len(event)
+                if new:
+                    end.send(("tokens", passed - len(new), request.decode_id, *new))
+            end.send(("finished", event.name))
+        finally:
+            self.fleet.let_go(request, answer)
 
 
 @cache

@@ -124,6 +124,8 @@ def _router(rng: Random) -> RouterConfig:
         queue_hold_pause_ms=200,
         reserve_ms=700,
         attempts_max=rng.choice((3, 6)),
+        strikes_max=rng.choice((2, 5)),
+        resume_ms=700,
         shun_ms=100,
         shun_max_ms=800,
         prefill_backlog_tokens=rng.choice((16, 4096)),
