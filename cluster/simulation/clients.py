@@ -93,6 +93,13 @@ class SimClients(SimProcess):
 
     async def _live(self, client: Client) -> None:
         await asyncio.sleep(client.arrival.at_s)
+        try:
+            async with asyncio.timeout(client.arrival.cancel_s):
+                await self._served(client)
+        except TimeoutError:
+            client.outcome = "cancelled"
+
+    async def _served(self, client: Client) -> None:
         for _ in range(_ASKS_MAX):
             try:
                 await self._asked(client)

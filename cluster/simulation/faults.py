@@ -30,6 +30,8 @@ _KINDS = {
     "spoil blocks": 3,
     "double frame": 1,
 }
+_OF_LINKS = ("spoil blocks", "double frame")
+_OF_ENGINES = ("slow", "fail steps", "spoil tokens")
 _MOMENTS = {
     "reserve": 8,
     "reserved": 8,
@@ -125,6 +127,10 @@ class Faults:
 
     def _met(self, fault: Fault, end: End | None) -> SimProcess | None:
         """Whom it meets; None when they are gone, or are clients."""
+        if fault.kind in _OF_LINKS or fault.kind in _OF_ENGINES:
+            role = SimPrefill if fault.kind in _OF_LINKS else SimWorker
+            able = [p for p in self._cluster.processes if isinstance(p, role)]
+            return self._rng.choice(able) if able else None
         if end is not None:
             name = (end.peer if fault.at_sender else end).place.name
             process = self._cluster.by_name.get(name)

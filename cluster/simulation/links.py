@@ -24,7 +24,7 @@ from kvrelay.transport.writer_pool import WriterPool
 from kvrelay.wire import transfer_pb2
 from kvrelay.wire.transfer_pb2 import Endpoint, Frame
 
-_BLOCK_S = 0.0003  # to move one block
+_BLOCK_S = 0.001  # to move one block
 
 
 @dataclass

@@ -20,11 +20,13 @@ _TRANSPORTS = (("tcp",), ("shm",), ("shm", "tcp"))
 
 @dataclass(frozen=True)
 class Arrival:
-    """One request of a client. cancel_after: it goes away once it has so many tokens."""
+    """One request of a client. cancel_after: it goes away once it has so many tokens; cancel_s:
+    after that time."""
 
     at_s: float
     ask: Ask
     cancel_after: int | None = None
+    cancel_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,9 @@ def _arrivals(rng: Random, shape: Shape) -> tuple[Arrival, ...]:
     for number in range(count):
         at_s += rng.expovariate(1 / gap_s)
         ask = _ask(rng, number, shared, tokens_max)
-        cancel = rng.randrange(ask.max_tokens + 1) if rng.random() < 0.15 else None
-        arrivals.append(Arrival(at_s, ask, cancel))
+        cancel_after = rng.randrange(ask.max_tokens + 1) if rng.random() < 0.1 else None
+        cancel_s = rng.uniform(0, 0.12) if rng.random() < 0.1 else None
+        arrivals.append(Arrival(at_s, ask, cancel_after, cancel_s))
     return tuple(arrivals)
 
 
