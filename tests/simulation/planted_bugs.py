@@ -5,12 +5,12 @@ simulation finds every one of them.
 """
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 from decode_worker import messages
 from decode_worker.handoff import HandOff
 from decode_worker.reservation import ReservationState
+from decode_worker.service import DecodeService
 from decode_worker.transfers import Transfers
 from kvrelay.kv import prefix
 from kvrelay.kv.ledger import BlockEvent, BlockLedger, BlockState
@@ -20,6 +20,7 @@ from router import commands, request
 from router.answer import Answer
 from router.attempts import Attempts
 from router.queue import WaitingQueue
+from router.recovery import Recovery
 
 Plant = Callable[[Any], None]
 
@@ -236,10 +237,7 @@ def somebody_waits_in_the_queue_for_ever(patch: Any) -> None:
 
 
 def a_refusal_is_not_told_and_reserve_has_no_deadline(patch: Any) -> None:
-    from decode_worker.service import DecodeService
-    from router.dispatcher import Dispatcher
-
-    reserve, expire = DecodeService._reserve, Dispatcher.expire
+    reserve, expire = DecodeService._reserve, Recovery.expire
 
     def silently(self: DecodeService, session: Any, wish: Any) -> None:
         fail = self._sessions.fail
@@ -249,16 +247,16 @@ def a_refusal_is_not_told_and_reserve_has_no_deadline(patch: Any) -> None:
         finally:
             self._sessions.fail = fail  # type: ignore[method-assign]
 
-    def never(self: Dispatcher, now_ms: float) -> Any:
+    def never(self: Recovery, now_ms: float) -> Any:
         before = self._config
-        self._config = SimpleNamespace(**{**before.model_dump(), "reserve_ms": float("inf")})
+        self._config = before.model_copy(update={"reserve_ms": float("inf")})
         try:
             return expire(self, now_ms)
         finally:
             self._config = before
 
     patch.setattr(DecodeService, "_reserve", silently)
-    patch.setattr(Dispatcher, "expire", never)
+    patch.setattr(Recovery, "expire", never)
 
 
 def a_block_becomes_free_twice(patch: Any) -> None:
