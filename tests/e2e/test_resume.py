@@ -26,8 +26,8 @@ WAIT_S = 120.0
 STEP_S = 0.01  # a step of a worker, at least: answers must not be over before their router is
 TEXT = "the rain in spain stays mainly"
 
-# What is asked, and how: (method, prompt, options).
-ASKED: list[tuple[str, Any, dict[str, Any]]] = [
+Asked = tuple[str, Any, dict[str, Any]]  # the client's method, prompt, options
+ASKED: list[Asked] = [
     ("generate", TEXT, {"max_tokens": 150}),
     ("generate", list(range(10, 60)), {"max_tokens": 120, "temperature": 1.0, "seed": 7}),
     ("generate", TEXT, {"max_tokens": 150, "temperature": 0.8, "stop": ["zzzz", "qqqq", "~"]}),
@@ -106,7 +106,7 @@ def slow_down(worker: Any) -> None:
     runner.step = slower
 
 
-def ask(client: AsyncClient, asked: tuple[str, Any, dict[str, Any]], **more: Any) -> Any:
+def ask(client: AsyncClient, asked: Asked, **more: Any) -> Any:
     method, prompt, options = asked
     return getattr(client, method)(prompt, **options, **more)
 
@@ -127,11 +127,17 @@ async def rest_of(stream: Any) -> tuple[str, Completion]:
     return text, await stream.result()
 
 
-async def unfaulted(bench: Bench, answer: Completion, asked: tuple[str, Any, dict[str, Any]]) -> Completion:
-    """The same request, by its seed, when nothing fails."""
+async def check(bench: Bench, answer: Completion, text: str, asked: Asked) -> None:
+    """Against the same request, by its seed, when nothing fails."""
     async with AsyncClient(bench.survivor, timeout_s=WAIT_S) as client:
         method, prompt, options = asked
-        return await ask(client, (method, prompt, {**options, "seed": answer.seed})).result()
+        right = await ask(client, (method, prompt, {**options, "seed": answer.seed})).result()
+    assert answer.token_ids == right.token_ids
+    assert text == answer.text == right.text
+    assert (answer.finish_reason, answer.prompt_tokens) == (
+        right.finish_reason,
+        right.prompt_tokens,
+    )
 
 
 async def test_answers_go_on_when_their_router_is_killed(bench):
@@ -142,16 +148,118 @@ async def test_answers_go_on_when_their_router_is_killed(bench):
         await victim.kill()
         ends = await asyncio.gather(*map(rest_of, streams))
         for first, (rest, answer), asked in zip(begun, ends, ASKED, strict=True):
-            right = await unfaulted(bench, answer, asked)
-            assert answer.token_ids == right.token_ids
-            assert first + rest == answer.text == right.text
-            assert (answer.finish_reason, answer.prompt_tokens) == (
-                right.finish_reason,
-                right.prompt_tokens,
-            )
+            await check(bench, answer, first + rest, asked)
             assert answer.resumed == 1
         assert adopted() == len(ASKED)  # none was computed again
         assert client._servers.first == 1  # who works is asked first from now on
+    await bench.settled()
+
+
+async def test_an_answer_that_is_whole_when_its_router_dies_is_kept(bench):
+    asked = ("generate", TEXT, {"max_tokens": 40, "temperature": 1.0})
+    async with bench.victim() as victim, bench.client(victim) as client:
+        adopted = count_adopted(bench)
+        stream = ask(client, asked)
+        begun = await some_of(stream, 3)
+        victim.stop()  # what D says from here on, nobody passes on
+        await until(lambda: any(w._kept._whole for w in bench.cluster.decode), within_s=WAIT_S)
+        await victim.kill()
+        rest, answer = await rest_of(stream)
+        assert adopted() == 1
+    await check(bench, answer, begun + rest, asked)
+    await bench.settled()
+
+
+async def test_a_router_that_hangs_is_left_and_does_no_harm_when_it_goes_on(bench):
+    asked = ("chat", "tell me more", {"max_tokens": 450, "temperature": 1.0})
+    async with bench.victim() as victim, bench.client(victim) as client:
+        stream = ask(client, asked)
+        begun = await some_of(stream, 3)
+        victim.stop()
+        adopted = count_adopted(bench)
+        more = await some_of(stream, 5)  # by the other router
+        assert adopted() == 1
+        victim.go_on()
+        rest, answer = await rest_of(stream)
+        await check(bench, answer, begun + more + rest, asked)
+        async with AsyncClient(victim.address, timeout_s=WAIT_S) as other:  # it serves again
+            assert len((await ask(other, asked).result()).token_ids) == 450
+    await bench.settled()
+
+
+async def test_a_decode_worker_that_dies_as_well_makes_it_ask_again(model):
+    asked = ("generate", TEXT, {"max_tokens": 100, "temperature": 1.0, "stop": ["zzzz"]})
+    with tempfile.TemporaryDirectory(prefix="kvr-") as folder:
+        async with local_cluster(model, decode=2) as cluster:
+            for worker in cluster.decode:
+                slow_down(worker)
+            bench = Bench(cluster, Path(folder))
+            async with bench.victim() as victim, bench.client(victim) as client:
+                stream = ask(client, asked)
+                begun = await some_of(stream, 10)
+                victim.stop()
+                [lost] = [w for w in cluster.decode if len(w._batch)]
+                await lost.stop()
+                cluster.decode.remove(lost)
+                await victim.kill()
+                rest, answer = await rest_of(stream)
+            assert answer.resumed == 1
+            await check(bench, answer, begun + rest, asked)
+            await bench.settled()
+
+
+# ---- the RPC
+
+
+async def resume(bench: Bench, **wish: Any) -> grpc.aio.UnaryStreamCall:
+    async with grpc.aio.insecure_channel(bench.survivor) as channel:
+        call = InferenceStub(channel).Resume(pb.ResumeRequest(**wish), timeout=WAIT_S)
+        return [event async for event in call]
+
+
+@pytest.mark.parametrize(
+    ("wish", "why"),
+    [
+        ({"request_id": "nobody's"}, 'no worker keeps request "nobody\'s": ask again'),
+        ({"request_id": "mine", "kept_at": "nowhere"}, "no worker keeps request 'mine': ask again"),
+        ({}, "request_id"),
+        ({"request_id": "a" * 1000}, "request_id"),
+    ],
+)
+async def test_what_can_not_be_resumed(bench, wish, why):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await resume(bench, **wish)
+    expected = grpc.StatusCode.NOT_FOUND if "keeps" in why else grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.code() is expected
+    assert why in caught.value.details()
+
+
+async def test_a_request_that_runs_here_goes_on_in_the_call_that_resumes_it(bench):
+    sampling = pb.SamplingParams(max_tokens=200)
+    request = pb.GenerateRequest(request_id="mine", text=TEXT, sampling=sampling)
+    async with grpc.aio.insecure_channel(bench.survivor) as channel:
+        call = InferenceStub(channel).Generate(request, timeout=WAIT_S)
+        seen: list[int] = []
+        async for event in call:
+            seen += event.delta.token_ids
+            if len(seen) >= 5:
+                break
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await resume(bench, request_id="mine", next_offset=500)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert "tokens of request 'mine' are known here" in caught.value.details()
+        accepted, *deltas, finished = await resume(bench, request_id="mine", next_offset=3)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            async for event in call:
+                seen += event.delta.token_ids
+        assert caught.value.code() is grpc.StatusCode.ABORTED
+    assert accepted.accepted.request_id == "mine"
+    assert deltas[0].delta.offset == 3
+    assert deltas[0].delta.kept_at in [worker.instance_id for worker in bench.cluster.decode]
+    again = [token for event in deltas for token in event.delta.token_ids]
+    assert len(again) == 197
+    assert again[: len(seen) - 3] == seen[3:]
+    assert finished.finished.completion_tokens == 200
     await bench.settled()
 
 
