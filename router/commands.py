@@ -88,12 +88,15 @@ class NotKeptTrouble(Trouble):
     """A request to be resumed is nowhere."""
 
 
+class TakenOverTrouble(Trouble):
+    """Its client goes on with it in another call; this one is read no more."""
+
+    def __init__(self) -> None:
+        super().__init__("the request was resumed in another call")
+
+
 class PoisonTrouble(Trouble):
     """Workers died while they served it, by all that is known because of it."""
-
-
-class TakenOverTrouble(Trouble):
-    """Another call goes on with it, here or at another router."""
 
 
 @dataclass(frozen=True)

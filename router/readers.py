@@ -22,7 +22,7 @@ class Readers:
 
     def open(self, request: Request) -> Answer:
         """With all that there is of it so far; whoever has read it until now is told to leave."""
-        self.put(request, TakenOverTrouble("the request was resumed in another call"))
+        self.put(request, TakenOverTrouble())
         answer = self._answers[request] = Answer(self._turns)
         if request.answer:
             answer.put(request.answer)

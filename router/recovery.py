@@ -133,10 +133,8 @@ class Recovery:
                 request, InvalidTrouble(failed.message)
             )
         if failed.code == FailureCode.FAILURE_CODE_TAKEN_OVER:
-            # Nobody is told: its workers go on for the other router.
-            return self._requests.fail(
-                request, TakenOverTrouble("another router goes on with this request")
-            )
+            # Nobody is told: its workers go on with it for another router.
+            return self._requests.fail(request, TakenOverTrouble())
         begun = request.state is RequestState.DECODING or request.begun
         if failed.code == FailureCode.FAILURE_CODE_EXHAUSTED and not begun:
             return self._refused(request, worker_id, now_ms)

@@ -36,9 +36,9 @@ class Reason(Enum):
     NOT_FOUND = "not_found"
     UNSUPPORTED = "unsupported"  # not by this model
     DUPLICATE = "duplicate"
+    TAKEN_OVER = "taken_over"  # its client goes on with it in another call
     EXHAUSTED = "exhausted"  # later it may be served
     UNAVAILABLE = "unavailable"
-    TAKEN_OVER = "taken_over"  # another call goes on with it
     POISON = "poison"  # workers die of it: not to be tried again
 
 
@@ -74,6 +74,8 @@ def refusal(error: Exception) -> Refusal | None:
             return Refusal(Reason.DUPLICATE, str(error))
         case NotKeptTrouble():
             return Refusal(Reason.NOT_FOUND, str(error))
+        case TakenOverTrouble():
+            return Refusal(Reason.TAKEN_OVER, str(error))
         case OverloadError() | ExhaustedTrouble():
             return _exhausted(error, _predicted(error.retry_ms))
         case TemplateBusyError():
@@ -82,8 +84,6 @@ def refusal(error: Exception) -> Refusal | None:
             return _exhausted(error, RETRY_HINT_MS if error.retry_ms is None else error.retry_ms)
         case PoisonTrouble():
             return Refusal(Reason.POISON, str(error))
-        case TakenOverTrouble():
-            return Refusal(Reason.TAKEN_OVER, str(error))
         case TemplateDownError() | Trouble():
             return Refusal(Reason.UNAVAILABLE, str(error))
         case _:

@@ -28,7 +28,7 @@ _ERRORS = {
     404: "There is no such model or route.",
     405: "The route does not take this method.",
     408: "The body did not arrive in time.",
-    409: "Another router goes on with this request.",
+    409: "The request was resumed in another call.",
     413: "The body is too large.",
     415: "The body is not JSON.",
     429: "No room now, or over a limit of the key; Retry-After says when to try again.",

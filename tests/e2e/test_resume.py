@@ -23,7 +23,7 @@ from kvrelay.wire import inference_pb2 as pb
 from kvrelay.wire.inference_pb2_grpc import InferenceStub
 
 WAIT_S = 120.0
-STEP_S = 0.01  # a step of a worker, at least: answers must not be over before their router is
+STEP_S = 0.01  # a step while a test needs it slow: answers must not be over before their router is
 TEXT = "the rain in spain stays mainly"
 
 Asked = tuple[str, Any, dict[str, Any]]  # the client's method, prompt, options
@@ -51,6 +51,7 @@ class Bench:
 
     cluster: LocalCluster
     folder: Path
+    pace: "Pace"
 
     @property
     def survivor(self) -> str:
@@ -59,6 +60,7 @@ class Bench:
     @contextlib.asynccontextmanager
     async def victim(self) -> AsyncIterator[RouterProcess]:
         cluster = self.cluster
+        self.pace.step_s = STEP_S
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             config = cluster.router._config
             async with router_process(config, Path(folder)) as router:
@@ -87,23 +89,31 @@ async def bench(model) -> AsyncIterator[Bench]:
     with tempfile.TemporaryDirectory(prefix="kvr-") as folder:
         settings = {"local_prefill": "auto"}
         async with local_cluster(model, decode=2, router=settings) as cluster:
-            for worker in cluster.decode:
-                slow_down(worker)
-            yield Bench(cluster, Path(folder))
+            yield Bench(cluster, Path(folder), Pace(cluster.decode))
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-def slow_down(worker: Any) -> None:
-    runner = worker._engine._runner
-    step = runner.step
+class Pace:
+    """Makes the steps of decode workers take a while, until it is told to hurry."""
 
-    def slower(*how: Any) -> Any:
-        time.sleep(STEP_S)
-        return step(*how)
+    def __init__(self, workers: list[Any]) -> None:
+        self.step_s = STEP_S
+        for worker in workers:
+            self._slow_down(worker._engine._runner)
 
-    runner.step = slower
+    def _slow_down(self, runner: Any) -> None:
+        step = runner.step
+
+        def slower(*how: Any) -> Any:
+            time.sleep(self.step_s)
+            return step(*how)
+
+        runner.step = slower
+
+    def hurry(self) -> None:
+        self.step_s = 0.0
 
 
 def ask(client: AsyncClient, asked: Asked, **more: Any) -> Any:
@@ -134,10 +144,8 @@ async def check(bench: Bench, answer: Completion, text: str, asked: Asked) -> No
         right = await ask(client, (method, prompt, {**options, "seed": answer.seed})).result()
     assert answer.token_ids == right.token_ids
     assert text == answer.text == right.text
-    assert (answer.finish_reason, answer.prompt_tokens) == (
-        right.finish_reason,
-        right.prompt_tokens,
-    )
+    assert answer.finish_reason == right.finish_reason
+    assert answer.prompt_tokens == right.prompt_tokens
 
 
 async def test_answers_go_on_when_their_router_is_killed(bench):
@@ -146,6 +154,7 @@ async def test_answers_go_on_when_their_router_is_killed(bench):
         streams = [ask(client, asked) for asked in ASKED]
         begun = await asyncio.gather(*(some_of(s, 3 + 7 * n) for n, s in enumerate(streams)))
         await victim.kill()
+        bench.pace.hurry()
         ends = await asyncio.gather(*map(rest_of, streams))
         for first, (rest, answer), asked in zip(begun, ends, ASKED, strict=True):
             await check(bench, answer, first + rest, asked)
@@ -162,8 +171,10 @@ async def test_an_answer_that_is_whole_when_its_router_dies_is_kept(bench):
         stream = ask(client, asked)
         begun = await some_of(stream, 3)
         victim.stop()  # what D says from here on, nobody passes on
+        bench.pace.hurry()
         await until(lambda: any(w._kept._whole for w in bench.cluster.decode), within_s=WAIT_S)
         await victim.kill()
+        bench.pace.hurry()
         rest, answer = await rest_of(stream)
         assert adopted() == 1
     await check(bench, answer, begun + rest, asked)
@@ -171,13 +182,14 @@ async def test_an_answer_that_is_whole_when_its_router_dies_is_kept(bench):
 
 
 async def test_a_router_that_hangs_is_left_and_does_no_harm_when_it_goes_on(bench):
-    asked = ("chat", "tell me more", {"max_tokens": 450, "temperature": 1.0})
+    asked = ("chat", "tell me more", {"max_tokens": 400, "temperature": 1.0})
     async with bench.victim() as victim, bench.client(victim) as client:
         stream = ask(client, asked)
         begun = await some_of(stream, 3)
         victim.stop()
         adopted = count_adopted(bench)
         more = await some_of(stream, 5)  # by the other router
+        bench.pace.hurry()
         assert adopted() == 1
         victim.go_on()
         rest, answer = await rest_of(stream)
@@ -191,9 +203,7 @@ async def test_a_decode_worker_that_dies_as_well_makes_it_ask_again(model):
     asked = ("generate", TEXT, {"max_tokens": 100, "temperature": 1.0, "stop": ["zzzz"]})
     with tempfile.TemporaryDirectory(prefix="kvr-") as folder:
         async with local_cluster(model, decode=2) as cluster:
-            for worker in cluster.decode:
-                slow_down(worker)
-            bench = Bench(cluster, Path(folder))
+            bench = Bench(cluster, Path(folder), Pace(cluster.decode))
             async with bench.victim() as victim, bench.client(victim) as client:
                 stream = ask(client, asked)
                 begun = await some_of(stream, 10)
@@ -202,6 +212,7 @@ async def test_a_decode_worker_that_dies_as_well_makes_it_ask_again(model):
                 await lost.stop()
                 cluster.decode.remove(lost)
                 await victim.kill()
+                bench.pace.hurry()
                 rest, answer = await rest_of(stream)
             assert answer.resumed == 1
             await check(bench, answer, begun + rest, asked)
@@ -209,6 +220,11 @@ async def test_a_decode_worker_that_dies_as_well_makes_it_ask_again(model):
 
 
 # ---- the RPC
+
+
+async def read_on(call: Any, seen: list[int]) -> None:
+    async for event in call:
+        seen += event.delta.token_ids
 
 
 async def resume(bench: Bench, **wish: Any) -> grpc.aio.UnaryStreamCall:
@@ -235,6 +251,7 @@ async def test_what_can_not_be_resumed(bench, wish, why):
 
 
 async def test_a_request_that_runs_here_goes_on_in_the_call_that_resumes_it(bench):
+    bench.pace.step_s = STEP_S
     sampling = pb.SamplingParams(max_tokens=200)
     request = pb.GenerateRequest(request_id="mine", text=TEXT, sampling=sampling)
     async with grpc.aio.insecure_channel(bench.survivor) as channel:
@@ -250,8 +267,7 @@ async def test_a_request_that_runs_here_goes_on_in_the_call_that_resumes_it(benc
         assert "tokens of request 'mine' are known here" in caught.value.details()
         accepted, *deltas, finished = await resume(bench, request_id="mine", next_offset=3)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            async for event in call:
-                seen += event.delta.token_ids
+            await read_on(call, seen)
         assert caught.value.code() is grpc.StatusCode.ABORTED
     assert accepted.accepted.request_id == "mine"
     assert deltas[0].delta.offset == 3

@@ -24,12 +24,12 @@ def test_who_finds_no_room_is_told_when_there_may_be_some(kind, predicted_ms, hi
 
 @pytest.mark.parametrize(
     ("trouble", "reason"),
-    [(PoisonTrouble, Reason.POISON), (TakenOverTrouble, Reason.TAKEN_OVER)],
+    [(PoisonTrouble("why"), Reason.POISON), (TakenOverTrouble(), Reason.TAKEN_OVER)],
 )
 def test_what_is_not_to_be_tried_again_has_no_hint(trouble, reason):
-    told = refusal(trouble("why"))
+    told = refusal(trouble)
     assert told is not None
-    assert (told.reason, told.retry_ms, str(told)) == (reason, None, "why")
+    assert (told.reason, told.retry_ms, str(told)) == (reason, None, str(trouble))
 
 
 def test_a_message_that_echoes_much_of_a_client_is_cut_to_what_a_header_holds():
