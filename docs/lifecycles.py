@@ -26,8 +26,8 @@ Each lifecycle is an enum of states, an enum of events and one table. An event t
 state (-) raises and changes nothing. Rows that leave the state as it is are in the tables (*stays*)
 and not in the diagrams. Cancel, timeout, the death of each peer and drain have a row in every state
 that is not an end. A block knows neither requests nor peers: what happens to its owner reaches it
-as release, abort or unshare, a writer's death as writer gone, and a drain not at all. A kept answer is
-let go of with its reservation, whatever that had; of its own it knows its router and its time alone.
+as release, abort or unshare, a writer's death as writer gone, and a drain not at all. A kept answer
+is let go of with its reservation; of its own it knows its router and its time alone.
 """
 
 _MEMBER = re.compile(r"^    (\w+) = [^#]*?(?:  # (.*))?$")
