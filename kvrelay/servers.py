@@ -28,6 +28,7 @@ _CHANNEL_OPTIONS = (
     # One that hangs in the middle of an answer is found within 2.5 s.
     ("grpc.keepalive_time_ms", 1000),
     ("grpc.keepalive_timeout_ms", 1500),
+    ("grpc.http2.ping_timeout_ms", 1500),  # or it is a minute, whatever the above says
     ("grpc.http2.max_pings_without_data", 0),
 )
 

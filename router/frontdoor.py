@@ -120,6 +120,8 @@ class FrontDoor:
             with self._refusals_counted("grpc"):
                 if self.not_ready:
                     raise Refusal(Reason.UNAVAILABLE, self.not_ready)
+                if not request_id:
+                    raise Refusal(Reason.INVALID, "request_id is needed: that of its Accepted")
                 check_request_id(request_id)
                 [lease] = stack.enter_context(leased(self._quotas, caller, 1))
                 wish = Resumption(request_id, caller.tenant, kept_at, next_offset, arrived_at_ms)

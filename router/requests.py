@@ -46,6 +46,7 @@ class Requests:
         """P has no more to say of it."""
         request.prefill_settled = True
         self._workers.claims.computed(request.key)
+        self._let_suspects_pass(request)
         return self.finish_if_complete(request)
 
     def finish_if_complete(self, request: Request) -> list[Command]:
@@ -74,6 +75,12 @@ class Requests:
             self._queue.remove(request)
         self._attempts.release(request)
         del self._by_name[request.name]
+        self._let_suspects_pass(request)
+
+    def _let_suspects_pass(self, request: Request) -> None:
+        """Another one may have waited for this one's workers (router/strikes.py)."""
+        if request.strikes:
+            self._queue.changed = True
 
     def check(self) -> None:
         """Asserts that those that wait are in the queue. For tests."""

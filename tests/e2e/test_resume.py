@@ -23,11 +23,11 @@ from kvrelay.wire import inference_pb2 as pb
 from kvrelay.wire.inference_pb2_grpc import InferenceStub
 
 WAIT_S = 120.0
-STEP_S = 0.01  # a step of a worker, at least: answers must not be over before their router is
+STEP_S = 0.01  # a step while a test needs it slow: answers must not be over before their router is
 TEXT = "the rain in spain stays mainly"
 
-# What is asked, and how: (method, prompt, options).
-ASKED: list[tuple[str, Any, dict[str, Any]]] = [
+Asked = tuple[str, Any, dict[str, Any]]  # the client's method, prompt, options
+ASKED: list[Asked] = [
     ("generate", TEXT, {"max_tokens": 150}),
     ("generate", list(range(10, 60)), {"max_tokens": 120, "temperature": 1.0, "seed": 7}),
     ("generate", TEXT, {"max_tokens": 150, "temperature": 0.8, "stop": ["zzzz", "qqqq", "~"]}),
@@ -51,6 +51,7 @@ class Bench:
 
     cluster: LocalCluster
     folder: Path
+    pace: "Pace"
 
     @property
     def survivor(self) -> str:
@@ -59,6 +60,7 @@ class Bench:
     @contextlib.asynccontextmanager
     async def victim(self) -> AsyncIterator[RouterProcess]:
         cluster = self.cluster
+        self.pace.step_s = STEP_S
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             config = cluster.router._config
             async with router_process(config, Path(folder)) as router:
@@ -87,26 +89,34 @@ async def bench(model) -> AsyncIterator[Bench]:
     with tempfile.TemporaryDirectory(prefix="kvr-") as folder:
         settings = {"local_prefill": "auto"}
         async with local_cluster(model, decode=2, router=settings) as cluster:
-            for worker in cluster.decode:
-                slow_down(worker)
-            yield Bench(cluster, Path(folder))
+            yield Bench(cluster, Path(folder), Pace(cluster.decode))
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-def slow_down(worker: Any) -> None:
-    runner = worker._engine._runner
-    step = runner.step
+class Pace:
+    """Makes the steps of decode workers take a while, until it is told to hurry."""
 
-    def slower(*how: Any) -> Any:
-        time.sleep(STEP_S)
-        return step(*how)
+    def __init__(self, workers: list[Any]) -> None:
+        self.step_s = STEP_S
+        for worker in workers:
+            self._slow_down(worker._engine._runner)
 
-    runner.step = slower
+    def _slow_down(self, runner: Any) -> None:
+        step = runner.step
+
+        def slower(*how: Any) -> Any:
+            time.sleep(self.step_s)
+            return step(*how)
+
+        runner.step = slower
+
+    def hurry(self) -> None:
+        self.step_s = 0.0
 
 
-def ask(client: AsyncClient, asked: tuple[str, Any, dict[str, Any]], **more: Any) -> Any:
+def ask(client: AsyncClient, asked: Asked, **more: Any) -> Any:
     method, prompt, options = asked
     return getattr(client, method)(prompt, **options, **more)
 
@@ -127,11 +137,15 @@ async def rest_of(stream: Any) -> tuple[str, Completion]:
     return text, await stream.result()
 
 
-async def unfaulted(bench: Bench, answer: Completion, asked: tuple[str, Any, dict[str, Any]]) -> Completion:
-    """The same request, by its seed, when nothing fails."""
+async def check(bench: Bench, answer: Completion, text: str, asked: Asked) -> None:
+    """Against the same request, by its seed, when nothing fails."""
     async with AsyncClient(bench.survivor, timeout_s=WAIT_S) as client:
         method, prompt, options = asked
-        return await ask(client, (method, prompt, {**options, "seed": answer.seed})).result()
+        right = await ask(client, (method, prompt, {**options, "seed": answer.seed})).result()
+    assert answer.token_ids == right.token_ids
+    assert text == answer.text == right.text
+    assert answer.finish_reason == right.finish_reason
+    assert answer.prompt_tokens == right.prompt_tokens
 
 
 async def test_answers_go_on_when_their_router_is_killed(bench):
@@ -140,18 +154,128 @@ async def test_answers_go_on_when_their_router_is_killed(bench):
         streams = [ask(client, asked) for asked in ASKED]
         begun = await asyncio.gather(*(some_of(s, 3 + 7 * n) for n, s in enumerate(streams)))
         await victim.kill()
+        bench.pace.hurry()
         ends = await asyncio.gather(*map(rest_of, streams))
         for first, (rest, answer), asked in zip(begun, ends, ASKED, strict=True):
-            right = await unfaulted(bench, answer, asked)
-            assert answer.token_ids == right.token_ids
-            assert first + rest == answer.text == right.text
-            assert (answer.finish_reason, answer.prompt_tokens) == (
-                right.finish_reason,
-                right.prompt_tokens,
-            )
+            await check(bench, answer, first + rest, asked)
             assert answer.resumed == 1
         assert adopted() == len(ASKED)  # none was computed again
         assert client._servers.first == 1  # who works is asked first from now on
+    await bench.settled()
+
+
+async def test_an_answer_that_is_whole_when_its_router_dies_is_kept(bench):
+    asked = ("generate", TEXT, {"max_tokens": 40, "temperature": 1.0})
+    async with bench.victim() as victim, bench.client(victim) as client:
+        adopted = count_adopted(bench)
+        stream = ask(client, asked)
+        begun = await some_of(stream, 3)
+        victim.stop()  # what D says from here on, nobody passes on
+        bench.pace.hurry()
+        await until(lambda: any(w._kept._whole for w in bench.cluster.decode), within_s=WAIT_S)
+        await victim.kill()
+        bench.pace.hurry()
+        rest, answer = await rest_of(stream)
+        assert adopted() == 1
+    await check(bench, answer, begun + rest, asked)
+    await bench.settled()
+
+
+async def test_a_router_that_hangs_is_left_and_does_no_harm_when_it_goes_on(bench):
+    asked = ("chat", "tell me more", {"max_tokens": 400, "temperature": 1.0})
+    async with bench.victim() as victim, bench.client(victim) as client:
+        stream = ask(client, asked)
+        begun = await some_of(stream, 3)
+        victim.stop()
+        adopted = count_adopted(bench)
+        more = await some_of(stream, 5)  # by the other router
+        bench.pace.hurry()
+        assert adopted() == 1
+        victim.go_on()
+        rest, answer = await rest_of(stream)
+        await check(bench, answer, begun + more + rest, asked)
+        async with AsyncClient(victim.address, timeout_s=WAIT_S) as other:  # it serves again
+            assert len((await other.generate(TEXT, max_tokens=5).result()).token_ids) == 5
+    await bench.settled()
+
+
+async def test_a_decode_worker_that_dies_as_well_makes_it_ask_again(model):
+    asked = ("generate", TEXT, {"max_tokens": 100, "temperature": 1.0, "stop": ["zzzz"]})
+    with tempfile.TemporaryDirectory(prefix="kvr-") as folder:
+        async with local_cluster(model, decode=2) as cluster:
+            bench = Bench(cluster, Path(folder), Pace(cluster.decode))
+            async with bench.victim() as victim, bench.client(victim) as client:
+                stream = ask(client, asked)
+                begun = await some_of(stream, 10)
+                victim.stop()
+                [lost] = [w for w in cluster.decode if len(w._batch)]
+                await lost.stop()
+                cluster.decode.remove(lost)
+                await victim.kill()
+                bench.pace.hurry()
+                rest, answer = await rest_of(stream)
+            assert answer.resumed == 1
+            await check(bench, answer, begun + rest, asked)
+            await bench.settled()
+
+
+# ---- the RPC
+
+
+async def read_on(call: Any, seen: list[int]) -> None:
+    async for event in call:
+        seen += event.delta.token_ids
+
+
+async def resume(bench: Bench, **wish: Any) -> grpc.aio.UnaryStreamCall:
+    async with grpc.aio.insecure_channel(bench.survivor) as channel:
+        call = InferenceStub(channel).Resume(pb.ResumeRequest(**wish), timeout=WAIT_S)
+        return [event async for event in call]
+
+
+@pytest.mark.parametrize(
+    ("wish", "why"),
+    [
+        ({"request_id": "nobody's"}, 'no worker keeps request "nobody\'s": ask again'),
+        ({"request_id": "mine", "kept_at": "nowhere"}, "no worker keeps request 'mine': ask again"),
+        ({}, "request_id"),
+        ({"request_id": "a" * 1000}, "request_id"),
+    ],
+)
+async def test_what_can_not_be_resumed(bench, wish, why):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await resume(bench, **wish)
+    expected = grpc.StatusCode.NOT_FOUND if "keeps" in why else grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.code() is expected
+    assert why in caught.value.details()
+
+
+async def test_a_request_that_runs_here_goes_on_in_the_call_that_resumes_it(bench):
+    bench.pace.step_s = STEP_S
+    sampling = pb.SamplingParams(max_tokens=200)
+    request = pb.GenerateRequest(request_id="mine", text=TEXT, sampling=sampling)
+    async with grpc.aio.insecure_channel(bench.survivor) as channel:
+        call = InferenceStub(channel).Generate(request, timeout=WAIT_S)
+        seen: list[int] = []
+        async for event in call:
+            seen += event.delta.token_ids
+            if len(seen) >= 5:
+                break
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await resume(bench, request_id="mine", next_offset=500)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        assert "tokens of request 'mine' are known here" in caught.value.details()
+        accepted, *deltas, finished = await resume(bench, request_id="mine", next_offset=3)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_on(call, seen)
+        assert caught.value.code() is grpc.StatusCode.ABORTED
+    assert accepted.accepted.request_id == "mine"
+    assert deltas[0].delta.offset == 3
+    assert deltas[0].delta.kept_at in [worker.instance_id for worker in bench.cluster.decode]
+    again = [token for event in deltas for token in event.delta.token_ids]
+    assert len(again) == 197
+    assert again[: len(seen) - 3] == seen[3:]
+    assert finished.finished.completion_tokens == 200
     await bench.settled()
 
 

@@ -120,6 +120,7 @@ async def test_a_router_that_is_lost_is_a_cause(model):
             )
             prefill.send(prefill=asked)
             await gate.entered.wait()
+        decode.send(cancel=worker_pb2.Cancel(key=1))  # it may not have heard of a writer yet
         await ended(cluster, JobEvent.ROUTER_LOST, gate)
 
 
