@@ -76,7 +76,7 @@ def draw(seed: int) -> Settings:
         delays,
         _arrivals(generator(seed, "arrivals"), shape),
         shuffle=rng.random() < 0.5,
-        faults_max=rng.choice((0, 1, 2, 3, 5, 8)),
+        faults_max=rng.choice((0, 2, 4, 8, 16)),
     )
 
 
