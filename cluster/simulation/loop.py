@@ -162,6 +162,9 @@ class ProcessLoop(asyncio.BaseEventLoop):
     def is_closed(self) -> bool:
         return self.life is Life.DEAD
 
+    def __del__(self) -> None:
+        """Nothing is to be closed."""
+
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
         """It is passed over when its time comes."""
 
