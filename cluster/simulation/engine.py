@@ -60,6 +60,8 @@ class SimEngine(EngineHost):
         for _ in range(_LOOKS):
             await asyncio.sleep(step_ms / 1000 / _LOOKS)
             if cancelled is not None and cancelled.is_set():
+                for one in begun:  # it has written until now
+                    one.check_leave()
                 raise StepCancelledError
         self.steps += 1
         if self.faults.failing:
@@ -101,16 +103,16 @@ class _Begun:
         last = (part.end - 1) // BLOCK_SIZE
         written = self._blocks[part.start // BLOCK_SIZE : last + 1]
         self._written = [(block, memory.owner(block)) for block in written]
-        self._check_leave()
+        self.check_leave()
 
     def end(self) -> int:
         """Writes the slice's KV; the state after its last token."""
         memory, part = self._memory, self._part
-        self._check_leave()
+        self.check_leave()
         if memory.versions(self._blocks, part.start) != self._versions:
             memory._violated(f"{memory._name}: what a step reads has changed during the step")
         return memory.extend(self._blocks, part.start, part.tokens, self._state)
 
-    def _check_leave(self) -> None:
+    def check_leave(self) -> None:
         for block, owner in self._written:
             self._memory.check_leave(block, owner, "engine")

@@ -145,7 +145,7 @@ def _arrivals(rng: Random, shape: Shape) -> tuple[Arrival, ...]:
         at_s += rng.expovariate(1 / gap_s)
         ask = _ask(rng, number, shared, tokens_max)
         cancel_after = rng.randrange(ask.max_tokens + 1) if rng.random() < 0.1 else None
-        cancel_s = rng.uniform(0, 0.12) if rng.random() < 0.1 else None
+        cancel_s = rng.uniform(0, 0.1) if rng.random() < 0.15 else None
         arrivals.append(Arrival(at_s, ask, cancel_after, cancel_s))
     return tuple(arrivals)
 

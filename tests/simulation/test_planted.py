@@ -1,20 +1,28 @@
 """Bugs that are planted are found: otherwise the simulation shows nothing."""
 
-import planted_bugs
+import planted_bugs as planted
 import pytest
-from planted_bugs import PLANTS, Plant
 
 from cluster.simulation.world import run
 
 SEEDS_MAX = 1000
 QUICK_MAX = 40
-# Those that a few seeds find.
-QUICK = ()
+# Those that need more luck than a few seeds have.
+RARE = (
+    planted.a_prefill_worker_frees_what_it_still_computes,
+    planted.a_commit_is_accepted_before_its_blocks_are_there,
+    planted.a_wrong_checksum_is_overlooked,
+)
+QUICK = [plant for plant in planted.PLANTS if plant not in RARE]
 
 
-def found_within(plant: Plant, seeds: int, monkeypatch: pytest.MonkeyPatch) -> bool:
+def found_within(plant: planted.Plant, seeds: int, monkeypatch: pytest.MonkeyPatch) -> bool:
     plant(monkeypatch)
     return any(run(seed).violations for seed in range(seeds))
+
+
+def test_there_are_bugs_of_many_kinds():
+    assert len(set(planted.PLANTS)) == len(planted.PLANTS) >= 10 + len(RARE)
 
 
 @pytest.mark.parametrize("plant", QUICK, ids=lambda plant: plant.__name__)
@@ -23,11 +31,6 @@ def test_a_planted_bug_is_found_within_a_few_seeds(plant, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
-def test_every_planted_bug_is_found(plant, monkeypatch):
+@pytest.mark.parametrize("plant", RARE, ids=lambda plant: plant.__name__)
+def test_a_planted_bug_is_found_in_the_end(plant, monkeypatch):
     assert found_within(plant, SEEDS_MAX, monkeypatch)
-
-
-def test_each_plant_says_what_it_does():
-    assert len(set(PLANTS)) == len(PLANTS) >= 10
-    assert all(hasattr(planted_bugs, plant.__name__) for plant in PLANTS)
