@@ -41,8 +41,10 @@ KINDS = {
     Reason.NOT_FOUND: _Kind(HTTPStatus.NOT_FOUND, INVALID, "model_not_found"),
     Reason.UNSUPPORTED: _Kind(HTTPStatus.BAD_REQUEST, INVALID, "unsupported"),
     Reason.DUPLICATE: _Kind(HTTPStatus.CONFLICT, INVALID, "duplicate_request_id"),
+    Reason.TAKEN_OVER: _Kind(HTTPStatus.CONFLICT, INVALID, "taken_over"),
     Reason.EXHAUSTED: _Kind(HTTPStatus.TOO_MANY_REQUESTS, RATE_LIMIT, "rate_limit_exceeded"),
     Reason.UNAVAILABLE: _Kind(HTTPStatus.SERVICE_UNAVAILABLE, SERVER, "unavailable"),
+    Reason.POISON: _Kind(HTTPStatus.INTERNAL_SERVER_ERROR, SERVER, "poison"),
 }
 
 
@@ -76,6 +78,11 @@ class HttpError(Exception):
 def invalid(message: str, code: str | None = None) -> HttpError:
     """A request that can never be served; `message` begins with the field, if it is about one."""
     return HttpError(HTTPStatus.BAD_REQUEST, message, param=_param(message), code=code)
+
+
+def unknown_url(path: str) -> HttpError:
+    message = f"there is no {path!r} here; /openapi.json lists what there is"
+    return HttpError(HTTPStatus.NOT_FOUND, message, code="unknown_url")
 
 
 def unavailable(message: str, code: str, retry_ms: int) -> HttpError:
