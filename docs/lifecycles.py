@@ -38,6 +38,7 @@ PLACES = (
     ("Job of a prefill worker", "prefill_worker.schedule", "TRANSITIONS"),
     ("Reservation of a decode worker", "decode_worker.reservation", "TRANSITIONS"),
     ("KV block", "kvrelay.kv.ledger", "MOVES"),
+    ("Place of a worker or router", "cluster.place", "TRANSITIONS"),
 )
 
 
