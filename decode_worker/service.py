@@ -26,6 +26,7 @@ from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
 from kvrelay.engine.step import CancelFlag, StepCancelledError
 from kvrelay.engine.turns import Chunk
+from kvrelay.failpoints import Failpoints, Point
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
 from kvrelay.membership import MembershipDoor
 from kvrelay.rpc import RouterSession, listen, make_server, serve_session
@@ -47,6 +48,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self.address = ""
         self.ledger = BlockLedger(engine.pool.blocks)
         self._config = config
+        self._failpoints = Failpoints(config.failpoints)
         self._engine = engine
         self._layout = engine.pool.layout
         self._handoff = HandOff(
@@ -74,7 +76,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._step_cancelled = CancelFlag()
         self._work = asyncio.Event()
         self._announced_free = self.ledger.available
-        book = Book(self._handoff, _now_ms, self._committed, self._writer_lost)
+        book = Book(self._handoff, _now_ms, self._committed, self._writer_lost, self._failpoints)
         self._listener = Listener(config, self.instance_id, engine.pool, book, find_nccl(config))
         self._server = make_server()
         self._door: MembershipDoor
@@ -166,6 +168,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 lease_ms=self._config.lease_ms,
             )
             reserved.ticket.CopyFrom(self._handoff.sign(reservation, ticket))
+        self._failpoints.hit(Point.DECODE_RESERVED)
         self._send(session, DecodeEvent(reserved=reserved))
 
     def _reservation(self, key: Key, reserve: worker_pb2.Reserve) -> Reservation:
@@ -206,6 +209,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._publish([self._join(sequence, first_token)])
         self._announce_load()
         self._work.set()
+        self._failpoints.hit(Point.DECODE_COMMITTED)
 
     def _writer_lost(self, transfer_id: int, reason: str) -> None:
         failed = self._handoff.writer_lost(transfer_id)
@@ -225,6 +229,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 continue
             self._step_begins(step)
             try:
+                self._failpoints.hit(Point.DECODE_BEFORE_STEP)
                 tokens = await self._engine.step(
                     step.slices(),
                     step.params(),
@@ -232,6 +237,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                     step.histories(),
                     self._step_cancelled,
                 )
+                self._failpoints.hit(Point.DECODE_AFTER_STEP)
             except StepCancelledError:
                 self._engine_idle(step)
             except Exception as error:
@@ -309,6 +315,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     def _publish(self, outputs: Sequence[Output]) -> None:
         for output in outputs:
             if output.ending is not Ending.NONE:
+                self._failpoints.hit(Point.DECODE_FINISH)
                 self._handoff.finish(output.key, self._decoding.pop(output.key).answer)
         for session, event in messages.step_outputs(outputs).items():
             self._send(session, event)

@@ -19,6 +19,7 @@ from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams, history_of
 from kvrelay.engine.step import CancelFlag, StepCancelledError
 from kvrelay.engine.turns import Chunk
+from kvrelay.failpoints import Failpoints, Point
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockLedger
 from kvrelay.kv.prefix import split_hashes
@@ -44,6 +45,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         self.address = ""
         self.ledger = BlockLedger(engine.pool.blocks)
         self._config = config
+        self._failpoints = Failpoints(config.failpoints)
         self._engine = engine
         self._layout = engine.pool.layout
         self._schedule = Schedule(
@@ -166,6 +168,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
                 continue
             self._step_begins(step)
             try:
+                self._failpoints.hit(Point.PREFILL_BEFORE_CHUNK)
                 tokens = await self._engine.step(
                     [chunk.slice() for chunk in step],
                     [chunk.job.sampling if chunk.is_last else None for chunk in step],
@@ -173,6 +176,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
                     [chunk.job.history for chunk in step],
                     self._step_cancelled,
                 )
+                self._failpoints.hit(Point.PREFILL_AFTER_CHUNK)
             except StepCancelledError:
                 for chunk in step:
                     self._running[chunk.job].step_ended()
@@ -234,8 +238,10 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         """Lives as long as the job. However it ends, the blocks come back."""
         transfer: Transfer | None = None
         try:
+            self._failpoints.hit(Point.PREFILL_BEFORE_BEGIN)
             transfer = await self._writers.begin(job.ticket)
             await self._push(job, transfer)
+            self._failpoints.hit(Point.PREFILL_BEFORE_COMMIT)
             assert job.first_token is not None
             await transfer.commit(job.first_token, self._config.link_reply_ms / 1000)
             self._acknowledged(job, transfer)
@@ -260,6 +266,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             blocks = job.blocks[first:filled]
             if blocks:
                 await transfer.push(blocks)
+                self._failpoints.hit(Point.PREFILL_PUSHED)
             elif done:
                 return
             else:
