@@ -95,8 +95,9 @@ class Clusters:
             await self._close(transport)
 
     async def _close(self, transport: str) -> None:
-        _, stack = self._made.pop(transport)
-        await stack.aclose()
+        if transport in self._made:
+            _, stack = self._made.pop(transport)
+            await stack.aclose()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from local_cluster import local_cluster
+from waiting import until
 
 from kvrelay.client import AsyncClient, Completion
 
@@ -92,6 +93,8 @@ async def oracle(model: Path) -> AsyncIterator[Oracle]:
     alone = {"prefix_caching": False}
     async with local_cluster(model, prefill=0, worker=alone) as cluster, cluster.client() as client:
         yield Oracle(client)
+        # A stop string ends an answer here before the worker has heard of it.
+        await until(cluster.all_free, within_s=5)
 
 
 async def check(client: AsyncClient, asked: Asked, right: Completion) -> None:

@@ -18,7 +18,7 @@ from kvrelay.failpoints import Action, Failpoint, Point
 _WAVES_MAX = 8  # the armed worker gets its share of each
 _FREE_S = 10.0  # a writer that hung on a link has let go by then
 _NOTICED_S = 10.0  # only a broken test waits so long
-_WAVE_S = 60.0
+_WAVE_S = 30.0
 _STREAMS = 5  # side by side
 _ASLEEP_MS = 1_500  # longer than the router puts up with
 
