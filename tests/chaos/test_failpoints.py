@@ -34,7 +34,7 @@ PHASES = [
 WORKER = {"chunk_tokens": 32, "link_reply_ms": 2_000, "heartbeat_ms": 100}
 # On a busy machine a worker may seem to be silent that is not. That costs an attempt, as the
 # failpoint does, and must not cost the request.
-ROUTER = {"silence_ms": 700, "attempts_max": 6, "strikes_max": 6}
+ROUTER = {"silence_ms": 500, "attempts_max": 6, "strikes_max": 6}
 
 # Each phase and action once, the transports in turn.
 SHORT = [
