@@ -33,8 +33,8 @@ PHASES = [
 
 WORKER = {"chunk_tokens": 32, "link_reply_ms": 2_000, "heartbeat_ms": 100}
 # On a busy machine a worker may seem to be silent that is not. That costs an attempt, as the
-# failpoint does, and must not cost the request.
-ROUTER = {"silence_ms": 500, "attempts_max": 6, "strikes_max": 6}
+# failpoint does, and must not cost the request. Nor may one bad figure keep work from a worker.
+ROUTER = {"silence_ms": 500, "attempts_max": 6, "strikes_max": 6, "measured_fade_ms": 200}
 
 # Each phase and action once, the transports in turn.
 SHORT = [

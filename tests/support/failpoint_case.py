@@ -15,7 +15,7 @@ from worker_cluster import Worker, WorkerCluster
 from kvrelay.client import AsyncClient
 from kvrelay.failpoints import Action, Failpoint, Point
 
-_WAVES_MAX = 8  # the armed worker gets its share of each
+_WAVES_MAX = 30  # the armed worker gets its share of most
 _FREE_S = 10.0  # a writer that hung on a link has let go by then
 _NOTICED_S = 10.0  # only a broken test waits so long
 _WAVE_S = 30.0
