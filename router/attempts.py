@@ -43,7 +43,7 @@ class Attempts:
         """Ends the present attempt here; False when there is none."""
         if self._by_key.pop(request.key, None) is None:
             return False
-        self._workers.release(request.key)
+        self._workers.claims.release(request.key)
         return True
 
     def withdraw(self, request: Request, refused_by: str = "") -> list[Command]:

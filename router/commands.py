@@ -83,6 +83,17 @@ class InvalidTrouble(Trouble):
     """No worker here can ever serve it."""
 
 
+class TakenOverTrouble(Trouble):
+    """Its client goes on with it in another call; this one is read no more."""
+
+    def __init__(self) -> None:
+        super().__init__("the request was resumed in another call")
+
+
+class PoisonTrouble(Trouble):
+    """Workers died while they served it, by all that is known because of it."""
+
+
 @dataclass(frozen=True)
 class Failed:
     request: Request

@@ -25,8 +25,10 @@ STATUSES = {
     Reason.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Reason.UNSUPPORTED: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.DUPLICATE: grpc.StatusCode.ALREADY_EXISTS,
+    Reason.TAKEN_OVER: grpc.StatusCode.ABORTED,
     Reason.EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    Reason.POISON: grpc.StatusCode.INTERNAL,
 }
 
 
