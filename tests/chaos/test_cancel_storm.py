@@ -7,6 +7,7 @@ cancels have exactly the tokens that they have alone.
 import asyncio
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,11 @@ async def test_half_of_the_requests_are_cancelled(model: Path, transport: str) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
-async def test_half_of_a_thousand_requests_are_cancelled(model: Path, transport: str) -> None:
+async def test_half_of_a_thousand_requests_are_cancelled(
+    model: Path, transport: str, report: Callable[[str], None]
+) -> None:
     with playable(SEED):
-        print(await storm(model, transport, 1_000))
+        report(await storm(model, transport, 1_000))
 
 
 async def storm(model: Path, transport: str, count: int) -> str:
@@ -64,7 +67,7 @@ async def storm(model: Path, transport: str, count: int) -> str:
         assert counter.most <= 1, "steps were computed for nobody"
         freed_ms = (FREED_S - left_s + waited_s) * 1000
         return (
-            f"{transport}: {count} requests, {counter.aborted} aborted on D, at most "
+            f"{count} requests, {counter.aborted} aborted on D, at most "
             f"{counter.most} step too many, all free {freed_ms:.0f} ms after the last cancel"
         )
 

@@ -75,7 +75,9 @@ async def test_a_quarter_of_the_room_makes_requests_wait(
             assert waited.done(), "nobody had to wait"
 
 
-async def test_five_times_the_load_costs_no_goodput(model: Path, block_bytes: int) -> None:
+async def test_five_times_the_load_costs_no_goodput(
+    model: Path, block_bytes: int, report: Callable[[str], None]
+) -> None:
     blocks = SLOTS * reserved_blocks(PROMPT_TOKENS, max(ANSWER_TOKENS), BLOCK_SIZE)
     async with (
         local_cluster(
@@ -88,15 +90,15 @@ async def test_five_times_the_load_costs_no_goodput(model: Path, block_bytes: in
         load = OfferedLoad(asking(client))
         peak, over = await in_turns(load, turns=3, seconds=1.5, warm_s=0.4)
         await until(cluster.all_free, within_s=5)  # of what the last window cancelled
-    print(compare(peak, over, KEPT_SHARE * NOISE))
+    report(compare(peak, over, KEPT_SHARE * NOISE))
 
 
 @pytest.mark.slow
 async def test_five_times_the_load_costs_no_goodput_of_engines_that_compute(
-    tmp_path: Path,
+    tmp_path: Path, report: Callable[[str], None]
 ) -> None:
     model = make_slow(tmp_path / "slow")
-    async with local_cluster(model) as cluster:
+    async with local_cluster(model) as cluster:  # packs the weights, too
         block_bytes = cluster.decode[0]._layout.block_bytes
     blocks = SLOTS * reserved_blocks(PROMPT_TOKENS, max(ANSWER_TOKENS), BLOCK_SIZE)
     with Nursery("worker_ends", str(model)) as nursery:
@@ -112,7 +114,7 @@ async def test_five_times_the_load_costs_no_goodput_of_engines_that_compute(
             cluster.client() as client,
         ):
             peak, over = await in_turns(OfferedLoad(asking(client)), 5, seconds=5.0, warm_s=1.0)
-            print(compare(peak, over, KEPT_SHARE))
+            report(compare(peak, over, KEPT_SHARE))
 
 
 def asking(client: AsyncClient) -> Callable[[int], Any]:
