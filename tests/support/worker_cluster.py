@@ -96,6 +96,7 @@ class WorkerCluster:
             async with asyncio.timeout(within_s):
                 while not ledgers or any(not _is_free(ledger) for ledger in ledgers.values()):
                     ledgers = {w.end.name: await w.end.ask("ledger") for w in self.workers}
+                    await asyncio.sleep(0.005)
         except TimeoutError:
             raise AssertionError(f"not free within {within_s} s: {ledgers}") from None
 
