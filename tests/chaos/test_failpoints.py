@@ -31,7 +31,8 @@ PHASES = [
     *(("decode", point) for point in Point if not point.startswith("prefill.")),
 ]
 
-WORKER = {"chunk_tokens": 32, "link_reply_ms": 2_000, "heartbeat_ms": 100}
+# kept_ms: what a worker that hung keeps for a router that may be gone is free soon after it.
+WORKER = {"chunk_tokens": 32, "link_reply_ms": 2_000, "heartbeat_ms": 100, "kept_ms": 500}
 # On a busy machine a worker may seem to be silent that is not. That costs an attempt, as the
 # failpoint does, and must not cost the request. Nor may one bad figure keep work from a worker.
 ROUTER = {"silence_ms": 500, "attempts_max": 6, "strikes_max": 6, "measured_fade_ms": 200}

@@ -55,7 +55,7 @@ async def test_a_quarter_of_the_room_makes_requests_wait(
     with playable(SEED):
         rng = random.Random(SEED)
         async with oracle(model) as right:
-            asked = await right.draw(rng, 28, tokens=(8, 80))
+            asked = await right.draw(rng, 24, tokens=(8, 80))
         needed = [
             reserved_blocks(answer.prompt_tokens, request.options["max_tokens"], BLOCK_SIZE)
             for request, answer in asked
@@ -88,7 +88,7 @@ async def test_five_times_the_load_costs_no_goodput(
         pace(cluster.prefill[0], 4)
         pace(cluster.decode[0], 50)
         load = OfferedLoad(asking(client))
-        peak, over = await in_turns(load, turns=3, seconds=1.5, warm_s=0.4)
+        peak, over = await in_turns(load, turns=2, seconds=1.5, warm_s=0.4)
         await until(cluster.all_free, within_s=5)  # of what the last window cancelled
     report(compare(peak, over, KEPT_SHARE * NOISE))
 
