@@ -29,6 +29,7 @@ from decode_worker.step_loop import StepLoop
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import SamplingParams
+from kvrelay.failpoints import Failpoints, Point
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
 from kvrelay.membership import MembershipDoor
 from kvrelay.rpc import RouterSession, listen, make_server, serve_session
@@ -51,6 +52,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self.address = ""
         self.ledger = BlockLedger(engine.pool.blocks)
         self._config = config
+        self._failpoints = Failpoints(config.failpoints)
         self._engine = engine
         self._layout = engine.pool.layout
         self._handoff = HandOff(
@@ -85,10 +87,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             self._sessions,
             now_ms=_now_ms,
             freed=self._announce_load,
+            failpoints=self._failpoints,
         )
         self._announced_free = self.ledger.available
         self._changed = asyncio.Event()  # something may have ended
-        book = Book(self._handoff, _now_ms, self._committed, self._writer_lost)
+        book = Book(self._handoff, _now_ms, self._committed, self._writer_lost, self._failpoints)
         self._listener = Listener(config, self.instance_id, engine.pool, book, find_nccl(config))
         self._server = make_server()
         self._door: MembershipDoor
@@ -192,6 +195,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 lease_ms=self._config.lease_ms,
             )
             reserved.ticket.CopyFrom(self._handoff.sign(reservation, ticket))
+        self._failpoints.hit(Point.DECODE_RESERVED)
         self._sessions.send(session, DecodeEvent(reserved=reserved))
 
     def _reservation(self, key: Key, reserve: worker_pb2.Reserve) -> Reservation:
@@ -231,6 +235,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._handoff.share_prompt(sequence.key)
         self._steps.join(sequence, first_token)
         self._announce_load()
+        self._failpoints.hit(Point.DECODE_COMMITTED)
 
     def _writer_lost(self, transfer_id: int, reason: str) -> None:
         failed = self._handoff.writer_lost(transfer_id)

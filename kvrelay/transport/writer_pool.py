@@ -9,12 +9,13 @@ from dataclasses import replace
 from weakref import WeakValueDictionary
 
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
+from kvrelay.failpoints import Failpoints
 from kvrelay.kv.layout import DTYPE_BYTES
 from kvrelay.kv.pool import KVPool
 from kvrelay.tls import client_context
 from kvrelay.transport.errors import LinkError
 from kvrelay.transport.frames import FrameSocket, tune_tcp
-from kvrelay.transport.movers import Wire
+from kvrelay.transport.movers import Sender, Wire
 from kvrelay.transport.nccl_library import NcclLibrary
 from kvrelay.transport.nccl_link import NcclSender, make_pairs
 from kvrelay.transport.shm import ShmSender, receive_fd
@@ -35,6 +36,7 @@ class WriterPool:
         nccl: NcclLibrary | None = None,
     ) -> None:
         self._config = config
+        self._failpoints = Failpoints(config.failpoints)
         self._instance_id = instance_id
         self._pool = pool
         self._tls = client_context(config.certificates) if config.certificates else None
@@ -117,14 +119,15 @@ class WriterPool:
         if welcome.wire_dtype not in DTYPE_BYTES:
             raise LinkError(f"KV blocks as {welcome.wire_dtype!r} are asked for, unknown here")
         wire = Wire(replace(self._pool.layout, dtype=welcome.wire_dtype), welcome.checksums)
-        push_bytes_max = self._config.push_bytes_max
+        sender: Sender
         if transport == "nccl":
-            return WriterLink(frames, self._nccl_sender(instance_id, wire, frames), push_bytes_max)
-        if transport == "tcp":
-            return WriterLink(frames, TcpSender(self._pool, wire), push_bytes_max)
-        fd = await receive_fd(frames.channel.sock)
-        sender = ShmSender(self._pool, wire, fd, welcome.pool_bytes)
-        return WriterLink(frames, sender, push_bytes_max)
+            sender = self._nccl_sender(instance_id, wire, frames)
+        elif transport == "tcp":
+            sender = TcpSender(self._pool, wire)
+        else:
+            fd = await receive_fd(frames.channel.sock)
+            sender = ShmSender(self._pool, wire, fd, welcome.pool_bytes)
+        return WriterLink(frames, sender, self._config.push_bytes_max, self._failpoints)
 
     def _nccl_sender(self, peer: str, wire: Wire, frames: FrameSocket) -> NcclSender:
         assert self._pairs is not None
