@@ -32,6 +32,7 @@ from kvrelay.clock import now_ms
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import SamplingParams
+from kvrelay.failpoints import Failpoints, Point
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
 from kvrelay.kv.pool import KVPool
 from kvrelay.membership import MembershipDoor
@@ -71,6 +72,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self.address = ""
         self.ledger = BlockLedger(engine.pool.blocks)
         self._config = config
+        self._failpoints = Failpoints(config.failpoints)
         self._engine = engine
         self._layout = engine.pool.layout
         self._handoff = HandOff(
@@ -107,10 +109,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             self._sessions,
             now_ms=now_ms,
             freed=self._announce_load,
+            failpoints=self._failpoints,
         )
         self._announced_free = self.ledger.available
         self._changed = asyncio.Event()  # something may have ended
-        book = Book(self._handoff, now_ms, self._committed, self._writer_lost)
+        book = Book(self._handoff, now_ms, self._committed, self._writer_lost, self._failpoints)
         self._listener = listener(config, self.instance_id, engine.pool, book)
         self._server: grpc.aio.Server
         self._door: MembershipDoor
@@ -228,6 +231,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 lease_ms=self._config.lease_ms,
             )
             reserved.ticket.CopyFrom(self._handoff.sign(reservation, ticket))
+        self._failpoints.hit(Point.DECODE_RESERVED)
         self._sessions.send(session, DecodeEvent(reserved=reserved))
 
     def _reservation(self, key: Key, reserve: worker_pb2.Reserve) -> Reservation:
@@ -279,6 +283,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._handoff.share_prompt(sequence.key)
         self._steps.join(sequence, first_token)
         self._announce_load()
+        self._failpoints.hit(Point.DECODE_COMMITTED)
 
     def _writer_lost(self, transfer_id: int, reason: str) -> None:
         failed = self._handoff.writer_lost(transfer_id)

@@ -20,6 +20,7 @@ from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER
 from kvrelay.engine.step import CancelFlag, StepCancelledError
 from kvrelay.engine.turns import Chunk
+from kvrelay.failpoints import Failpoints, Point
 from kvrelay.sessions import Sessions
 from kvrelay.wire.worker_pb2 import DecodeEvent, FailureCode
 
@@ -40,6 +41,7 @@ class StepLoop:
         *,
         now_ms: Callable[[], float],
         freed: Callable[[], None],
+        failpoints: Failpoints,
     ) -> None:
         self.decoding: dict[Key, Running] = {}
         self.cancelled = CancelFlag()  # of the step that runs
@@ -51,6 +53,7 @@ class StepLoop:
         self._sessions = sessions
         self._now_ms = now_ms
         self._freed = freed
+        self._failpoints = failpoints
         self._in_step: set[Key] = set()
         self._work = asyncio.Event()
 
@@ -65,6 +68,7 @@ class StepLoop:
                 continue
             self._begins(step)
             try:
+                self._failpoints.hit(Point.DECODE_BEFORE_STEP)
                 tokens = await self._engine.step(
                     step.slices(),
                     step.params(),
@@ -72,6 +76,7 @@ class StepLoop:
                     step.histories(),
                     self.cancelled,
                 )
+                self._failpoints.hit(Point.DECODE_AFTER_STEP)
             except StepCancelledError:
                 self._engine_idle(step)
                 self._freed()
@@ -179,6 +184,7 @@ class StepLoop:
     def _publish(self, outputs: Sequence[Output]) -> None:
         for output in outputs:
             if output.ending is not Ending.NONE:
+                self._failpoints.hit(Point.DECODE_FINISH)
                 self._handoff.finish(output.key, self.decoding.pop(output.key).answer)
                 self._kept.ended(output.key, output.ending)
         for session, event in messages.step_outputs(outputs, self._kept.holder).items():

@@ -8,6 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from kvrelay.failpoints import Failpoint
+
 PROTOCOL_VERSION = 4
 
 Transport = Literal["auto", "shm", "tcp", "nccl"]
@@ -48,6 +50,7 @@ class WorkerConfig(_Frozen):
     prefix_caching: bool = True  # blocks of ended requests are kept until their room is needed
 
     chunk_tokens: int = Field(default=256, ge=1)  # longest time a cancel waits for the engine
+    failpoints: tuple[Failpoint, ...] = ()  # for tests alone: where the worker dies, hangs, fails
 
     # Prefill
     jobs_max: int = 1024

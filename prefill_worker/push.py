@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 
 from kvrelay.clock import now_s
+from kvrelay.failpoints import Failpoints, Point
 from kvrelay.sessions import Sessions
 from kvrelay.transport.channel import to_end
 from kvrelay.transport.errors import LinkError, LinkTimeoutError
@@ -38,6 +39,7 @@ class Push:
         reply_s: float,
         steps: Callable[[], int],
         ended: Callable[[Job], None],
+        failpoints: Failpoints,
     ) -> None:
         self._job = job
         self._schedule = schedule
@@ -47,6 +49,7 @@ class Push:
         self._reply_s = reply_s
         self._steps = steps
         self._ended = ended
+        self._failpoints = failpoints
         self._advanced = asyncio.Event()  # a chunk is done
         self._engine_idle = asyncio.Event()  # no step with this job is running
         self._engine_idle.set()
@@ -69,8 +72,10 @@ class Push:
         transfer: Transfer | None = None
         why = JobEvent.CANCEL
         try:
+            self._failpoints.hit(Point.PREFILL_BEFORE_BEGIN)
             transfer = await self._writers.begin(job.ticket)
             await self._push(transfer)
+            self._failpoints.hit(Point.PREFILL_BEFORE_COMMIT)
             assert job.first_token is not None
             await transfer.commit(job.first_token, self._reply_s)
             self._acknowledged(transfer)
@@ -98,6 +103,7 @@ class Push:
             blocks = job.blocks[first:filled]
             if blocks:
                 await transfer.push(blocks)
+                self._failpoints.hit(Point.PREFILL_PUSHED)
             elif done:
                 return
             else:

@@ -19,6 +19,7 @@ from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams, history_of
 from kvrelay.engine.step import CancelFlag, StepCancelledError
 from kvrelay.engine.turns import Chunk
+from kvrelay.failpoints import Failpoints, Point
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockLedger
 from kvrelay.kv.pool import KVPool
@@ -66,6 +67,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         self.address = ""
         self.ledger = BlockLedger(engine.pool.blocks)
         self._config = config
+        self._failpoints = Failpoints(config.failpoints)
         self._engine = engine
         self._layout = engine.pool.layout
         self._schedule = Schedule(
@@ -202,6 +204,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             reply_s=self._config.link_reply_ms / 1000,
             steps=lambda: self._steps,
             ended=self._ended,
+            failpoints=self._failpoints,
         )
 
     def _ended(self, job: Job) -> None:
@@ -229,6 +232,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
                 continue
             self._step_begins(step)
             try:
+                self._failpoints.hit(Point.PREFILL_BEFORE_CHUNK)
                 tokens = await self._engine.step(
                     [chunk.slice() for chunk in step],
                     [chunk.job.sampling if chunk.is_last else None for chunk in step],
@@ -236,6 +240,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
                     [chunk.job.history for chunk in step],
                     self._step_cancelled,
                 )
+                self._failpoints.hit(Point.PREFILL_AFTER_CHUNK)
             except StepCancelledError:
                 for chunk in step:
                     self._running[chunk.job].step_ended()

@@ -18,6 +18,7 @@ from kvrelay.engine.runner import ModelRunner, UnsupportedModelError
 from kvrelay.engine.sampling import SamplingParams, sample
 from kvrelay.engine.step import CancelFlag, Slice
 from kvrelay.engine.step_cost import StepFit
+from kvrelay.failpoints import Failpoints, Point
 from kvrelay.kv.pool import KVPool, touch_pages
 from kvrelay.wire import worker_pb2
 
@@ -27,11 +28,18 @@ log = logging.getLogger(__name__)
 class EngineHost:
     """Owns the model, the pool and the engine thread. Made by `load`."""
 
-    def __init__(self, runner: ModelRunner, pool: KVPool, thread: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        pool: KVPool,
+        thread: ThreadPoolExecutor,
+        failpoints: Failpoints,
+    ) -> None:
         self.pool = pool
         self.fit = StepFit()  # of the steps that were not cancelled
         self._runner = runner
         self._thread = thread
+        self._failpoints = failpoints
         self._closed = threading.Event()
         self._touching = threading.Thread(
             target=touch_pages, args=[pool.bytes, self._closed], name="touch pages", daemon=True
@@ -103,7 +111,7 @@ class EngineHost:
         runner.warm_up()
         log.info("model %s: %s", config.model_path.name, runner.description)
         log.info("%d KV blocks of %s", blocks, runner.layout)
-        return cls(runner, pool, thread)
+        return cls(runner, pool, thread, Failpoints(config.failpoints))
 
     async def step(
         self,
@@ -142,6 +150,7 @@ class EngineHost:
         cancelled: CancelFlag | None,
     ) -> list[int | None]:
         logits = self._runner.step(slices, [p is not None for p in params], cancelled)
+        self._failpoints.hit(Point.ENGINE_STEP)
         asked = zip(params, positions, histories, strict=True)
         chosen = [(p, position, history) for p, position, history in asked if p is not None]
         if not chosen:

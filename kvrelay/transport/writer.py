@@ -12,6 +12,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from kvrelay.clock import now_s
+from kvrelay.failpoints import Failpoints, Point
 from kvrelay.transport.channel import to_end
 from kvrelay.transport.errors import LinkError, LinkTimeoutError
 from kvrelay.transport.frames import FrameSocket
@@ -95,6 +96,7 @@ class Transfer:
             first_token_id=first_token_id,
         )
         await self._link.send(Frame(commit=frame))
+        self._link.failpoints.hit(Point.PREFILL_COMMIT_SENT)
         await _answer_within(self.answer, timeout_s, "Commit")
         self.committed = True
 
@@ -131,8 +133,11 @@ class Transfer:
 class WriterLink:
     """One connection to one decode worker; made by WriterPool."""
 
-    def __init__(self, frames: FrameSocket, sender: Sender, push_bytes_max: int) -> None:
+    def __init__(
+        self, frames: FrameSocket, sender: Sender, push_bytes_max: int, failpoints: Failpoints
+    ) -> None:
         self.sender = sender
+        self.failpoints = failpoints
         block_bytes = sender.wire.layout.block_bytes
         self._blocks_max = max(1, push_bytes_max // block_bytes)
         self._tail_blocks_max = max(1, _TAIL_BYTES_MAX // block_bytes)

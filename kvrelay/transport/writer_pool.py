@@ -9,6 +9,7 @@ from dataclasses import replace
 from weakref import WeakValueDictionary
 
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
+from kvrelay.failpoints import Failpoints
 from kvrelay.kv.layout import DTYPE_BYTES
 from kvrelay.kv.pool import KVPool
 from kvrelay.tls import client_context
@@ -35,6 +36,7 @@ class WriterPool:
         nccl: NcclLibrary | None = None,
     ) -> None:
         self._config = config
+        self._failpoints = Failpoints(config.failpoints)
         self._instance_id = instance_id
         self._pool = pool
         self._tls = client_context(config.certificates) if config.certificates else None
@@ -137,7 +139,7 @@ class WriterPool:
             raise LinkError(f"KV blocks as {welcome.wire_dtype!r} are asked for, unknown here")
         wire = Wire(replace(self._pool.layout, dtype=welcome.wire_dtype), welcome.checksums)
         sender = await self._sender(transport, wire, frames, welcome)
-        return WriterLink(frames, sender, self._config.push_bytes_max)
+        return WriterLink(frames, sender, self._config.push_bytes_max, self._failpoints)
 
     def _nccl_sender(self, peer: str, wire: Wire, frames: FrameSocket) -> NcclSender:
         assert self._pairs is not None

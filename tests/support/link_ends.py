@@ -19,6 +19,10 @@ from kvrelay.transport import nccl_link
 from kvrelay.transport.nccl_book import NcclLimits
 
 
+def warm() -> None:
+    """All there is to do is done by the imports."""
+
+
 def run(settings: dict[str, Any], control: socket.socket) -> None:
     """Obeys until the control socket is closed. `netns` is the network namespace to live in."""
     if "netns" in settings:

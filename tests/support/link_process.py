@@ -1,14 +1,16 @@
-"""Processes that hold one end of a KV link each, for tests that kill and stop them.
+"""Processes that hold one end of a KV link, or a whole worker, for tests that kill and stop them.
 
 `Nursery` is one process that has imported everything and forks an end when asked, which takes tens
-of milliseconds rather than seconds. An end obeys lines of JSON on a socket: {"id", "do", ...} is
-answered with {"id", ...}, and what it tells by itself has an "event". An end dies with the nursery,
-and the nursery with the test, stopped or not.
+of milliseconds rather than seconds. What an end is, its module says, link_ends.py or
+worker_ends.py. An end obeys lines of JSON on a socket: {"id", "do", ...} is answered with
+{"id", ...}, and what it tells by itself has an "event". An end dies with the nursery, and the
+nursery with the test, stopped or not.
 """
 
 import asyncio
 import contextlib
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -40,6 +42,7 @@ class End:
         self.alive = True
         self.stopped = False
         self.was_stopped = False
+        self.started: dict[str, Any] = {}  # what it said of itself
         self._pidfd = pidfd
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._events: list[dict[str, Any]] = []
@@ -154,7 +157,14 @@ class End:
 
 
 class Nursery:
-    """Used as a context; forks ends until it is left, which ends them all."""
+    """Used as a context; forks ends until it is left, which ends them all.
+
+    module: has `run(settings, control)`, which is the end, and `warm(*arguments)`, which does once
+    what all ends would do.
+    """
+
+    def __init__(self, module: str = "link_ends", *arguments: str) -> None:
+        self._command = ["-m", "link_process", module, *arguments]
 
     def __enter__(self) -> "Nursery":
         self._sock, theirs = socket.socketpair()
@@ -163,7 +173,7 @@ class Nursery:
         single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "link_process", str(theirs.fileno())],
+                [sys.executable, *self._command, str(theirs.fileno())],
                 env={**os.environ, **single, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
                 pass_fds=[theirs.fileno()],
             )
@@ -176,7 +186,7 @@ class Nursery:
         self._process.wait(_READY_S)
 
     async def fork(self, role: str, name: str, **settings: Any) -> End:
-        """A new process that is a `role`, decode or prefill; `settings` are those of link_ends."""
+        """A new process that is a `role`, decode or prefill; `settings` are its module's."""
         ours, theirs = socket.socketpair()
         with theirs:
             request = json.dumps({"role": role, "name": name, **settings}).encode()
@@ -186,15 +196,17 @@ class Nursery:
         pidfd = os.pidfd_open(pid)
         ours.setblocking(False)
         end = await End.over(ours, name, pid, pidfd)
-        await end.ask("start")
+        end.started = await end.ask("start")
         return end
 
 
-def main(fd: int) -> None:
-    """The nursery itself: forks one end for each request on the socket, until that is closed."""
-    import link_ends
-
+def main(module: str, *arguments: str) -> None:
+    """The nursery itself: forks one end for each request on the socket, until that is closed. The
+    last argument is the socket's descriptor."""
     _die_with_parent()
+    ends = importlib.import_module(module)
+    ends.warm(*arguments[:-1])
+    fd = int(arguments[-1])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # none of them is waited for
     threads = list(Path("/proc/self/task").iterdir())
     assert len(threads) == 1, "a thread would be lost in every fork"
@@ -208,7 +220,7 @@ def main(fd: int) -> None:
         if not pid:
             requests.close()
             _die_with_parent()
-            link_ends.run(json.loads(request), socket.socket(fileno=fds[0]))
+            ends.run(json.loads(request), socket.socket(fileno=fds[0]))
             os._exit(0)  # threads that hang must not keep it
         os.close(fds[0])
         requests.send(str(pid).encode())
@@ -219,4 +231,4 @@ def _die_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*sys.argv[1:])
