@@ -6,9 +6,10 @@ import pytest
 from cluster.simulation.world import run
 
 SEEDS_MAX = 1000
-QUICK_MAX = 40
+QUICK_MAX = 60
 # Those that need more luck than a few seeds have.
 RARE = (
+    planted.a_cached_block_is_evicted_while_it_is_read,
     planted.a_prefill_worker_frees_what_it_still_computes,
     planted.a_commit_is_accepted_before_its_blocks_are_there,
     planted.a_wrong_checksum_is_overlooked,
