@@ -17,6 +17,7 @@ from decode_worker.batch import Batch, Running
 from decode_worker.book import Book
 from decode_worker.claims import Claims
 from decode_worker.handoff import HandOff
+from decode_worker.kept import Kept
 from decode_worker.prompts import LocalPrompts, PromptsFullError
 from decode_worker.reservation import (
     DrainingError,
@@ -79,11 +80,13 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._sessions: Sessions[DecodeEvent] = Sessions(
             config, journal, DecodeEvent, self._write_load
         )
+        self._kept = Kept(kept_ms=config.kept_ms, kept_max=config.kept_max)
         self._steps = StepLoop(
             engine,
             self._handoff,
             self._batch,
             self._prompts,
+            self._kept,
             self._sessions,
             now_ms=_now_ms,
             freed=self._announce_load,
@@ -157,18 +160,22 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         if kind == "reserve":
             self._reserve(session, command.reserve)
         elif kind == "cancel":
-            key = (session, command.cancel.key)
-            self._abort(key, ReservationEvent.CANCEL, "the request was cancelled")
+            key = self._kept.key_of((session, command.cancel.key))
+            if key is not None:
+                self._abort(key, ReservationEvent.CANCEL, "the request was cancelled")
+        elif kind == "adopt":
+            self._adopt(session, command.adopt)
+        elif kind == "acknowledge":
+            self._kept.acknowledge(session, command.acknowledge.keys)
         elif kind == "resync":
             self._sessions.announcer.resync(session)
 
     def _closed(self, session: RouterSession[DecodeEvent]) -> None:
         self._sessions.close(session)
-        to_abort, decoding = self._handoff.session_ended(session)
+        self._kept.session_ended(session, _now_ms())
+        to_abort, _ = self._handoff.session_ended(session)  # the others go on, and are kept
         for key in to_abort:
             self._abort(key, ReservationEvent.ROUTER_LOST, "the router's session ended")
-        for key in decoding:
-            self._abort(key, ReservationEvent.TIMEOUT, "nobody waits for its answer")
 
     def _reserve(self, session: RouterSession[DecodeEvent], reserve: worker_pb2.Reserve) -> None:
         key = (session, reserve.key)
@@ -180,6 +187,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         except InvalidReservationError as error:
             self._sessions.fail(key, FailureCode.FAILURE_CODE_INVALID, str(error))
             return
+        self._kept.reserved(key, reserve)
         self._announced_free = self.ledger.available
         reserved = worker_pb2.Reserved(key=reserve.key)
         if reserve.prefill_here:
@@ -202,8 +210,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         chain = None
         if self._config.prefix_caching:
             chain = messages.prefix_chain(reserve, self._layout.block_size)
+        messages.check_prompt(reserve)
         if reserve.prefill_here:
-            messages.check_prompt(reserve)
             self._prompts.check_room()
         sampling = SamplingParams.from_wire(reserve.sampling)
         history = messages.token_history(reserve, sampling)
@@ -217,6 +225,18 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         )
         reservation.history = history
         return reservation
+
+    def _adopt(self, session: RouterSession[DecodeEvent], adopt: worker_pb2.Adopt) -> None:
+        holder = (session, adopt.key)
+        found = self._kept.adopt((adopt.tenant, adopt.request_id), holder)
+        if found is None:
+            self._sessions.fail(holder, FailureCode.FAILURE_CODE_NOT_KEPT, "it is not kept here")
+            return
+        answer, before = found
+        if before is not None:  # a router that hangs may find it when it goes on
+            why = "another router goes on with it"
+            self._sessions.fail(before, FailureCode.FAILURE_CODE_TAKEN_OVER, why)
+        self._sessions.send(session, messages.adopted(adopt.key, answer))
 
     # ---- the prefill workers' side, called by Book
 
@@ -240,6 +260,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     def _writer_lost(self, transfer_id: int, reason: str) -> None:
         failed = self._handoff.writer_lost(transfer_id)
         if failed is not None:
+            self._kept.let_go(failed.key)
             self._sessions.fail(failed.key, FailureCode.FAILURE_CODE_PEER_LOST, reason)
         self._announce_load()
 
@@ -249,6 +270,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         return len(self._handoff) == 0  # whoever is in a step has a reservation until it ends
 
     async def _reap(self) -> None:
+        crowded_out = 0
         while True:
             await asyncio.sleep(_REAP_EVERY_S)
             self._listener.log_rejected()
@@ -257,6 +279,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 self._sessions.fail(
                     key, FailureCode.FAILURE_CODE_EXPIRED, "no progress within the lease"
                 )
+            for key in self._kept.expired(_now_ms()):
+                self._abort(key, ReservationEvent.TIMEOUT, "no router has adopted it")
+            if self._kept.crowded_out > crowded_out:
+                log.warning("more than %d whole answers to keep", self._config.kept_max)
+                crowded_out = self._kept.crowded_out
 
     def _abort(self, key: Key, why: ReservationEvent, reason: str) -> None:
         transfer_id = self._steps.let_go(key, why)

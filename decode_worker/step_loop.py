@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from decode_worker import messages
 from decode_worker.batch import Batch, Ending, Output, Running
 from decode_worker.handoff import HandOff
+from decode_worker.kept import Kept
 from decode_worker.prompts import LocalPrompt, LocalPrompts
 from decode_worker.reservation import Key, ReservationEvent
 from decode_worker.step import DecodeStep
@@ -35,6 +36,7 @@ class StepLoop:
         handoff: HandOff,
         batch: Batch,
         prompts: LocalPrompts,
+        kept: Kept,
         sessions: Sessions[DecodeEvent],
         *,
         now_ms: Callable[[], float],
@@ -47,6 +49,7 @@ class StepLoop:
         self._handoff = handoff
         self._batch = batch
         self._prompts = prompts
+        self._kept = kept
         self._sessions = sessions
         self._now_ms = now_ms
         self._freed = freed
@@ -100,6 +103,7 @@ class StepLoop:
         self._prompts.leave(key)
         sequence = self.decoding.pop(key, None)
         answer = sequence.answer if sequence else ()
+        self._kept.let_go(key)
         transfer_id = self._handoff.abort(key, why, answer, in_step=key in self._in_step)
         if all(map(self._handoff.is_aborting, self._in_step)):
             self.cancelled.set()  # or its blocks would wait for a step nobody wants
@@ -151,18 +155,23 @@ class StepLoop:
 
     def _join(self, sequence: Running, first_token: int) -> Output:
         self.decoding[sequence.key] = sequence
+        self._kept.begun(sequence.key, sequence.answer)
         return self._batch.join(sequence, first_token)
 
     def _spoilt(self, key: Key) -> None:
         self._handoff.distrust(key)
-        self.let_go(key, ReservationEvent.FAIL)
-        self._sessions.fail(key, FailureCode.FAILURE_CODE_INTERNAL, NOT_A_NUMBER)
+        self._end(key, NOT_A_NUMBER)
 
     def _failed(self, step: DecodeStep, error: Exception) -> None:
         self._engine_idle(step)
         for key in step.keys:
-            self.let_go(key, ReservationEvent.FAIL)
-            self._sessions.fail(key, FailureCode.FAILURE_CODE_INTERNAL, f"decode step: {error}")
+            self._end(key, f"decode step: {error}")
+
+    def _end(self, key: Key, why: str) -> None:
+        holder = self._kept.holder(key)
+        self.let_go(key, ReservationEvent.FAIL)
+        if holder is not None:
+            self._sessions.fail(holder, FailureCode.FAILURE_CODE_INTERNAL, why)
 
     def _engine_idle(self, step: DecodeStep) -> None:
         """Frees what was aborted while the step ran."""
@@ -177,5 +186,6 @@ class StepLoop:
             if output.ending is not Ending.NONE:
                 self._failpoints.hit(Point.DECODE_FINISH)
                 self._handoff.finish(output.key, self.decoding.pop(output.key).answer)
-        for session, event in messages.step_outputs(outputs).items():
+                self._kept.ended(output.key, output.ending)
+        for session, event in messages.step_outputs(outputs, self._kept.holder).items():
             self._sessions.send(session, event)

@@ -26,7 +26,8 @@ Each lifecycle is an enum of states, an enum of events and one table. An event t
 state (-) raises and changes nothing. Rows that leave the state as it is are in the tables (*stays*)
 and not in the diagrams. Cancel, timeout, the death of each peer and drain have a row in every state
 that is not an end. A block knows neither requests nor peers: what happens to its owner reaches it
-as release, abort or unshare, a writer's death as writer gone, and a drain not at all.
+as release, abort or unshare, a writer's death as writer gone, and a drain not at all. A kept answer
+is let go of with its reservation; of its own it knows its router and its time alone.
 """
 
 _MEMBER = re.compile(r"^    (\w+) = [^#]*?(?:  # (.*))?$")
@@ -37,6 +38,7 @@ PLACES = (
     ("Request at the router", "router.request", "TRANSITIONS"),
     ("Job of a prefill worker", "prefill_worker.schedule", "TRANSITIONS"),
     ("Reservation of a decode worker", "decode_worker.reservation", "TRANSITIONS"),
+    ("Kept answer of a decode worker", "decode_worker.kept", "TRANSITIONS"),
     ("KV block", "kvrelay.kv.ledger", "MOVES"),
     ("Place of a worker or router", "cluster.place", "TRANSITIONS"),
 )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from kvrelay.config import RouterConfig
 from kvrelay.wire import worker_pb2
 from kvrelay.wire.worker_pb2 import FailureCode
+from router.adoption import Adoptions
 from router.attempts import Attempts
 from router.commands import (
     Command,
@@ -25,8 +26,9 @@ from router.hold import Hold
 from router.policy import Choice
 from router.queue import WaitingQueue
 from router.recovery import Recovery
-from router.request import Ending, Request, RequestEvent, RequestState, TokenMismatchError
+from router.request import ENDINGS, Request, RequestEvent, RequestState, TokenMismatchError
 from router.requests import Requests
+from router.resumption import Resumption
 from router.strikes import Strikes
 from router.workers import Workers
 
@@ -48,6 +50,7 @@ class Dispatcher:
         self._recovery = Recovery(
             config, self._requests, self._queue, self._workers, self._attempts, self._strikes
         )
+        self._adoptions = Adoptions(config, self._requests, self._workers, self._attempts)
         self._arrivals = 0
 
     # ---- what clients do
@@ -74,13 +77,22 @@ class Dispatcher:
     def let_go(self, request: Request) -> list[Command]:
         """The client has all it wants, or is gone. Nothing more is delivered.
 
-        Changes nothing for a request that has ended or was never accepted.
+        Changes nothing for a request that has failed or was never accepted.
         """
         if not self._requests.has(request):
-            return []
+            return self._attempts.acknowledge(request)
         commands = self._attempts.withdraw(request)
         self._requests.end(request, RequestEvent.CANCEL)
         return commands
+
+    def resume(self, wish: Resumption) -> list[Command]:
+        """Looks for a request whose client has lost its router. A Resumed or a NotKept comes of
+        it, now or later, unless it is withdrawn."""
+        return self._adoptions.resume(wish)
+
+    def withdraw(self, wish: Resumption) -> None:
+        """Its client is gone."""
+        self._adoptions.withdraw(wish)
 
     @property
     def context_tokens(self) -> int | None:
@@ -120,7 +132,8 @@ class Dispatcher:
         died = not on_purpose and not self._workers.drains(worker_id)
         self._workers.down(worker_id)
         self._keep_no_longer(worker_id, now_ms)
-        return self._recovery.worker_down(worker_id, now_ms, died=died)
+        adoptions = self._adoptions.worker_down(worker_id)
+        return adoptions + self._recovery.worker_down(worker_id, now_ms, died=died)
 
     def _keep_no_longer(self, worker_id: str, now_ms: float) -> None:
         if self._hold.worker_id == worker_id:
@@ -171,6 +184,8 @@ class Dispatcher:
         if kind == "step":
             for output in event.step.outputs:
                 commands += self._output(output, now_ms)
+        elif kind == "adopted":
+            commands += self._adoptions.adopted(worker_id, event.adopted, now_ms)
         elif kind and (request := self._attempts.get(getattr(event, kind).key)):
             if kind == "reserved":
                 commands += self._reserved(request, event.reserved)
@@ -181,6 +196,8 @@ class Dispatcher:
                 commands += self._tokens(request, 0, [event.first_token.token_id], now_ms)
             elif kind == "failed":
                 commands += self._recovery.failed(request, worker_id, event.failed, now_ms)
+        elif kind == "failed":
+            commands += self._adoptions.refused(event.failed)
         return commands
 
     def expire(self, now_ms: float) -> list[Command]:
@@ -188,7 +205,7 @@ class Dispatcher:
         self._workers.forget_refusals()
         self._workers.fade(now_ms)
         self._workers.forgive(now_ms)
-        commands = self._recovery.expire(now_ms)
+        commands = self._recovery.expire(now_ms) + self._adoptions.expire(now_ms)
         self._workers.room_grew = True  # predictions may have changed without any word of room
         return commands
 
@@ -274,8 +291,7 @@ class Dispatcher:
             request.on(RequestEvent.ACCEPTED)
         commands = self._tokens(request, output.offset, output.token_ids, now_ms)
         if output.ending != worker_pb2.ENDING_NONE and request.state is RequestState.DECODING:
-            eos = output.ending == worker_pb2.ENDING_EOS
-            request.ending = Ending.EOS if eos else Ending.LENGTH
+            request.ending = ENDINGS[output.ending]
             commands += self._requests.finish_if_complete(request)
         return commands
 
@@ -297,3 +313,4 @@ class Dispatcher:
         """Asserts that everything that is kept is what its requests make of it. For tests."""
         self._attempts.check()
         self._requests.check()
+        self._adoptions.check()

@@ -7,7 +7,7 @@ worker has one task that keeps a session to it and reconnects when it breaks.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import grpc
@@ -17,19 +17,23 @@ from kvrelay.kv.layout import KVLayout
 from kvrelay.membership import prove
 from kvrelay.rpc import dial
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
-from router.answer import Answer, ReadingTurns
+from router.answer import Answer
 from router.commands import (
     Command,
     Deliver,
     Failed,
     Finished,
+    NotKept,
+    Resumed,
     ToDecode,
     ToPrefill,
     Trouble,
 )
 from router.dispatcher import Dispatcher
 from router.metrics import Metrics
-from router.request import Ending, Request
+from router.readers import Readers
+from router.request import Request
+from router.resumption import Resumption
 from router.watch import Watch
 from router.workers import Workers
 
@@ -44,8 +48,7 @@ class Fleet:
         self.dispatcher = Dispatcher(config)
         self.metrics = metrics or Metrics()
         self._config = config
-        self._answers: dict[Request, Answer] = {}
-        self._turns = ReadingTurns()
+        self._readers = Readers()
         self._shut_down: Trouble | None = None
         self._workers: dict[tuple[str, str], _Worker] = {}  # by role and address
         self._connected: dict[str, _Worker] = {}  # by instance id
@@ -65,19 +68,39 @@ class Fleet:
         if self._shut_down is not None:
             raise self._shut_down
         commands = self.dispatcher.submit(request)
-        answer = self._answers[request] = Answer(self._turns)
+        answer = self._readers.open(request)
         self.carry_out(commands)
         return answer
 
-    def let_go(self, request: Request) -> None:
-        self._answers.pop(request, None)
-        self.carry_out(self.dispatcher.let_go(request))
+    async def resume(self, wish: Resumption) -> tuple[Request, Answer]:
+        """A request whose client has lost its router, and its answer from the first token on.
+
+        Raises:
+            NotKeptTrouble: it is nowhere. After `shut_down`: its Trouble.
+        """
+        if self._shut_down is not None:
+            raise self._shut_down
+        found = self._readers.wait(wish)
+        try:
+            self.carry_out(self.dispatcher.resume(wish))
+            return await found
+        except asyncio.CancelledError:
+            if not found.cancelled() and found.exception() is None:
+                self.let_go(*found.result())
+            raise
+        finally:
+            self._readers.forget(wish)
+            self.dispatcher.withdraw(wish)
+
+    def let_go(self, request: Request, answer: Answer) -> None:
+        """Nobody reads this answer any more. The request ends, unless another call reads it."""
+        if self._readers.close(request, answer):
+            self.carry_out(self.dispatcher.let_go(request))
 
     def shut_down(self, trouble: Trouble) -> None:
         """Ends all answers that are not whole, and begins none any more."""
         self._shut_down = trouble
-        for answer in self._answers.values():
-            answer.put(trouble)
+        self._readers.shut_down(trouble)
 
     # ---- for the control service
 
@@ -198,7 +221,7 @@ class Fleet:
     def _carry_out(self, command: Command) -> None:
         match command:
             case Deliver(request, _, tokens):
-                self._answer(request, tokens)
+                self._readers.put(request, tokens)
             case ToPrefill(worker_id, message):
                 self._connected[worker_id].send(message)
             case ToDecode(worker_id, message):
@@ -206,19 +229,20 @@ class Fleet:
                 if message.HasField("reserve"):
                     self.metrics.placed(message.reserve)
             case Finished(request, ending):
-                self._answer(request, ending)
+                self._readers.put(request, ending)
+            case Resumed(wish, request):
+                unread = self._readers.found(wish, request)
+                if unread is not None:
+                    self.let_go(request, unread)
+            case NotKept(wish, trouble):
+                self._readers.not_found(wish, trouble)
             case Failed(request, trouble):
                 log.warning("request %s: %s", request.request_id, trouble)
-                self._answer(request, trouble)
+                self._readers.put(request, trouble)
 
     def keep(self, task: "asyncio.Task[None]") -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _answer(self, request: Request, event: Sequence[int] | Ending | Trouble) -> None:
-        answer = self._answers.get(request)
-        if answer is not None:
-            answer.put(event)
 
     def _announce(self) -> None:
         """Wakes everybody who waits for the next change."""

@@ -12,6 +12,7 @@ from router.commands import (
     DuplicateRequestError,
     ExhaustedTrouble,
     InvalidTrouble,
+    NotKeptTrouble,
     OverloadError,
     PoisonTrouble,
     TakenOverTrouble,
@@ -71,6 +72,8 @@ def refusal(error: Exception) -> Refusal | None:
             return Refusal(Reason.INVALID, str(error))
         case DuplicateRequestError():
             return Refusal(Reason.DUPLICATE, str(error))
+        case NotKeptTrouble():
+            return Refusal(Reason.NOT_FOUND, str(error))
         case TakenOverTrouble():
             return Refusal(Reason.TAKEN_OVER, str(error))
         case OverloadError() | ExhaustedTrouble():

@@ -29,6 +29,7 @@ class RequestEvent(Enum):
     PLACE = "place"
     RESERVED = "reserved"
     ACCEPTED = "accepted"  # the decode worker sent a token
+    ADOPTED = "adopted"  # it was another router's; a decode worker is answering it
     FINISH = "finish"  # the answer is whole
     REFUSED = "refused"  # a worker had no room: nothing has failed
     FAILED = "failed"  # a worker failed it
@@ -43,6 +44,7 @@ _S, _E = RequestState, RequestEvent
 
 TRANSITIONS: dict[tuple[RequestState, RequestEvent], RequestState] = {
     (_S.QUEUED, _E.PLACE): _S.RESERVING,
+    (_S.QUEUED, _E.ADOPTED): _S.DECODING,
     (_S.QUEUED, _E.TIMEOUT): _S.ENDED,
     (_S.QUEUED, _E.PEER_LOST): _S.QUEUED,  # where it was: its peer knew before us
     (_S.QUEUED, _E.DRAIN): _S.QUEUED,
@@ -86,6 +88,9 @@ class Ending(Enum):
     EOS = 1
     LENGTH = 2
     STOP_STRING = 3
+
+
+ENDINGS = {worker_pb2.ENDING_EOS: Ending.EOS, worker_pb2.ENDING_LENGTH: Ending.LENGTH}
 
 
 @dataclass
@@ -166,6 +171,7 @@ class Request:
     queued_at_ms: float = 0.0
     placed_at_ms: float = 0.0
     prefill_settled: bool = False  # P has no more to say of it, or there is none
+    _wire: worker_pb2.Prefill = field(default_factory=worker_pb2.Prefill)  # has prompt_on_wire
     _named: tuple[str, int, int] | None = None  # what `chain` is over
 
     @property
@@ -207,6 +213,14 @@ class Request:
     def prompt_now(self) -> list[int]:
         """What a new attempt must prefill: the prompt and the answer so far."""
         return [*self.prompt, *self.answer]
+
+    @property
+    def prompt_on_wire(self) -> Sequence[int]:
+        """prompt_now as messages take it in microseconds; each token is turned into it once."""
+        tokens = self._wire.prompt_token_ids
+        if len(tokens) < self.prompt_tokens_now:
+            tokens.extend(self.prompt_now[len(tokens) :])
+        return tokens
 
     @property
     def prompt_tokens_now(self) -> int:

@@ -30,6 +30,9 @@ class Requests:
         """Whether one of its name is here."""
         return request.name in self._by_name
 
+    def get(self, name: tuple[str, str]) -> Request | None:
+        return self._by_name.get(name)
+
     def has(self, request: Request) -> bool:
         """Whether this very one is here."""
         return self._by_name.get(request.name) is request

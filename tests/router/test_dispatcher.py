@@ -217,11 +217,16 @@ def test_without_prefill_workers_the_decode_worker_computes_the_prompt():
     assert (bench.cancels(), len(bench.dispatcher)) == ([], 0)
 
 
-def test_a_prompt_for_a_prefill_worker_does_not_go_with_the_reservation():
+def test_a_reservation_has_all_that_another_router_would_need():
     bench = Bench()
-    bench.submit()
-    ((_, reserve),) = bench.reserves()
-    assert (reserve.prefill_here, list(reserve.prompt_token_ids)) == (False, [])
+    request = bench.submit(prompt=8, max_tokens=6, priority=-3, min_tokens=2)
+    request.tenant = "somebody"
+    bench.bring(request, S.DECODING)
+    bench.d_fails(request)
+    reserve = bench.reserves()[-1][1]
+    assert (reserve.prefill_here, reserve.answered, reserve.min_tokens) == (False, 2, 2)
+    assert list(reserve.prompt_token_ids) == [*range(8), 10, 11]
+    assert (reserve.tenant, reserve.priority, list(reserve.stop)) == ("somebody", -3, [])
 
 
 def test_a_first_token_of_its_own_may_be_the_whole_answer():
@@ -631,13 +636,6 @@ def test_a_new_attempt_is_told_what_the_answer_has_and_what_it_still_needs():
     bench.up("d3")
     _, reserve = bench.reserves()[-1]
     assert (reserve.answered, reserve.sampling.min_tokens) == (4, 0)
-
-
-def test_a_decode_worker_gets_no_prompt_that_it_has_no_use_for():
-    bench = Bench("p1", "d1")
-    bench.submit(prompt=8, max_tokens=6, min_p=0.5, min_tokens=3)
-    ((_, reserve),) = bench.reserves()
-    assert not reserve.prompt_token_ids
 
 
 @pytest.mark.parametrize("state", [S.RESERVING, S.PREFILLING], ids=names)
@@ -1364,7 +1362,7 @@ class World(Bench):
             assert command.worker_id in self.alive, "a command to a worker that is gone"
             kind = command.command.WhichOneof("command")
             body = getattr(command.command, kind)
-            if kind == "resync":
+            if kind in ("resync", "acknowledge"):
                 continue
             if kind == "reserve":
                 request = next(r for r in self.clients if r.request_id == body.request_id)
@@ -1372,8 +1370,7 @@ class World(Bench):
                 self.attempts[body.key] = Attempt(
                     request, body.key, command.worker_id, base, here=body.prefill_here
                 )
-                if body.prefill_here:
-                    self.check_prompt(request, body)
+                self.check_prompt(request, body)
             elif kind == "prefill":
                 self.attempts[body.key].prefill = command.worker_id
                 self.check_prompt(self.attempts[body.key].request, body)
