@@ -324,6 +324,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         event.load.queued_tokens = self._schedule.queued_tokens
         event.load.queued_prompts = self._schedule.queued_prompts
         event.load.cost.CopyFrom(self._engine.cost())
+        event.load.blocks_free = self.ledger.available
         session.send(event)
 
 
