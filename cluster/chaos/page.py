@@ -7,7 +7,7 @@ import html
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.bench.report import BenchError, Row, number
 from cluster.chaos.faults import KINDS, Strike
@@ -102,32 +102,32 @@ def _plot(outcome: Outcome) -> str:
     figure = Figure(figsize=(11, 7), layout="constrained")
     all_axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=(3, 2, 2))
     start_s = outcome.moments[0].at_s
-    labelled: set[str] = set()
+    marks: dict[str, Any] = {}  # one line of each kind of fault
     for axes, draw in zip(all_axes, panels, strict=True):
         draw(axes, outcome.moments)
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
         for strike in outcome.strikes:
-            _mark(axes, strike, start_s, labelled)
+            marks[strike.kind] = _mark(axes, strike, start_s)
     all_axes[-1].set_xlabel("seconds")
-    if outcome.strikes:
-        figure.legend(loc="outside upper center", ncols=len(KINDS), frameon=False, fontsize=9)
+    all_axes[-1].margins(x=0.01)
     all_axes[-1].legend(loc="lower right", ncols=len(ROLES), frameon=False, fontsize=9)
+    if marks:
+        plain = {"ncols": len(KINDS), "frameon": False, "fontsize": 9}
+        figure.legend(marks.values(), marks.keys(), loc="outside upper center", **plain)
     drawn = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "kvrelay"}):
         figure.savefig(drawn, format="svg", metadata={"Date": None})
     return drawn.getvalue()[drawn.getvalue().index("<svg") :]
 
 
-def _mark(axes: "Axes", strike: Strike, start_s: float, labelled: set[str]) -> None:
-    """A line at the fault, and a shade until the cluster was whole again."""
+def _mark(axes: "Axes", strike: Strike, start_s: float) -> Any:
+    """A line at the fault, which it returns, and a shade until the cluster was whole again."""
     colour = _COLOURS[strike.kind]
-    label = "" if strike.kind in labelled else strike.kind
-    labelled.add(strike.kind)
     at = strike.at_s - start_s
-    axes.axvline(at, color=colour, linewidth=1.2, label=label or None)
     if strike.restart_s:
         axes.axvspan(at, at + strike.restart_s, color=colour, alpha=0.12, linewidth=0)
+    return axes.axvline(at, color=colour, linewidth=1.2)
 
 
 def _tokens(axes: "Axes", moments: Sequence[Moment]) -> None:
@@ -155,3 +155,4 @@ def _alive(axes: "Axes", moments: Sequence[Moment]) -> None:
         counts = [moment.alive.get(role, 0) + 0.04 * lift for moment in moments]
         axes.step(at, counts, color=_ROLE_COLOURS[role], linewidth=1.2, label=role, where="post")
     axes.set_ylabel("processes")
+    axes.yaxis.get_major_locator().set_params(integer=True)

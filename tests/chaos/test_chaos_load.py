@@ -1,6 +1,5 @@
 """The clients of `kvrelay chaos`, and its look at the ledgers, on a cluster in one process."""
 
-import asyncio
 import time
 
 import pytest
@@ -35,9 +34,7 @@ async def opened(cluster: LocalCluster, **more) -> Load:
 async def ended(load: Load, count: int) -> list[dict]:
     """The streams, once so many have ended."""
     await load.begin()
-    async with asyncio.timeout(60):
-        while (await load.progress())["ended"] < count:
-            await asyncio.sleep(0.01)
+    await until(lambda: len(load._streams) - len(load._running) >= count, within_s=60)
     return (await load.end())["streams"]
 
 
