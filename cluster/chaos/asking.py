@@ -76,7 +76,7 @@ class Asking:
     async def _over_grpc(self, ask: Ask, stream: Stream, request_id: str, enough: int) -> Answer:
         client = self._clients[stream.number % len(self._clients)]
         while True:
-            method = client.chat if ask.chat else client.generate
+            method: Any = client.chat if ask.chat else client.generate
             call = method(ask.prompt, timeout_s=ANSWER_S, request_id=request_id, **ask.options)
             try:
                 return await self._read(call, stream, enough)

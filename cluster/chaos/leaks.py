@@ -26,7 +26,7 @@ _PROOF_S = 10.0
 _LOOK_S = 0.5
 _SHM = Path("/dev/shm")
 _IDLE = ("kvrelay_requests_running", "kvrelay_requests_queued")
-_WORKER_STUBS = {
+_WORKER_STUBS: dict[str, Any] = {
     "prefill": worker_pb2_grpc.PrefillWorkerStub,
     "decode": worker_pb2_grpc.DecodeWorkerStub,
 }
@@ -114,7 +114,7 @@ async def blocks_used(
     used: int | None = None
     ended = asyncio.Event()
     async with dial(address, config.certificates) as channel:
-        session: Any = _WORKER_STUBS[role](channel).Session
+        session = _WORKER_STUBS[role](channel).Session
         proof = await prove(session, address, config.cluster_key, _PROOF_S)
         call = session(_silence(ended), metadata=proof)
         try:
@@ -135,10 +135,11 @@ async def blocks_used(
 
 
 async def _silence(ended: asyncio.Event) -> AsyncIterator[Any]:
-    """A router's commands, without any."""
-    await ended.wait()
-    for none in ():
-        yield none
+    """A router's commands, of which there are none."""
+    while not ended.is_set():
+        await ended.wait()
+        return
+    yield
 
 
 def _requests(processes: Processes) -> int:

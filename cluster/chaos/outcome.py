@@ -43,9 +43,10 @@ class Moment:
 
 @dataclass
 class Outcome:
-    """All that was seen. `remarks` are sentences on the run."""
+    """All that was seen."""
 
     machine: Mapping[str, Any]
+    again: str = ""  # the command that runs it once more
     asks: Sequence[Mapping[str, Any]] = ()
     streams: Sequence[Stream] = ()
     itl_ms: tuple[float, float] = (0.0, 0.0)  # 50th and 99th percentile
@@ -53,7 +54,6 @@ class Outcome:
     moments: list[Moment] = field(default_factory=list)
     leaks: Leaks = field(default_factory=Leaks)
     growth: Sequence[Growth] = ()
-    remarks: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -77,7 +77,7 @@ class Outcome:
 
     def report(self) -> Report:
         failures = list(self.failures())
-        notes = [*(_NOTES if self.strikes else ()), *self._goal_met(), *self.remarks]
+        notes = [*(_NOTES if self.strikes else ()), *self._goal_met()]
         notes += failures[:_SHOWN_MAX]
         if len(failures) > _SHOWN_MAX:
             notes.append(f"and {len(failures) - _SHOWN_MAX} more")
@@ -88,6 +88,7 @@ class Outcome:
         failed = {s.ask for s in self.streams if s.outcome in _WRONG}
         more = {
             "passed": self.passed,
+            "again": self.again,
             "failures": list(self.failures()),
             "failed_asks": [self.asks[number] for number in sorted(failed)],
             "faults": [asdict(strike) for strike in self.strikes],
@@ -99,7 +100,7 @@ class Outcome:
     # ---- figures
 
     def _rows(self) -> Iterator[Row]:
-        kinds = Counter(stream.outcome for stream in self.streams)
+        kinds: Counter[str] = Counter(stream.outcome for stream in self.streams)
         yield Row("requests/asked", len(self.streams), "requests")
         for outcome in ("answered", "cancelled", *_WRONG):
             yield Row(f"requests/{outcome}", kinds[outcome], "requests")

@@ -65,11 +65,7 @@ def _page(outcome: Outcome) -> Iterator[str]:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    return row.name, _figure(row), row.unit
-
-
-def _figure(row: Row) -> str:
-    return f"{row.value:,.0f}" if row.value == int(row.value) else number(row.value)
+    return row.name, number(row.value), row.unit
 
 
 def _strike_cells(strike: Strike, start_s: float) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from cluster.bench.machine import OtherPrograms, describe_machine, unrest
+from cluster.bench.machine import describe_machine
 from cluster.bench.report import BenchError
 from cluster.bench.router_processes import Child
 from cluster.chaos.asking import now_s
@@ -73,7 +73,7 @@ class Chaos:
             "transport": self.transport,
             "rate": self.rate,
         }
-        words = [f"--{name} {value}" for name, value in options.items()]
+        words = [f"--{name} {_plain(value)}" for name, value in options.items()]
         chosen = [f"--fault {kind}" for kind in self.kinds] if set(self.kinds) != set(KINDS) else []
         return " ".join(["kvrelay chaos", *(["--soak"] if self.soak else []), *words, *chosen])
 
@@ -91,8 +91,7 @@ def run_chaos(model: PreparedModel, asked: Chaos, on_progress: Progress) -> Outc
         kv_gib=_KV_GIB,
         drain_s=_DRAIN_S,
     )
-    others = OtherPrograms()
-    outcome = Outcome(_machine(model, asked, options))
+    outcome = Outcome(_machine(model, asked, options), asked.play_again)
     serving = Serving(model, options)
     try:
         serving.start(on_progress)
@@ -103,8 +102,6 @@ def run_chaos(model: PreparedModel, asked: Chaos, on_progress: Progress) -> Outc
     finally:
         serving.stop()
     outcome.leaks.processes += left_behind()
-    outcome.machine = {**outcome.machine, "others busy": (busy := others.cores_busy())}
-    outcome.remarks += unrest(busy)
     return outcome
 
 
@@ -241,17 +238,20 @@ def _load() -> Iterator[Child]:
         load.end()
 
 
+def _plain(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _machine(model: PreparedModel, asked: Chaos, options: ServeOptions) -> dict[str, Any]:
     return {
         **describe_machine(options.threads_each),
         "model": model.name,
         "cluster": f"{asked.prefill} P + {asked.decode} D + {asked.routers} routers",
         "transport": asked.transport,
-        "minutes": asked.minutes,
+        "minutes": f"{asked.minutes:g}",
         "kill every": f"{asked.kill_every_s:g} s" if asked.kill_every_s else "never",
-        "requests/s": asked.rate,
+        "requests/s": f"{asked.rate:g}",
         "asks": asked.asks,
         "seed": asked.seed,
         "memory": f"{psutil.virtual_memory().total / 1e9:.0f} GB",
-        "again": asked.play_again,
     }

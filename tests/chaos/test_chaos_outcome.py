@@ -35,7 +35,7 @@ def outcome(*streams: Stream, **more) -> Outcome:
         for at in range(10, 20)
     ]
     given = {"strikes": [Strike("kill-decode", 7, 11.2, 13.0)], **more}
-    return Outcome({"seed": 3}, ASKS, streams, moments=moments, **given)
+    return Outcome({"seed": 3}, "again", ASKS, streams, moments=moments, **given)
 
 
 def rows(of: Outcome) -> dict[str, float]:
