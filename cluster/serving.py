@@ -61,7 +61,6 @@ class Serving:
             raise ServeError(f"kv_gib or drain_s: {error}") from None
         decode = {"kv_dtype": options.decode_kv_dtype} if options.decode_kv_dtype else {}
         ray_dir = self._run_dir / "ray"
-        self.worker_config = worker_config  # but for what each role has of its own
         self._pools = Pools(worker_config, slots(options), ray_dir, {"decode": decode})
         self.routers = Routers(router_configs, router_module)
 
@@ -74,6 +73,11 @@ class Serving:
     def http_address(self) -> str:
         """That of OpenAI's API, at the first router."""
         return self.routers.addresses[0].http
+
+    @property
+    def worker_config(self) -> WorkerConfig:
+        """Every worker's, but for its cores and what its role has of its own."""
+        return self._pools.config
 
     def worker_addresses(self, role: str) -> list[str]:
         """Those of `role` that serve now."""
