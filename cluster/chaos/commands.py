@@ -1,4 +1,4 @@
-"""`kvrelay chaos`: registered by cluster/cli.py. Loads Ray and torch only when it runs."""
+"""`kvrelay chaos`: registered by cluster/cli.py. Loads gRPC, Ray and torch only when it runs."""
 
 import contextlib
 import logging
@@ -16,7 +16,6 @@ from cluster.bench.report import BenchError
 from cluster.chaos.faults import KINDS
 from cluster.chaos.model import TINY, tiny_model
 from cluster.model_store import ModelError, PreparedModel, prepare
-from cluster.options import LOG_FORMAT, ServeError
 from cluster.preparation import Progress
 from cluster.progress import console, errors_in_one_line, reporting
 from kvrelay.config import Transport
@@ -65,14 +64,16 @@ def chaos(model: str, *, as_json: bool, page: Path | None, **choice: Any) -> Non
     with status 1 when anything was lost, wrong, repeated or leaked. Without MODEL a tiny one with
     random weights is served, made on the spot.
     """
-    with errors_in_one_line(ModelError, ServeError, BenchError), _terminated_like_ctrl_c():
+    with errors_in_one_line(ModelError, BenchError), _terminated_like_ctrl_c():
         if page:
             check_plot(page, option="--report", suffix=".html")
-        logging.basicConfig(level="ERROR", format=LOG_FORMAT)
         with contextlib.redirect_stdout(sys.stderr), reporting() as on_progress:
             prepared = _prepared(model, on_progress)
             from cluster.chaos.run import Chaos, run_chaos
+            from cluster.options import LOG_FORMAT
 
+            # That workers die is no news here.
+            logging.basicConfig(level="CRITICAL", format=LOG_FORMAT)
             asked = Chaos(**_completed(choice))
             outcome = run_chaos(prepared, asked, on_progress)
         report = outcome.report()

@@ -81,26 +81,17 @@ class Chaos:
 def run_chaos(model: PreparedModel, asked: Chaos, on_progress: Progress) -> Outcome:
     """Raises BenchError when the cluster or the load cannot start, or goes on no more."""
     pack_weights(model.path, "none", default_cache(), on_progress)
-    options = ServeOptions(
-        prefill=asked.prefill,
-        decode=asked.decode,
-        routers=asked.routers,
-        transport=asked.transport,
-        port=0,
-        http_port=0,
-        kv_gib=_KV_GIB,
-        drain_s=_DRAIN_S,
-    )
-    outcome = Outcome(_machine(model, asked, options), asked.play_again)
-    serving = Serving(model, options)
     try:
-        serving.start(on_progress)
-        with _supervised(serving) as supervisor, _load() as load:
+        options = _options(asked)
+        outcome = Outcome(_machine(model, asked, options), asked.play_again)
+        with (
+            _served(Serving(model, options), on_progress) as serving,
+            _supervised(serving) as supervisor,
+            _load() as load,
+        ):
             _Run(serving, supervisor, load, asked, outcome, on_progress).run()
     except ServeError as error:
         raise BenchError(str(error)) from error
-    finally:
-        serving.stop()
     outcome.leaks.processes += left_behind()
     return outcome
 
@@ -215,6 +206,28 @@ class _Supervisor:
             serving.watch(self.stopping)
         except ServeError as error:
             self._failure = error
+
+
+def _options(asked: Chaos) -> ServeOptions:
+    return ServeOptions(
+        prefill=asked.prefill,
+        decode=asked.decode,
+        routers=asked.routers,
+        transport=asked.transport,
+        port=0,
+        http_port=0,
+        kv_gib=_KV_GIB,
+        drain_s=_DRAIN_S,
+    )
+
+
+@contextlib.contextmanager
+def _served(serving: Serving, on_progress: Progress) -> Iterator[Serving]:
+    try:
+        serving.start(on_progress)
+        yield serving
+    finally:
+        serving.stop()
 
 
 @contextlib.contextmanager
