@@ -21,6 +21,8 @@ KINDS = (
 )
 _JITTER = 0.25
 _STOP_S = (0.5, 5.0)  # some shorter than what makes others think it dead, some longer
+_HANG_S = 20.0  # longer than the supervisor waits: it ends the process
+_HANG_SHARE = 0.25  # of stops
 _WHOLE_FOR_S = 1.0  # so long it has to look whole before it is
 
 
@@ -48,7 +50,8 @@ def faults(kinds: Sequence[str], every_s: float, seed: int) -> Iterator[Fault]:
     while True:
         for kind in dice.sample(sorted(kinds), len(kinds)):
             wait_s = every_s * dice.uniform(1 - _JITTER, 1 + _JITTER)
-            yield Fault(kind, wait_s, dice.random(), dice.uniform(*_STOP_S))
+            stop_s = _HANG_S if dice.random() < _HANG_SHARE else dice.uniform(*_STOP_S)
+            yield Fault(kind, wait_s, dice.random(), stop_s)
 
 
 class State(Enum):

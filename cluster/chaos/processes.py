@@ -90,7 +90,7 @@ class Processes:
 
     def _find(self, address: str) -> psutil.Process | None:
         process = self._by_address.get(address)
-        if process is None or not _is_alive(process):
+        if process is None or not is_alive(process):
             process = self._listener(int(address.rpartition(":")[2]))
             if process is None:
                 self._by_address.pop(address, None)
@@ -136,7 +136,8 @@ def _status(process: psutil.Process) -> str:
         return psutil.STATUS_DEAD
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
+    """It runs or is stopped."""
     return process.is_running() and _status(process) not in (
         psutil.STATUS_ZOMBIE,
         psutil.STATUS_DEAD,

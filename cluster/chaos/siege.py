@@ -8,7 +8,7 @@ import contextlib
 import psutil
 
 from cluster.chaos.faults import Course, Fault, State, Strike
-from cluster.chaos.processes import Member, Processes
+from cluster.chaos.processes import Member, Processes, is_alive
 
 _LOOK_S = 0.5  # between two looks whether the cluster is whole
 
@@ -34,7 +34,7 @@ class Siege:
         course = self._course
         if may_strike and (fault := course.due(now_s)) is not None:
             self._strike(fault, now_s)
-        elif course.wake_due(now_s):
+        elif course.wake_due(now_s) or (self._stopped and not is_alive(self._stopped)):
             self.close()
             course.woken(now_s)
         elif course.state is State.BROKEN and now_s >= self._look_s:

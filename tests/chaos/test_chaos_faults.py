@@ -33,6 +33,12 @@ def test_faults_are_about_as_far_apart_as_was_asked():
     assert 23 < max(waits) <= 25
 
 
+def test_some_processes_are_stopped_for_so_long_that_they_are_given_up():
+    stops = [fault.stop_s for fault in first(200)]
+    assert 30 < stops.count(20.0) < 70
+    assert max(seconds for seconds in stops if seconds != 20.0) <= 5.0
+
+
 def course(kind: str, whole_max_s: float = 30.0) -> Course:
     return Course(faults([kind], EVERY_S, 1), 0.0, whole_max_s)
 
@@ -104,6 +110,12 @@ class Double:
     def are_whole(self) -> bool:
         return self.whole
 
+    def is_running(self) -> bool:
+        return not self._gone
+
+    def status(self) -> str:
+        return "stopped"
+
     def _note(self, what: str) -> None:
         if self._gone:
             raise psutil.NoSuchProcess(self.pid)
@@ -142,6 +154,17 @@ def test_a_stop_ends_by_itself():
     double = Double()
     besiege(double, "stop-decode", 32)
     assert double.done == ["stop", "wake"]
+
+
+def test_a_process_that_is_ended_while_it_is_stopped_need_not_be_woken():
+    double = Double()
+    siege = Siege(double, course("stop-decode"))
+    siege.step(30.0, may_strike=True)
+    double._gone = double.whole = True
+    for at_s in (30.1, 31.0, 33.0):
+        siege.step(at_s, may_strike=True)
+    assert double.done == ["stop"]
+    assert siege.strikes[0].whole_s == 31.0
 
 
 def test_nobody_stays_stopped_when_the_run_is_broken_off():
