@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import shlex
 import subprocess
 import sys
 
 import pytest
 from click.testing import CliRunner
 
+from cluster.chaos import commands
 from cluster.chaos.http_stream import (
     AnswerFailedError,
     Piece,
@@ -15,6 +17,7 @@ from cluster.chaos.http_stream import (
     RouterLostError,
     pieces,
 )
+from cluster.chaos.run import Chaos
 from cluster.cli import main
 
 WITHIN_S = 240
@@ -50,6 +53,28 @@ def test_a_page_with_another_name_is_refused_before_anything_starts(tmp_path):
     result = CliRunner().invoke(main, ["chaos", "--report", str(tmp_path / "chaos.png")])
     assert result.exit_code == 1
     assert "has to end in .html" in result.output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--soak"],
+        ["--routers", "1"],
+        ["--fault", "kill-decode", "--rate", "2.5"],
+    ],
+)
+def test_what_is_told_to_play_it_again_asks_for_the_same(options):
+    def asked(words: list[str]) -> Chaos:
+        context = commands.chaos.make_context("chaos", list(words))
+        others = ("model", "as_json", "page")
+        choice = {name: value for name, value in context.params.items() if name not in others}
+        return Chaos(**commands._completed(choice))
+
+    first = asked(options)
+    assert asked(shlex.split(first.play_again)[2:]) == first
+    assert first.minutes == (20 if first.soak else 10)
+    assert ("kill-router" in first.kinds) == (options == [] or first.soak)
 
 
 # ---- an answer over HTTP, from a router that sends what it is told
