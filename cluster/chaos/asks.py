@@ -23,7 +23,7 @@ class Mix:
 
 
 MIXES: Mapping[str, Mix] = {
-    "chaos": Mix(prompts=(10, 60, 200, 600), answers=(10, 60, 200, 600)),
+    "chaos": Mix(prompts=(10, 60, 200, 600), answers=(10, 80, 300, 1000)),
     "soak": Mix(prompts=(10, 60, 200), answers=(2, 8, 24)),
 }
 

@@ -20,7 +20,7 @@ from cluster.preparation import Progress
 from cluster.progress import console, errors_in_one_line, reporting
 from kvrelay.config import Transport
 
-_RATE, _SOAK_RATE = 6.0, 20.0
+_RATE, _SOAK_RATE = 4.0, 20.0
 
 
 @click.command()

@@ -42,6 +42,7 @@ class Plan(BaseModel):
     rate: float  # requests a second
     asks: int = 64  # different ones
     streams_max: int = 24  # at once: who is due then comes later
+    clump_max: int = 8  # requests come together, up to so many
     http_share: float = 0.2
     cancel_share: float = 0.1  # of requests, whose client has enough before the end
 
@@ -99,24 +100,30 @@ class Load:
         }
 
     async def _arrive(self) -> None:
-        """Poisson, for as long as not too many run."""
+        """In clumps, so that many run side by side although they are soon done; for as long as not
+        too many run."""
         plan = self._plan
         dice = random.Random(plan.seed)
         due_s = now_s()
         while True:
-            due_s = max(now_s(), due_s + dice.expovariate(plan.rate))
+            clump = dice.randint(1, plan.clump_max)
+            due_s = max(now_s(), due_s + clump * dice.expovariate(plan.rate))
             await asyncio.sleep(due_s - now_s())
-            while len(self._running) >= plan.streams_max:
-                await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
-            ask = dice.choice(self._asks)
-            enough = 1 << 31
-            if dice.random() < plan.cancel_share:
-                enough = dice.randint(1, ask.options["max_tokens"])
-            stream = Stream(len(self._streams), ask.number, now_s())
-            self._streams.append(stream)
-            task = asyncio.create_task(self._one(ask, stream, enough))
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            for _ in range(clump):
+                while len(self._running) >= plan.streams_max:
+                    await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
+                self._start(dice)
+
+    def _start(self, dice: random.Random) -> None:
+        ask = dice.choice(self._asks)
+        enough = 1 << 31
+        if dice.random() < self._plan.cancel_share:
+            enough = dice.randint(1, ask.options["max_tokens"])
+        stream = Stream(len(self._streams), ask.number, now_s())
+        self._streams.append(stream)
+        task = asyncio.create_task(self._one(ask, stream, enough))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
 
     async def _one(self, ask: Ask, stream: Stream, enough: int) -> None:
         request_id = f"chaos-{self._plan.seed}-{stream.number}"

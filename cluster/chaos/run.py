@@ -36,7 +36,7 @@ from kvrelay.config import Transport
 _KV_GIB = 0.0625  # of each worker: little to fill, so that cached blocks are evicted as well
 _DRAIN_S = 5.0
 _REFERENCES_AT_ONCE = 4
-_STEP_S = 0.1
+_STEP_S = 0.05
 _MOMENT_S = 0.5
 _SAMPLE_S = 5.0
 _WARM_UP_SHARE = 0.25  # of a soak: growth in it is no leak
@@ -166,7 +166,8 @@ class _Run:
         try:
             while (now := now_s()) < end_s or not siege.is_over:
                 self._supervisor.check()
-                siege.step(now, may_strike=bool(asked.kill_every_s) and now < end_s)
+                may_strike = asked.kill_every_s and now < end_s
+                siege.step(now, self._streams if may_strike else None)
                 if now >= moment_s:
                     self._outcome.moments.append(self._moment(now))
                     moment_s = now + _MOMENT_S
@@ -178,6 +179,9 @@ class _Run:
         finally:
             siege.close()
         self._outcome.strikes = siege.strikes
+
+    def _streams(self) -> int:
+        return int(self._load.ask("progress")["running"])
 
     def _moment(self, at_s: float) -> Moment:
         seen = self._load.ask("progress")

@@ -4,6 +4,7 @@ Made by run.py, which calls `step` several times a second.
 """
 
 import contextlib
+from collections.abc import Callable
 
 import psutil
 
@@ -11,6 +12,8 @@ from cluster.chaos.faults import Course, Fault, State, Strike
 from cluster.chaos.processes import Member, Processes, is_alive
 
 _LOOK_S = 0.5  # between two looks whether the cluster is whole
+_STREAMS_MIN = 4  # a fault that meets nobody shows nothing: it waits for so many,
+_STREAMS_WAIT_S = 5.0  # but no longer
 
 
 class Siege:
@@ -29,11 +32,13 @@ class Siege:
         """No fault lasts."""
         return self._course.state is State.QUIET
 
-    def step(self, now_s: float, *, may_strike: bool) -> None:
-        """Does what is due; with may_strike False it begins nothing new."""
+    def step(self, now_s: float, streams: Callable[[], int] | None) -> None:
+        """Does what is due. `streams` tells how many run; with None nothing new begins."""
         course = self._course
-        if may_strike and (fault := course.due(now_s)) is not None:
-            self._strike(fault, now_s)
+        if streams is not None and (fault := course.due(now_s)) is not None:
+            overdue = course.due(now_s - _STREAMS_WAIT_S) is not None
+            if overdue or streams() >= _STREAMS_MIN:
+                self._strike(fault, now_s)
         elif course.wake_due(now_s) or (self._stopped and not is_alive(self._stopped)):
             self.close()
             course.woken(now_s)

@@ -134,7 +134,7 @@ class Double:
 def besiege(double: Double, kind: str, seconds: int) -> Siege:
     siege = Siege(double, course(kind))
     for at_s in range(seconds):
-        siege.step(float(at_s), may_strike=True)
+        siege.step(float(at_s), lambda: 9)
     return siege
 
 
@@ -145,7 +145,7 @@ def test_a_kill_waits_for_the_cluster_to_be_whole():
     assert not siege.is_over
     double.whole = True
     for at_s in (40.0, 42.0):
-        siege.step(at_s, may_strike=False)
+        siege.step(at_s, None)
     assert siege.is_over
     assert siege.strikes[0].whole_s == 40.0
 
@@ -159,10 +159,10 @@ def test_a_stop_ends_by_itself():
 def test_a_process_that_is_ended_while_it_is_stopped_need_not_be_woken():
     double = Double()
     siege = Siege(double, course("stop-decode"))
-    siege.step(30.0, may_strike=True)
+    siege.step(30.0, lambda: 9)
     double._gone = double.whole = True
     for at_s in (30.1, 31.0, 33.0):
-        siege.step(at_s, may_strike=True)
+        siege.step(at_s, lambda: 9)
     assert double.done == ["stop"]
     assert siege.strikes[0].whole_s == 31.0
 
@@ -170,7 +170,7 @@ def test_a_process_that_is_ended_while_it_is_stopped_need_not_be_woken():
 def test_nobody_stays_stopped_when_the_run_is_broken_off():
     double = Double()
     siege = Siege(double, course("stop-decode"))
-    siege.step(30.0, may_strike=True)
+    siege.step(30.0, lambda: 9)
     siege.close()
     siege.close()
     assert double.done == ["stop", "wake"]
@@ -182,7 +182,18 @@ def test_who_has_gone_meanwhile_is_no_strike():
     assert siege.is_over
 
 
+def test_a_fault_waits_a_while_for_streams_that_it_can_meet():
+    double = Double()
+    siege = Siege(double, course("kill-decode"))
+    due_s = next(faults(["kill-decode"], EVERY_S, 1)).wait_s
+    siege.step(due_s, lambda: 3)
+    siege.step(due_s + 4.9, lambda: 3)
+    assert double.done == []
+    siege.step(due_s + 5.1, lambda: 3)
+    assert double.done == ["kill"]
+
+
 def test_nothing_is_struck_when_the_time_is_over():
     siege = Siege(Double(), course("kill-decode"))
-    siege.step(99.0, may_strike=False)
+    siege.step(99.0, None)
     assert siege.strikes == []
