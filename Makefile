@@ -15,7 +15,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q install
 .DELETE_ON_ERROR:
 # Targets run one after another under -j too: each uses every core by itself.
 .NOTPARALLEL:
+<<<<<<< HEAD
 .PHONY: help install demo test chaos check proto clean
+=======
+.PHONY: help install demo test check proto docs clean
+>>>>>>> resume
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -28,6 +32,7 @@ demo: $(STAMP) ## Serve a small model with prefill and decode apart, and ask it 
 test: $(STAMP) ## Run the tests
 	@$(BIN)/pytest
 
+<<<<<<< HEAD
 chaos: $(STAMP) ## Kill and stop real processes for an hour, and simulate it; see CONTRIBUTING.md
 	@mkdir -p $(RESULTS)
 	@failed=; \
@@ -42,14 +47,21 @@ chaos: $(STAMP) ## Kill and stop real processes for an hour, and simulate it; se
 	test -z "$$failed"
 
 check: $(STAMP) ## Run the linter, format, type, import-direction and generated-code checks
+=======
+check: $(STAMP) ## Run the linter, format, type, import-direction and generated-file checks
+>>>>>>> resume
 	@echo "ruff check";          $(BIN)/ruff check
 	@echo "ruff format --check"; $(BIN)/ruff format --check
 	@echo "mypy";                $(BIN)/mypy
 	@echo "lint-imports";        $(BIN)/lint-imports
 	@echo "proto/check.sh";      PYTHON=$(BIN)/python proto/check.sh
+	@echo "docs/lifecycles.py";  $(BIN)/python docs/lifecycles.py --check
 
 proto: $(STAMP) ## Regenerate kvrelay/wire from proto/
 	@echo "proto/generate.sh";   PYTHON=$(BIN)/python proto/generate.sh
+
+docs: $(STAMP) ## Draw docs/LIFECYCLES.md from the tables in the code
+	@echo "docs/lifecycles.py";  $(BIN)/python docs/lifecycles.py
 
 clean: ## Remove .venv, caches and build products
 	@echo "Removing .venv, caches and build products"

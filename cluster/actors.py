@@ -44,6 +44,11 @@ class WorkerActor:
         self._service = await service.start(self._config)
         return self._service.address
 
+    async def drain(self, deadline_s: float) -> bool:
+        """Takes nothing new from here on. True once nothing runs here any more, False when that
+        took longer than deadline_s."""
+        return await self._service.drain(deadline_s)
+
     async def stop(self) -> None:
         if self._service is not None:
             await self._service.stop()

@@ -43,8 +43,8 @@ _REQUEST_OPTIONS: tuple[_Decorator, ...] = (
         envvar="KVRELAY_ADDRESS",
         show_default=True,
         show_envvar=True,
-        metavar="HOST:PORT",
-        help="Where the server listens.",
+        metavar="HOST:PORT[,...]",
+        help="Where the server listens; several routers of a cluster with commas between.",
     ),
     click.option(
         "--api-key",

@@ -5,27 +5,29 @@ from its event loop and carries out what it answers. It is the only caller of th
 of the block ledger under it.
 """
 
-import hmac
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from decode_worker.claims import Claims
 from decode_worker.reservation import (
+    CAUSES,
+    DrainingError,
     InvalidReservationError,
     Key,
     Reservation,
     ReservationEvent,
     ReservationState,
 )
-from decode_worker.tickets import TicketSigner
+from decode_worker.transfers import Transfers
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.layout import KVLayout, reserved_blocks
 from kvrelay.kv.ledger import BlockEvent, BlockLedger, OutOfBlocksError
 from kvrelay.kv.prefix import PrefixChain
 from kvrelay.kv.prefix_cache import PrefixCache
-from kvrelay.lifecycle import IllegalTransitionError
 from kvrelay.transport.errors import RefusedError, Rejection
-from kvrelay.wire.transfer_pb2 import Ticket
+
+_LETTING_GO = (ReservationState.REVOKING, ReservationState.ABORTING)
 
 
 class HandOff:
@@ -43,16 +45,19 @@ class HandOff:
     ) -> None:
         self.ledger = ledger
         self.cache = PrefixCache(ledger)
+        self.draining = False
+        self.causes: Counter[ReservationEvent] = Counter()  # why reservations were let go of
         self._layout = layout
         self._lease_ms = lease_ms
         self._reservations_max = reservations_max
-        self._resends_max = resends_max
         self._claims = Claims() if claims is None else claims
         self._by_key: dict[Key, Reservation] = {}
-        self._by_transfer: dict[int, Reservation] = {}
-        self._next_transfer_id = 1
         self._engine_lease_end_ms = 0.0
-        self._signer = TicketSigner()
+        transfers = Transfers(ledger, lease_ms=lease_ms, resends_max=resends_max)
+        self._transfers = transfers
+        self.sign, self.begin = transfers.sign, transfers.begin
+        self.expect, self.received = transfers.expect, transfers.received
+        self.awaits_again = transfers.awaits_again
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -74,9 +79,12 @@ class HandOff:
             token's block, which must be private.
 
         Raises:
+            DrainingError: nothing new is taken here.
             OutOfBlocksError: no room now, or it is kept for others, or too many reservations.
             InvalidReservationError: no room ever.
         """
+        if self.draining:
+            raise DrainingError("this worker is draining: it takes nothing new")
         total = reserved_blocks(prompt_tokens, sampling.max_tokens, self._layout.block_size)
         if total > self.ledger.total:
             raise InvalidReservationError(
@@ -97,7 +105,7 @@ class HandOff:
         cached, private = self._take(key, reusable, total, now_ms)
         reservation = Reservation(
             key=key,
-            transfer_id=self._next_transfer_id,
+            transfer_id=self._transfers.new_id(),
             prompt_tokens=prompt_tokens,
             sampling=sampling,
             blocks=cached + private,
@@ -106,8 +114,8 @@ class HandOff:
             lease_end_ms=now_ms + self._lease_ms,
             chain=chain,
         )
-        self._next_transfer_id += 1
-        self._by_key[key] = self._by_transfer[reservation.transfer_id] = reservation
+        self._by_key[key] = reservation
+        self._transfers.add(reservation)
         return reservation
 
     def _take(
@@ -125,131 +133,61 @@ class HandOff:
         self._claims.granted(session, total)
         return taken
 
-    def session_ended(self, session: object) -> list[Key]:
-        """It claims nothing any more. Returns what it still has here, to be aborted."""
+    def session_ended(self, session: object) -> tuple[list[Key], list[Key]]:
+        """A router is lost: it claims nothing any more. Returns what is to be aborted with
+        ROUTER_LOST, and what is decoding and goes on; who does not keep that for another router
+        aborts it with TIMEOUT."""
         self._claims.leave(session)
-        return [key for key in self._by_key if key[0] is session]
+        to_abort, decoding = [], []
+        for key, reservation in self._by_key.items():
+            if key[0] is not session:
+                continue
+            if reservation.state is ReservationState.DECODING:
+                reservation.on(ReservationEvent.ROUTER_LOST)
+                decoding.append(key)
+            else:
+                to_abort.append(key)
+        return to_abort, decoding
 
-    def sign(self, reservation: Reservation, ticket: Ticket) -> Ticket:
-        """`ticket` with what this reservation gives leave for, signed as a whole."""
-        ticket.transfer_id = reservation.transfer_id
-        ticket.first_block = reservation.first_block
-        ticket.block_ids[:] = reservation.prompt_blocks
-        ticket.expires_ms = int(reservation.lease_end_ms)
-        reservation.signature = ticket.signature = self._signer.signature(ticket)
-        return ticket
-
-    def begin(self, ticket: Ticket, now_ms: float) -> None:
-        """Gives the holder of the ticket leave to write, once."""
-        reservation = self._by_transfer.get(ticket.transfer_id)
-        if not self._signer.is_ours(ticket):
-            given = b"" if reservation is None else reservation.signature
-            if given and hmac.compare_digest(given, ticket.signature):
-                raise RefusedError(Rejection.ALTERED, "the ticket is not as it was given")
-            raise RefusedError(Rejection.FORGED, "the ticket's signature is wrong")
-        if reservation is not None and reservation.state is not ReservationState.RESERVED:
-            raise RefusedError(Rejection.REPLAYED, "the ticket has been used")
-        if ticket.expires_ms <= now_ms:
-            raise RefusedError(Rejection.EXPIRED, "the ticket has expired")
-        if reservation is None:
-            raise RefusedError(Rejection.STALE, "no such transfer: it has ended")
-        reservation.on(ReservationEvent.BEGIN)
-        self.ledger.move(reservation.key, reservation.prompt_blocks, BlockEvent.BEGIN)
-        reservation.lease_end_ms = now_ms + self._lease_ms
-
-    def expect(
-        self, transfer_id: int, first_index: int, count: int, *, again: bool = False
-    ) -> Sequence[int]:
-        """The pool blocks for these blocks of the ticket, in order and each once, or `again` when
-        they were bad.
-
-        Answers for an aborted transfer too: its blocks are in quarantine, and what is already on
-        the wire must go somewhere.
-        """
-        reservation = self._by_transfer[transfer_id]
-        end = first_index + count
-        if end > reservation.ticket_blocks:
-            text = f"blocks to {end} sent, the ticket ends at {reservation.ticket_blocks}"
-            raise RefusedError(Rejection.OVERSIZED, text)
-        if again:
-            unasked = set(range(first_index, end)) - set(reservation.bad_blocks)
-            if unasked:
-                text = f"blocks {sorted(unasked)} sent again, which nobody asked for"
-                raise RefusedError(Rejection.DUPLICATE, text)
-        elif first_index != reservation.blocks_received:
-            text = f"blocks from {first_index} sent, expected from {reservation.blocks_received}"
-            early = first_index > reservation.blocks_received
-            raise RefusedError(Rejection.REORDERED if early else Rejection.DUPLICATE, text)
-        first = reservation.first_block
-        return reservation.blocks[first + first_index : first + end]
-
-    def received(
-        self,
-        transfer_id: int,
-        first_index: int,
-        count: int,
-        bad: Sequence[int],
-        now_ms: float,
-    ) -> None:
-        """These blocks are in the pool, but for the indexes in `bad`, which shall come again.
-
-        Raises:
-            RefusedError: one of them came too often.
-        """
-        reservation = self._by_transfer[transfer_id]
-        reservation.blocks_received = max(reservation.blocks_received, first_index + count)
-        reservation.lease_end_ms = now_ms + self._lease_ms
-        for index in range(first_index, first_index + count):
-            if index not in bad:
-                reservation.bad_blocks.discard(index)
-        for index in bad:
-            reservation.bad_blocks.add(index)
-            reservation.resends[index] += 1
-            if reservation.resends[index] > self._resends_max:
-                text = (
-                    f"block {index} has a wrong checksum for the {reservation.resends[index]}. time"
-                )
-                raise RefusedError(Rejection.CHECKSUM, text)
-
-    def awaits_again(self, transfer_id: int) -> bool:
-        """Whether blocks that were bad have not come again yet."""
-        return bool(self._by_transfer[transfer_id].bad_blocks)
+    def drain(self) -> None:
+        """Nothing new from here on; what is here goes on."""
+        self.draining = True
+        for reservation in self._by_key.values():
+            reservation.on(ReservationEvent.DRAIN)
 
     def commit(self, transfer_id: int, blocks: int) -> Reservation | None:
-        """The reservation, now decoding; None when it was aborted meanwhile."""
-        reservation = self._by_transfer[transfer_id]
-        if reservation.state is ReservationState.ABORTING:
+        """The reservation, now decoding; None when it was let go of meanwhile."""
+        reservation = self._transfers.written(transfer_id)
+        if reservation.state is ReservationState.REVOKING:
             return None
-        missing = reservation.ticket_blocks - reservation.blocks_received
-        missing += len(reservation.bad_blocks)
+        missing = reservation.missing_blocks
         if missing or blocks != reservation.ticket_blocks:
             text = f"Commit of {blocks} blocks while {missing} are missing"
             raise RefusedError(Rejection.INCOMPLETE, text)
         reservation.on(ReservationEvent.COMMIT)
-        del self._by_transfer[transfer_id]
         self.ledger.move(reservation.key, reservation.prompt_blocks, BlockEvent.COMMIT)
         self.ledger.move(reservation.key, reservation.growth_blocks, BlockEvent.CLAIM)
         return reservation
 
     def writer_lost(self, transfer_id: int) -> Reservation | None:
         """The writer will write no more. The reservation if that is news and it has failed."""
-        reservation = self._by_transfer.get(transfer_id)
+        reservation = self._transfers.find(transfer_id)
         if reservation is None:
             return None
         failed = reservation.state is ReservationState.RECEIVING
         reservation.on(ReservationEvent.WRITER_LOST)
         if failed:
-            self.ledger.move(reservation.key, reservation.prompt_blocks, BlockEvent.ABORT)
+            self.causes[ReservationEvent.WRITER_LOST] += 1
             self._release_unwritten(reservation)
-        self.ledger.move(reservation.key, reservation.prompt_blocks, BlockEvent.WRITER_GONE)
-        self._forget(reservation)
+        if reservation.state is ReservationState.CLOSED:
+            self.ledger.move(reservation.key, reservation.prompt_blocks, BlockEvent.WRITER_GONE)
+            self._forget(reservation)
         return reservation if failed else None
 
     def claim_for_engine(self, key: Key) -> None:
         """There will be no writer: the prompt is for the engine here."""
         reservation = self._by_key[key]
         reservation.on(ReservationEvent.PREFILL)
-        del self._by_transfer[reservation.transfer_id]
         blocks = reservation.prompt_blocks + reservation.growth_blocks
         self.ledger.move(key, blocks, BlockEvent.CLAIM)
 
@@ -291,20 +229,28 @@ class HandOff:
         self.cache.let_go(key, reservation.blocks, BlockEvent.RELEASE, reservation.hashes)
         self._forget(reservation)
 
-    def abort(self, key: Key, answer: Sequence[int] = (), *, in_step: bool = False) -> int | None:
+    def abort(
+        self, key: Key, why: ReservationEvent, answer: Sequence[int] = (), *, in_step: bool = False
+    ) -> int | None:
         """Lets go of a reservation in any state; one that is unknown has ended already.
 
         Blocks that somebody may still write go to quarantine: with a writer, until writer_lost;
         with the engine (`in_step`), until engine_idle. What is cached is kept for others, with
         the `answer` so far.
 
+        why: one of CAUSES.
+
         Returns the transfer whose writer must be told, if there is one.
         """
+        assert why in CAUSES, why
         reservation = self._by_key.get(key)
-        if reservation is None or reservation.state is ReservationState.ABORTING:
+        if reservation is None:
             return None
         before = reservation.state
-        reservation.on(ReservationEvent.ABORT)
+        reservation.on(why)
+        if reservation.state is before:
+            return None
+        self.causes[why] += 1
         if before is ReservationState.RESERVED:
             self.cache.let_go(key, reservation.blocks, BlockEvent.RELEASE, reservation.hashes)
             self._forget(reservation)
@@ -322,15 +268,13 @@ class HandOff:
     def engine_idle(self, key: Key) -> None:
         """The engine will not write this aborted sequence's blocks again."""
         reservation = self._by_key[key]
-        if reservation.transfer_id in self._by_transfer:
-            raise IllegalTransitionError("ENGINE_IDLE while a writer has not let go")
         reservation.on(ReservationEvent.ENGINE_IDLE)
         self.cache.let_go(key, reservation.blocks, BlockEvent.WRITER_GONE, reservation.hashes)
         self._forget(reservation)
 
     def is_aborting(self, key: Key) -> bool:
         reservation = self._by_key.get(key)
-        return reservation is not None and reservation.state is ReservationState.ABORTING
+        return reservation is not None and reservation.state in _LETTING_GO
 
     def engine_moved(self, now_ms: float) -> None:
         """A step has ended: prompts that wait for their turn here need not give up."""
@@ -371,4 +315,4 @@ class HandOff:
 
     def _forget(self, reservation: Reservation) -> None:
         del self._by_key[reservation.key]
-        self._by_transfer.pop(reservation.transfer_id, None)
+        self._transfers.remove(reservation)

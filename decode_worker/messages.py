@@ -1,11 +1,12 @@
 """What a decode worker's messages mean and how its own are made. Called by its service."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from decode_worker.batch import Ending, Output
+from decode_worker.kept import KeptAnswer
 from decode_worker.prompts import LocalPrompt
-from decode_worker.reservation import InvalidReservationError, Reservation
+from decode_worker.reservation import InvalidReservationError, Key, Reservation
 from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.sampling import SamplingParams, history_of
 from kvrelay.kv.prefix import PrefixChain, split_hashes
@@ -41,11 +42,13 @@ def token_history(reserve: worker_pb2.Reserve, sampling: SamplingParams) -> Toke
 
 
 def check_prompt(reserve: worker_pb2.Reserve) -> None:
-    """Raises InvalidReservationError unless the prompt to be computed here is in the message."""
+    """Raises InvalidReservationError unless the whole prompt is in the message."""
     sent = len(reserve.prompt_token_ids)
     if sent == 0 or sent != reserve.prompt_tokens:
+        raise InvalidReservationError(f"{sent} tokens sent of a prompt of {reserve.prompt_tokens}")
+    if reserve.answered > sent:
         raise InvalidReservationError(
-            f"{sent} tokens sent of a prompt of {reserve.prompt_tokens} to be computed here"
+            f"{reserve.answered} tokens answered, of {sent} prompt tokens"
         )
 
 
@@ -98,11 +101,29 @@ def first_token(prompt: LocalPrompt, token: int, prefill_ms: float) -> DecodeEve
     return DecodeEvent(first_token=event)
 
 
-def step_outputs(outputs: Sequence[Output]) -> dict[Any, DecodeEvent]:
-    """One message for each router's session, with all its requests' tokens."""
+def adopted(number: int, answer: KeptAnswer) -> DecodeEvent:
+    event = worker_pb2.Adopted(
+        key=number,
+        reserve=answer.reserve,
+        token_ids=answer.token_ids,
+        ending=_ENDINGS[answer.ending],
+    )
+    return DecodeEvent(adopted=event)
+
+
+def step_outputs(
+    outputs: Sequence[Output], holder: Callable[[Key], Key | None]
+) -> dict[Any, DecodeEvent]:
+    """One message for each router's session, with all its requests' tokens.
+
+    holder: what the router of a request calls it; None where there is no router.
+    """
     by_session: dict[Any, list[worker_pb2.SequenceOutput]] = {}
     for output in outputs:
-        session, key = output.key
+        called = holder(output.key)
+        if called is None:
+            continue
+        session, key = called
         by_session.setdefault(session, []).append(
             worker_pb2.SequenceOutput(
                 key=key,

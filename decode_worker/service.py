@@ -1,34 +1,39 @@
 """The decode worker: serves routers over gRPC and prefill workers over the KV links.
 
-Run by cluster/ inside a Ray actor, or by tests in process. It carries out what the pure objects
-decide: HandOff (who may write which block), Batch and LocalPrompts (what each step computes). All
-state is touched from one event loop; only the engine's steps and copies run on other threads.
+Run by cluster/ inside a Ray actor, or by tests in process. It carries out what
+HandOff decides (who may write which block), and brings StepLoop what is to be computed. All state
+is touched from one event loop; only the engine's steps and copies run on other threads.
 """
 
 import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 from decode_worker import messages
-from decode_worker.batch import Batch, Ending, Output, Running
+from decode_worker.batch import Batch, Running
 from decode_worker.book import Book
 from decode_worker.claims import Claims
 from decode_worker.handoff import HandOff
-from decode_worker.prompts import LocalPrompt, LocalPrompts, PromptsFullError
-from decode_worker.reservation import InvalidReservationError, Key, Reservation
-from decode_worker.step import DecodeStep
-from kvrelay.announcer import Announcer
+from decode_worker.kept import Kept
+from decode_worker.prompts import LocalPrompts, PromptsFullError
+from decode_worker.reservation import (
+    DrainingError,
+    InvalidReservationError,
+    Key,
+    Reservation,
+    ReservationEvent,
+)
+from decode_worker.step_loop import StepLoop
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
-from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams
-from kvrelay.engine.step import CancelFlag, StepCancelledError
-from kvrelay.engine.turns import Chunk
+from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
 from kvrelay.membership import MembershipDoor
 from kvrelay.rpc import RouterSession, listen, make_server, serve_session
+from kvrelay.sessions import Sessions
 from kvrelay.transport.listener import Listener
 from kvrelay.transport.nccl_link import find_nccl
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
@@ -69,17 +74,27 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             prompts_max=config.local_prompts_max,
             look_again=lambda prompt: self._handoff.catch_up(prompt.key, prompt.computed),
         )
-        self._decoding: dict[Key, Running] = {}
-        self._in_step: set[Key] = set()
-        self._step_cancelled = CancelFlag()
-        self._work = asyncio.Event()
+        journal = self._handoff.cache.journal
+        self._sessions: Sessions[DecodeEvent] = Sessions(
+            config, journal, DecodeEvent, self._write_load
+        )
+        self._kept = Kept(kept_ms=config.kept_ms, kept_max=config.kept_max)
+        self._steps = StepLoop(
+            engine,
+            self._handoff,
+            self._batch,
+            self._prompts,
+            self._kept,
+            self._sessions,
+            now_ms=_now_ms,
+            freed=self._announce_load,
+        )
         self._announced_free = self.ledger.available
+        self._changed = asyncio.Event()  # something may have ended
         book = Book(self._handoff, _now_ms, self._committed, self._writer_lost)
         self._listener = Listener(config, self.instance_id, engine.pool, book, find_nccl(config))
         self._server = make_server()
         self._door: MembershipDoor
-        self._sessions: set[RouterSession[DecodeEvent]] = set()
-        self._announcer = Announcer(config, self._handoff.cache.journal, self._announce)
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -93,9 +108,9 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         service._door = MembershipDoor(config.cluster_key, service.address)
         await service._server.start()
         service._tasks = [
-            asyncio.create_task(service._decode()),
+            asyncio.create_task(service._steps.run()),
             asyncio.create_task(service._reap()),
-            asyncio.create_task(service._announcer.run()),
+            asyncio.create_task(service._sessions.announcer.run()),
         ]
         return service
 
@@ -104,9 +119,24 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         would survive: whoever waits here replaces the worker."""
         await asyncio.gather(*self._tasks)
 
+    async def drain(self, deadline_s: float) -> bool:
+        """Takes nothing new from here on, tells every router so, and returns when nothing runs
+        here any more; False when that took longer than deadline_s. May be called again."""
+        log.info("draining: %d requests are here", len(self._handoff))
+        self._handoff.drain()
+        self._sessions.tell_load()
+        try:
+            async with asyncio.timeout(deadline_s):
+                while not self._is_idle():
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
     async def stop(self) -> None:
         await self._server.stop(grace=None)
-        self._step_cancelled.set()
+        self._steps.cancelled.set()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -117,12 +147,9 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     async def Session(self, request_iterator: AsyncIterator[DecodeCommand], context: Any) -> None:
         await self._door.admit(context)
-        session: RouterSession[DecodeEvent] = RouterSession(self._config.session_events_max)
-        self._sessions.add(session)
         info = self._engine.info(self.instance_id, self._prompts.chunk_tokens)
         info.itl_target_ms = self._config.itl_target_ms
-        self._send(session, DecodeEvent(info=info))
-        self._announcer.open(session)
+        session = self._sessions.open(info)
         await serve_session(session, request_iterator, context, self._command, self._closed)
 
     def _command(self, session: RouterSession[DecodeEvent], command: DecodeCommand) -> None:
@@ -130,33 +157,40 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         if kind == "reserve":
             self._reserve(session, command.reserve)
         elif kind == "cancel":
-            self._abort((session, command.cancel.key), "the request was cancelled")
+            key = self._kept.key_of((session, command.cancel.key))
+            if key is not None:
+                self._abort(key, ReservationEvent.CANCEL, "the request was cancelled")
+        elif kind == "adopt":
+            self._adopt(session, command.adopt)
+        elif kind == "acknowledge":
+            self._kept.acknowledge(session, command.acknowledge.keys)
         elif kind == "resync":
-            self._announcer.resync(session)
+            self._sessions.announcer.resync(session)
 
     def _closed(self, session: RouterSession[DecodeEvent]) -> None:
-        self._announcer.close(session)
-        self._sessions.discard(session)
-        for key in self._handoff.session_ended(session):
-            self._abort(key, "the router's session ended")
+        self._sessions.close(session)
+        self._kept.session_ended(session, _now_ms())
+        to_abort, _ = self._handoff.session_ended(session)  # the others go on, and are kept
+        for key in to_abort:
+            self._abort(key, ReservationEvent.ROUTER_LOST, "the router's session ended")
 
     def _reserve(self, session: RouterSession[DecodeEvent], reserve: worker_pb2.Reserve) -> None:
         key = (session, reserve.key)
         try:
             reservation = self._reservation(key, reserve)
-        except (OutOfBlocksError, PromptsFullError) as error:
-            self._fail(key, FailureCode.FAILURE_CODE_EXHAUSTED, str(error))
+        except (DrainingError, OutOfBlocksError, PromptsFullError) as error:
+            self._sessions.fail(key, FailureCode.FAILURE_CODE_EXHAUSTED, str(error))
             return
         except InvalidReservationError as error:
-            self._fail(key, FailureCode.FAILURE_CODE_INVALID, str(error))
+            self._sessions.fail(key, FailureCode.FAILURE_CODE_INVALID, str(error))
             return
+        self._kept.reserved(key, reserve)
         self._announced_free = self.ledger.available
         reserved = worker_pb2.Reserved(key=reserve.key)
         if reserve.prefill_here:
             self._handoff.claim_for_engine(key)
             block_size = self._layout.block_size
-            self._prompts.add(messages.local_prompt(reserve, reservation, block_size))
-            self._work.set()
+            self._steps.add(messages.local_prompt(reserve, reservation, block_size))
         else:
             ticket = messages.ticket(
                 reserve,
@@ -166,14 +200,14 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
                 lease_ms=self._config.lease_ms,
             )
             reserved.ticket.CopyFrom(self._handoff.sign(reservation, ticket))
-        self._send(session, DecodeEvent(reserved=reserved))
+        self._sessions.send(session, DecodeEvent(reserved=reserved))
 
     def _reservation(self, key: Key, reserve: worker_pb2.Reserve) -> Reservation:
         chain = None
         if self._config.prefix_caching:
             chain = messages.prefix_chain(reserve, self._layout.block_size)
+        messages.check_prompt(reserve)
         if reserve.prefill_here:
-            messages.check_prompt(reserve)
             self._prompts.check_room()
         sampling = SamplingParams.from_wire(reserve.sampling)
         history = messages.token_history(reserve, sampling)
@@ -187,6 +221,18 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         )
         reservation.history = history
         return reservation
+
+    def _adopt(self, session: RouterSession[DecodeEvent], adopt: worker_pb2.Adopt) -> None:
+        holder = (session, adopt.key)
+        found = self._kept.adopt((adopt.tenant, adopt.request_id), holder)
+        if found is None:
+            self._sessions.fail(holder, FailureCode.FAILURE_CODE_NOT_KEPT, "it is not kept here")
+            return
+        answer, before = found
+        if before is not None:  # a router that hangs may find it when it goes on
+            why = "another router goes on with it"
+            self._sessions.fail(before, FailureCode.FAILURE_CODE_TAKEN_OVER, why)
+        self._sessions.send(session, messages.adopted(adopt.key, answer))
 
     # ---- the prefill workers' side, called by Book
 
@@ -203,161 +249,56 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             history=reservation.history,
         )
         self._handoff.share_prompt(sequence.key)
-        self._publish([self._join(sequence, first_token)])
+        self._steps.join(sequence, first_token)
         self._announce_load()
-        self._work.set()
 
     def _writer_lost(self, transfer_id: int, reason: str) -> None:
         failed = self._handoff.writer_lost(transfer_id)
         if failed is not None:
-            self._fail(failed.key, FailureCode.FAILURE_CODE_PEER_LOST, reason)
+            self._kept.let_go(failed.key)
+            self._sessions.fail(failed.key, FailureCode.FAILURE_CODE_PEER_LOST, reason)
         self._announce_load()
-
-    # ---- steps
-
-    async def _decode(self) -> None:
-        while True:
-            running = self._batch.next_step()
-            step = DecodeStep(running, self._prompts.next_chunks(len(running), self._engine.fit))
-            if not step:
-                self._work.clear()
-                await self._work.wait()
-                continue
-            self._step_begins(step)
-            try:
-                tokens = await self._engine.step(
-                    step.slices(),
-                    step.params(),
-                    step.positions(),
-                    step.histories(),
-                    self._step_cancelled,
-                )
-            except StepCancelledError:
-                self._engine_idle(step)
-            except Exception as error:
-                log.exception("a decode step failed")
-                self._step_failed(step, error)
-            else:
-                self._step_done(step, tokens)
-
-    def _step_begins(self, step: DecodeStep) -> None:
-        self._in_step |= set(step.keys)
-        self._step_cancelled = CancelFlag()
-        for chunk in step.chunks:
-            if chunk.is_first:
-                chunk.job.started_s = time.perf_counter()
-                self._send(chunk.job.key[0], messages.started(chunk.job))
-
-    def _step_done(self, step: DecodeStep, tokens: Sequence[int | None]) -> None:
-        self._engine_idle(step)
-        whole = []
-        for sequence, token in zip(step.running, step.tokens_of_running(tokens), strict=True):
-            if token is None:
-                self._spoilt(sequence.key)
-            else:
-                whole.append((sequence, token))
-        outputs = self._batch.apply([s for s, _ in whole], [token for _, token in whole])
-        for chunk, token in zip(step.chunks, step.tokens_of_chunks(tokens), strict=True):
-            if self._prompts.computed(chunk):
-                outputs += self._chunk_done(chunk, token)
-        self._publish(outputs)
-        self._announce_load()
-
-    def _chunk_done(self, chunk: Chunk[LocalPrompt], token: int | None) -> list[Output]:
-        prompt = chunk.job
-        self._handoff.share_prompt(prompt.key, prompt.computed)
-        if not chunk.is_last:
-            return []
-        if token is None:
-            self._spoilt(prompt.key)
-            return []
-        self._handoff.computed(prompt.key)
-        prefill_ms = (time.perf_counter() - prompt.started_s) * 1000
-        self._send(prompt.key[0], messages.first_token(prompt, token, prefill_ms))
-        sequence = Running(
-            key=prompt.key,
-            prompt_tokens=len(prompt.prompt),
-            sampling=prompt.sampling,
-            blocks=prompt.blocks,
-            history=prompt.history,
-        )
-        return [self._join(sequence, token)]
-
-    def _join(self, sequence: Running, first_token: int) -> Output:
-        self._decoding[sequence.key] = sequence
-        return self._batch.join(sequence, first_token)
-
-    def _spoilt(self, key: Key) -> None:
-        self._handoff.distrust(key)
-        self._abort(key, NOT_A_NUMBER)
-        self._fail(key, FailureCode.FAILURE_CODE_INTERNAL, NOT_A_NUMBER)
-
-    def _step_failed(self, step: DecodeStep, error: Exception) -> None:
-        self._engine_idle(step)
-        for key in step.keys:
-            self._abort(key, "a decode step failed")
-            self._fail(key, FailureCode.FAILURE_CODE_INTERNAL, f"decode step: {error}")
-
-    def _engine_idle(self, step: DecodeStep) -> None:
-        """Frees what was aborted while the step ran."""
-        self._handoff.engine_moved(_now_ms())
-        for key in step.keys:
-            self._in_step.discard(key)
-            if self._handoff.is_aborting(key):
-                self._handoff.engine_idle(key)
-
-    def _publish(self, outputs: Sequence[Output]) -> None:
-        for output in outputs:
-            if output.ending is not Ending.NONE:
-                self._handoff.finish(output.key, self._decoding.pop(output.key).answer)
-        for session, event in messages.step_outputs(outputs).items():
-            self._send(session, event)
 
     # ---- letting go
 
+    def _is_idle(self) -> bool:
+        return len(self._handoff) == 0  # whoever is in a step has a reservation until it ends
+
     async def _reap(self) -> None:
+        crowded_out = 0
         while True:
             await asyncio.sleep(_REAP_EVERY_S)
+            self._listener.log_rejected()
             for key in self._handoff.expired(_now_ms()):
-                self._abort(key, "its lease ran out")
-                self._fail(key, FailureCode.FAILURE_CODE_EXPIRED, "no progress within the lease")
+                self._abort(key, ReservationEvent.TIMEOUT, "its lease ran out")
+                self._sessions.fail(
+                    key, FailureCode.FAILURE_CODE_EXPIRED, "no progress within the lease"
+                )
+            for key in self._kept.expired(_now_ms()):
+                self._abort(key, ReservationEvent.TIMEOUT, "no router has adopted it")
+            if self._kept.crowded_out > crowded_out:
+                log.warning("more than %d whole answers to keep", self._config.kept_max)
+                crowded_out = self._kept.crowded_out
 
-    def _abort(self, key: Key, reason: str) -> None:
-        self._batch.leave(key)
-        self._prompts.leave(key)
-        sequence = self._decoding.pop(key, None)
-        answer = sequence.answer if sequence else ()
-        transfer_id = self._handoff.abort(key, answer, in_step=key in self._in_step)
+    def _abort(self, key: Key, why: ReservationEvent, reason: str) -> None:
+        transfer_id = self._steps.let_go(key, why)
         if transfer_id is not None:
             self._listener.abort(transfer_id, reason)
-        if all(map(self._handoff.is_aborting, self._in_step)):
-            self._step_cancelled.set()  # or its blocks would wait for a step nobody wants
-        self._announce_load()
-
-    def _fail(self, key: Key, code: FailureCode, message: str) -> None:
-        session, number = key
-        failed = worker_pb2.Failed(key=number, code=code, message=message)
-        self._send(session, DecodeEvent(failed=failed))
 
     def _announce_load(self) -> None:
         """Tells every router when there are more blocks: requests may be waiting for them."""
+        self._changed.set()
         if self.ledger.available > self._announced_free:
-            for session in self._sessions:
-                self._send(session, DecodeEvent())
+            self._sessions.tell_load()
         self._announced_free = self.ledger.available
 
-    def _announce(
-        self, session: RouterSession[DecodeEvent], blocks: worker_pb2.BlockChanges | None
-    ) -> None:
-        self._send(session, DecodeEvent(blocks=blocks))
-
-    def _send(self, session: Any, event: DecodeEvent) -> None:
-        event.load.blocks_free = self.ledger.available
-        event.load.running = len(self._batch)
-        event.load.queued_tokens = self._prompts.queued_tokens
-        event.load.queued_prompts = self._prompts.queued_prompts
-        event.load.cost.CopyFrom(self._engine.cost())
-        session.send(event)
+    def _write_load(self, load: worker_pb2.DecodeLoad) -> None:
+        load.blocks_free = self.ledger.available
+        load.running = len(self._batch)
+        load.queued_tokens = self._prompts.queued_tokens
+        load.queued_prompts = self._prompts.queued_prompts
+        load.cost.CopyFrom(self._engine.cost())
+        load.draining = self._handoff.draining
 
 
 def _now_ms() -> float:

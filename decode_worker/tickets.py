@@ -7,6 +7,7 @@ that gave it, and worth nothing after its end.
 import hmac
 import secrets
 
+from kvrelay.transport.errors import RefusedError, Rejection
 from kvrelay.wire.transfer_pb2 import Ticket
 
 _KEY_BYTES = 32
@@ -27,6 +28,13 @@ class TicketSigner:
         unsigned.ClearField("signature")
         return hmac.digest(self._key, unsigned.SerializeToString(deterministic=True), "sha256")
 
-    def is_ours(self, ticket: Ticket) -> bool:
-        """Whether the ticket is one that we have signed, and nothing of it was changed."""
-        return hmac.compare_digest(self.signature(ticket), ticket.signature)
+    def check(self, ticket: Ticket, given: bytes) -> None:
+        """Raises RefusedError unless we have signed the ticket, and nothing of it was changed.
+
+        given: the signature of the ticket that was given for this transfer, if one was.
+        """
+        if hmac.compare_digest(self.signature(ticket), ticket.signature):
+            return
+        if given and hmac.compare_digest(given, ticket.signature):
+            raise RefusedError(Rejection.ALTERED, "the ticket is not as it was given")
+        raise RefusedError(Rejection.FORGED, "the ticket's signature is wrong")

@@ -53,6 +53,7 @@ class Completion:
     model: str
     timings: Timings
     cached_tokens: int = 0  # of the prompt: their KV was kept from an earlier request
+    resumed: int = 0  # times that the answer went on after its server was lost
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,11 @@ _FINISH_REASONS: dict[int, Literal["stop", "length"]] = {
 
 
 class Answer:
-    """Folds the events of one answer and refuses what breaks the contract."""
+    """Folds the events of one answer and refuses what breaks the contract.
+
+    They may come in several streams, one after another: each goes on where the one before broke
+    off, or begins anew, and then what is known already must come again and is passed over.
+    """
 
     def __init__(self) -> None:
         self.ended = False  # the server closed the stream, and all was well
@@ -102,6 +107,26 @@ class Answer:
         self._finished = pb.Finished()
         self._token_ids: list[int] = []
         self._texts: list[str] = []
+        self._chars = 0  # in _texts
+        # Where the stream is, in the whole answer: its next token, its next character, and how many
+        # of those before it came without tokens after the newest one.
+        self._token_at = 0
+        self._char_at = 0
+        self._chars_after = 0
+
+    @property
+    def next_offset(self) -> int:
+        """Where the stream that breaks off now could go on."""
+        return self._token_at
+
+    def reopen(self, *, anew: bool) -> None:
+        """Another stream follows: from the first token on, or from next_offset."""
+        self._phase = _Phase.OPEN
+        if anew:
+            self._token_at = self._char_at = 0
+        else:
+            self._char_at -= self._chars_after
+        self._chars_after = 0
 
     def take(self, event: pb.GenerateResponse) -> Delta | None:
         """The delta in `event`, if it is one. An illegal event raises and changes nothing."""
@@ -111,10 +136,14 @@ class Answer:
             raise _contract_broken(f"sent an event of kind {kind} {self._phase.value}")
         delta = None
         if kind == "accepted":
+            if self._accepted.request_id and event.accepted.seed != self._accepted.seed:
+                raise _contract_broken("accepted the request again with another seed")
             self._accepted = event.accepted
         elif kind == "delta":
             delta = self._append(event.delta)
         elif event.finished.reason in _FINISH_REASONS:
+            if self._token_at < len(self._token_ids) or self._char_at < self._chars:
+                raise _contract_broken("ended the answer before what had come of it")
             self._finished = event.finished
         else:
             raise _contract_broken(f"gave the unknown finish reason {event.finished.reason}")
@@ -127,7 +156,7 @@ class Answer:
             raise _contract_broken(f"closed the stream {self._phase.value}")
         self.ended = True
 
-    def completion(self) -> Completion:
+    def completion(self, resumed: int = 0) -> Completion:
         """The whole answer; only once it has ended."""
         assert self.ended
         return Completion(
@@ -141,18 +170,32 @@ class Answer:
             model=self._accepted.model,
             timings=Timings(**_fields(Timings, self._finished.timings)),
             cached_tokens=self._finished.cached_tokens,
+            resumed=resumed,
         )
 
-    def _append(self, wire: pb.Delta) -> Delta:
-        # A delta of text alone, which was held back, has no first token to be the offset of.
-        if wire.token_ids and wire.offset != len(self._token_ids):
+    def _append(self, wire: pb.Delta) -> Delta | None:
+        """What is new in it; None when nothing is."""
+        # The last text may come without tokens; its offset says nothing.
+        if wire.token_ids and wire.offset != self._token_at:
             raise _contract_broken(
-                f"sent token {wire.offset} of the answer where token {len(self._token_ids)} was due"
+                f"sent token {wire.offset} of the answer where token {self._token_at} was due"
             )
-        delta = Delta(len(self._token_ids), tuple(wire.token_ids), wire.text)
-        self._token_ids.extend(delta.token_ids)
-        self._texts.append(delta.text)
-        return delta
+        known = self._token_ids[self._token_at : self._token_at + len(wire.token_ids)]
+        again = self._text_at(self._char_at, len(wire.text))
+        if known != wire.token_ids[: len(known)] or not wire.text.startswith(again):
+            raise _contract_broken("gave another answer the second time")
+        token_ids, text = tuple(wire.token_ids[len(known) :]), wire.text[len(again) :]
+        delta = Delta(len(self._token_ids), token_ids, text)
+        self._token_at += len(wire.token_ids)
+        self._char_at += len(wire.text)
+        self._chars_after = 0 if wire.token_ids else self._chars_after + len(wire.text)
+        self._token_ids.extend(token_ids)
+        self._texts.append(text)
+        self._chars += len(text)
+        return delta if token_ids or text or not (known or again) else None
+
+    def _text_at(self, at: int, count: int) -> str:
+        return "" if at >= self._chars else "".join(self._texts)[at : at + count]
 
 
 def tokens_from(wire: pb.TokenizeResponse) -> Tokens:

@@ -1,15 +1,15 @@
 """The client of the gRPC contract: owns how a program asks kvrelay for text, and reads it.
 
 Called by the command line, the load generator, the tests and users' own programs. `Client` blocks,
-`AsyncClient` is awaited; both build their requests with kvrelay/request.py, fold what comes back
-with kvrelay/answer.py and tell failures as kvrelay/peer.py does. Users import all names from here.
+`AsyncClient` is awaited; both build their requests with kvrelay/request.py, give out answers as
+kvrelay/streams.py has them and tell failures as kvrelay/peer.py does. Users import all names from
+here.
 Imports neither torch nor transformers, so it starts in a moment.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar, Unpack
 
@@ -17,7 +17,6 @@ import grpc
 import grpc.aio
 
 from kvrelay.answer import (
-    Answer,
     Completion,
     Delta,
     Model,
@@ -26,8 +25,7 @@ from kvrelay.answer import (
     models_from,
     tokens_from,
 )
-from kvrelay.credentials import authorization, channel_credentials
-from kvrelay.peer import KvrelayError, Peer, checked_address
+from kvrelay.peer import KvrelayError
 from kvrelay.request import (
     RequestOptions,
     SamplingOptions,
@@ -35,11 +33,14 @@ from kvrelay.request import (
     generate_request,
     tokenize_request,
 )
+from kvrelay.resuming import Resuming
+from kvrelay.servers import MESSAGE_BYTES_MAX, Servers
+from kvrelay.streams import AsyncStream, Stream
 from kvrelay.wire import inference_pb2 as pb
-from kvrelay.wire.inference_pb2_grpc import InferenceStub
 
 __all__ = [
     "DEFAULT_ADDRESS",
+    "DEFAULT_RESUME_S",
     "DEFAULT_TIMEOUT_S",
     "MESSAGE_BYTES_MAX",
     "AsyncClient",
@@ -58,15 +59,7 @@ __all__ = [
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_TIMEOUT_S = 600.0
-MESSAGE_BYTES_MAX = 32 * 2**20
-
-_CHANNEL_OPTIONS = (
-    # Above what servers take, so that the server's own refusal, which names its limit, is seen.
-    ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
-    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-    # A restarted server is found again within a second; gRPC would wait up to two minutes.
-    ("grpc.max_reconnect_backoff_ms", 1000),
-)
+DEFAULT_RESUME_S = 30.0
 
 _StreamT = TypeVar("_StreamT")
 
@@ -76,22 +69,14 @@ class _BaseClient(Generic[_StreamT]):
 
     def __init__(
         self,
-        address: str,
+        servers: Servers,
         timeout_s: float,
-        api_key: str | None,
-        certificates: Path | None,
-        channels: Any,  # grpc or grpc.aio
-        stream: Callable[[Any, Peer], _StreamT],
+        resume_for_s: float,
+        stream: Callable[[Servers, Resuming, float], _StreamT],
     ) -> None:
-        self._peer = Peer(checked_address(address), timeout_s)
-        self._metadata = authorization(api_key)
-        if certificates is None:
-            self._channel = channels.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        else:
-            self._channel = channels.secure_channel(
-                address, channel_credentials(certificates), options=_CHANNEL_OPTIONS
-            )
-        self._stub = InferenceStub(self._channel)
+        self._servers = servers
+        self._timeout_s = timeout_s
+        self._resume_for_s = resume_for_s
         self._stream = stream
 
     def generate(
@@ -102,7 +87,7 @@ class _BaseClient(Generic[_StreamT]):
         **options: Unpack[RequestOptions],
     ) -> _StreamT:
         """Continues `prompt`, a text or token ids. Returns at once; read the stream."""
-        return self._ask(self._stub.Generate, generate_request(prompt, options), timeout_s)
+        return self._ask("Generate", generate_request(prompt, options), timeout_s)
 
     def chat(
         self,
@@ -112,24 +97,32 @@ class _BaseClient(Generic[_StreamT]):
         **options: Unpack[RequestOptions],
     ) -> _StreamT:
         """Answers messages of `role` and `content`; a text is one message of the user."""
-        return self._ask(self._stub.Chat, chat_request(messages, options), timeout_s)
+        return self._ask("Chat", chat_request(messages, options), timeout_s)
 
-    def _ask(self, method: Any, request: Any, timeout_s: float | None) -> _StreamT:
-        peer = self._peer.within(timeout_s)
-        return self._stream(self._call(method, request, peer), peer)
-
-    def _call(self, method: Any, request: Any, peer: Peer | None = None) -> Any:
-        timeout_s = (peer or self._peer).timeout_s
-        return method(request, timeout=timeout_s, metadata=self._metadata)
+    def _ask(self, method: str, request: Any, timeout_s: float | None) -> _StreamT:
+        resuming = Resuming(
+            method,
+            request,
+            servers=len(self._servers),
+            first=self._servers.first,
+            resume_for_s=self._resume_for_s,
+        )
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        return self._stream(self._servers, resuming, timeout_s)
 
 
 class Client(_BaseClient["Stream"]):
-    """A blocking client of one server, safe to use from several threads.
+    """A blocking client, safe to use from several threads.
 
-    `timeout_s` limits each request from sending to its last token, unless the request names its
-    own. `api_key` goes with every request. `certificates` is a folder with the ca.pem that the
-    server's certificate is from, and with a cert.pem and key.pem to show if the server asks for
-    them; without it nothing is encrypted. Every method, and every stream while it is read, raises
+    `address` is a server's, or those of several routers of one cluster with commas between: the
+    next one is asked when one is not there. `timeout_s` limits each request from sending to its
+    last token, unless the request names its own. `api_key` goes with every request. `certificates`
+    is a folder with the ca.pem that the server's certificate is from, and with a cert.pem and
+    key.pem to show if the server asks for them; without it nothing is encrypted.
+
+    When a server is lost while it answers, the answer goes on from another one, or from the same
+    when it is back, with the very tokens that it would have had; it is given up after
+    `resume_for_s`, or at once if that is 0. Every method, and every stream while it is read, raises
     KvrelayError.
     """
 
@@ -140,23 +133,35 @@ class Client(_BaseClient["Stream"]):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         api_key: str | None = None,
         certificates: Path | None = None,
+        resume_for_s: float = DEFAULT_RESUME_S,
     ) -> None:
-        super().__init__(address, timeout_s, api_key, certificates, grpc, Stream)
+        servers = Servers(address, timeout_s, api_key, certificates, grpc)
+        super().__init__(servers, timeout_s, resume_for_s, Stream)
 
     def tokenize(self, text: str, *, model: str = "") -> Tokens:
         """Cuts `text` into the model's tokens, with no chat template around it."""
         request = tokenize_request(text, model)
-        with self._peer.explaining():
-            return tokens_from(self._call(self._stub.Tokenize, request))
+        return tokens_from(self._call("Tokenize", request))
 
     def models(self) -> tuple[Model, ...]:
         """The models that the server serves."""
-        with self._peer.explaining():
-            return models_from(self._call(self._stub.ListModels, pb.ListModelsRequest()))
+        return models_from(self._call("ListModels", pb.ListModelsRequest()))
+
+    def _call(self, method: str, request: Any) -> Any:
+        """What the first server says that can be asked."""
+        for server in (turns := self._servers.in_turn()):
+            try:
+                with self._servers.peer(server).explaining():
+                    return self._servers.call(server, method, request)
+            except KvrelayError as error:
+                if error.code is not grpc.StatusCode.UNAVAILABLE or server == turns[-1]:
+                    raise
+        raise AssertionError("there is no server")
 
     def close(self) -> None:
         """Cancels what is running and hangs up."""
-        self._channel.close()
+        for channel in self._servers.channels:
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -175,141 +180,38 @@ class AsyncClient(_BaseClient["AsyncStream"]):
         timeout_s: float = DEFAULT_TIMEOUT_S,
         api_key: str | None = None,
         certificates: Path | None = None,
+        resume_for_s: float = DEFAULT_RESUME_S,
     ) -> None:
-        super().__init__(address, timeout_s, api_key, certificates, grpc.aio, AsyncStream)
+        servers = Servers(address, timeout_s, api_key, certificates, grpc.aio)
+        super().__init__(servers, timeout_s, resume_for_s, AsyncStream)
 
     async def tokenize(self, text: str, *, model: str = "") -> Tokens:
         """Cuts `text` into the model's tokens, with no chat template around it."""
         request = tokenize_request(text, model)
-        with self._peer.explaining():
-            return tokens_from(await self._call(self._stub.Tokenize, request))
+        return tokens_from(await self._call("Tokenize", request))
 
     async def models(self) -> tuple[Model, ...]:
         """The models that the server serves."""
-        with self._peer.explaining():
-            return models_from(await self._call(self._stub.ListModels, pb.ListModelsRequest()))
+        return models_from(await self._call("ListModels", pb.ListModelsRequest()))
+
+    async def _call(self, method: str, request: Any) -> Any:
+        """What the first server says that can be asked."""
+        for server in (turns := self._servers.in_turn()):
+            try:
+                with self._servers.peer(server).explaining():
+                    return await self._servers.call(server, method, request)
+            except KvrelayError as error:
+                if error.code is not grpc.StatusCode.UNAVAILABLE or server == turns[-1]:
+                    raise
+        raise AssertionError("there is no server")
 
     async def close(self) -> None:
         """Cancels what is running and hangs up."""
-        await self._channel.close(None)
+        for channel in self._servers.channels:
+            await channel.close(None)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-
-class _BaseStream:
-    """What both streams do alike: cancel, and keep the first failure."""
-
-    def __init__(self, call: Any, peer: Peer) -> None:
-        self._call = call
-        self._peer = peer
-        self._answer = Answer()
-        self._failure: KvrelayError | None = None
-
-    def cancel(self) -> None:
-        """Ends the request here and at the server; without effect once it has ended."""
-        self._call.cancel()
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Around each read of the call, which is cancelled once it has failed and is no use."""
-        if self._failure is not None:
-            raise self._failure
-        try:
-            with self._peer.explaining():
-                yield
-        except KvrelayError as error:
-            self._failure = error
-            self.cancel()
-            raise
-
-
-class Stream(_BaseStream):
-    """One answer on its way: iterates over its text, piece by piece, as it comes.
-
-    Use it in a `with` statement to have the request cancelled if the block is left early. Once it
-    has failed, every later read raises the same KvrelayError.
-    """
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        while (delta := self._next_delta()) is not None:
-            if delta.text:
-                return delta.text
-        raise StopIteration
-
-    def deltas(self) -> Iterator[Delta]:
-        """What is left of the answer as it came, with its tokens."""
-        while (delta := self._next_delta()) is not None:
-            yield delta
-
-    def result(self) -> Completion:
-        """Reads to the end; the completion holds also what was iterated over before."""
-        while self._next_delta() is not None:
-            pass
-        return self._answer.completion()
-
-    def _next_delta(self) -> Delta | None:
-        with self._reading():
-            if self._answer.ended:
-                return None
-            for event in self._call:
-                if (delta := self._answer.take(event)) is not None:
-                    return delta
-            self._answer.end()
-        return None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.cancel()
-
-
-class AsyncStream(_BaseStream):
-    """`Stream` for asyncio. A task cancelled while it reads cancels the request as well."""
-
-    def __init__(self, call: Any, peer: Peer) -> None:
-        super().__init__(call, peer)
-        self._events = aiter(call)
-
-    def __aiter__(self) -> AsyncIterator[str]:
-        return self
-
-    async def __anext__(self) -> str:
-        while (delta := await self._next_delta()) is not None:
-            if delta.text:
-                return delta.text
-        raise StopAsyncIteration
-
-    async def deltas(self) -> AsyncIterator[Delta]:
-        """What is left of the answer as it came, with its tokens."""
-        while (delta := await self._next_delta()) is not None:
-            yield delta
-
-    async def result(self) -> Completion:
-        """Reads to the end; the completion holds also what was iterated over before."""
-        while await self._next_delta() is not None:
-            pass
-        return self._answer.completion()
-
-    async def _next_delta(self) -> Delta | None:
-        with self._reading():
-            if self._answer.ended:
-                return None
-            async for event in self._events:
-                if (delta := self._answer.take(event)) is not None:
-                    return delta
-            self._answer.end()
-        return None
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.cancel()

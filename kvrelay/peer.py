@@ -17,15 +17,27 @@ import grpc
 
 # How gRPC's own messages begin, and what they hold: the codes are the same as the server's own.
 _NOT_CONNECTED = ("failed to connect to all addresses", "errors resolving", "DNS resolution")
+_CODES_OF_LOSS = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+)
+_LOST = (
+    *("Socket closed", "Connection reset", "Broken pipe", "Stream removed", "GOAWAY", "RST_STREAM"),
+    *("recvmsg", "sendmsg", "keepalive", "ping timeout", "Transport closed", "timed out"),
+)
 _CANCELLED_LOCALLY = ("Locally cancelled by application!", "Channel closed!")
-_CANCELLED = "the request was cancelled"
+CANCELLED = "the request was cancelled"
 
 
 class KvrelayError(Exception):
     """A request that failed. `code` is gRPC's status code; str() is one line for a person.
 
-    retry_ms: when the server suggests to try again; None: it does not.
+    retry_ms: when the server suggests to try again; None: it does not. lost: the connection broke,
+    or the server says nothing any more, after it had the request.
     """
+
+    lost = False
 
     def __init__(self, code: grpc.StatusCode, message: str, retry_ms: int | None = None) -> None:
         super().__init__(code, message, retry_ms)
@@ -60,21 +72,24 @@ class Peer:
             if task is not None and task.cancelling():
                 raise
             # Nobody cancelled this task: it is how grpc.aio reports a call that we cancelled.
-            raise KvrelayError(grpc.StatusCode.CANCELLED, _CANCELLED) from None
+            raise KvrelayError(grpc.StatusCode.CANCELLED, CANCELLED) from None
 
     def explain(
         self, code: grpc.StatusCode, details: str, retry_ms: int | None = None
     ) -> KvrelayError:
         """The error to raise: the server's own words, or ours where gRPC's would not help."""
         message = " ".join(details.split())
+        lost = retry_ms is None and _is_lost(code, message)
         if code is grpc.StatusCode.UNAVAILABLE:
             message = self._explain_unavailable(message)
         elif code is grpc.StatusCode.DEADLINE_EXCEEDED and message == "Deadline Exceeded":
             message = f"{self.address} did not finish the request within {self.timeout_s:g} s"
         elif any(words in message for words in _CANCELLED_LOCALLY):
-            message = _CANCELLED
+            message = CANCELLED
         message = message or f"{self.address} failed without a word ({code.name})"
-        return KvrelayError(code, message, retry_ms)
+        error = KvrelayError(code, message, retry_ms)
+        error.lost = lost
+        return error
 
     def _explain_unavailable(self, message: str) -> str:
         if message.startswith(_NOT_CONNECTED):
@@ -86,6 +101,14 @@ class Peer:
         if "Socket closed" in message or "Connection reset" in message:
             return f"the connection to {self.address} broke off ({message})"
         return message
+
+
+def _is_lost(code: grpc.StatusCode, message: str) -> bool:
+    return (
+        code in _CODES_OF_LOSS
+        and not message.startswith(_NOT_CONNECTED)
+        and any(words in message for words in _LOST)
+    )
 
 
 def _retry_ms(metadata: Iterable[Any] | None) -> int | None:

@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import grpc
 
@@ -19,14 +19,18 @@ log = logging.getLogger(__name__)
 MESSAGE_BYTES_MAX = 32 << 20
 METADATA_BYTES_MAX = 8 << 10  # of one call
 
-# Pings find a peer that is gone without a word, on an idle stream too.
-_KEEPALIVE = [
-    ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
-]
+
+class Pings(NamedTuple):
+    """How a peer is found that is gone without a word, on an idle stream too."""
+
+    every_ms: int  # while nothing is heard
+    answer_ms: int
+
+
+SESSION_PINGS = Pings(1_000, 1_500)  # between router and workers
+# Clients may be far away, or slow. They may ping more often than they are pinged.
+PUBLIC_PINGS = Pings(5_000, 5_000)
+_PINGED_MS = 500  # a peer that pings more often is sent away
 
 Event = TypeVar("Event")
 Command = TypeVar("Command")
@@ -36,10 +40,12 @@ def make_server(
     interceptors: Sequence[Any] = (),
     rpcs_max: int | None = None,
     request_bytes_max: int = MESSAGE_BYTES_MAX,
+    pings: Pings = SESSION_PINGS,
 ) -> grpc.aio.Server:
     """More than rpcs_max calls at once are refused with RESOURCE_EXHAUSTED."""
     options = [
-        *_KEEPALIVE,
+        *_keepalive(pings),
+        ("grpc.http2.min_ping_interval_without_data_ms", _PINGED_MS),
         *_sizes(request_bytes_max),
         ("grpc.max_metadata_size", METADATA_BYTES_MAX),
         ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
@@ -75,7 +81,7 @@ def dial(address: str, certificates: Path | None = None) -> grpc.aio.Channel:
     """To a worker. With certificates over TLS alone, to one that shows a member's."""
     # A pool of its own, so that closing this channel closes this connection.
     options: list[tuple[str, Any]] = [
-        *_KEEPALIVE,
+        *_keepalive(SESSION_PINGS),
         *_sizes(MESSAGE_BYTES_MAX),
         ("grpc.use_local_subchannel_pool", 1),
     ]
@@ -83,6 +89,16 @@ def dial(address: str, certificates: Path | None = None) -> grpc.aio.Channel:
         return grpc.aio.insecure_channel(address, options=options)
     options.append(("grpc.ssl_target_name_override", member_name(certificates)))
     return grpc.aio.secure_channel(address, grpc_channel(certificates), options=options)
+
+
+def _keepalive(pings: Pings) -> list[tuple[str, int]]:
+    return [
+        ("grpc.keepalive_time_ms", pings.every_ms),
+        ("grpc.keepalive_timeout_ms", pings.answer_ms),
+        ("grpc.http2.ping_timeout_ms", pings.answer_ms),  # or it is a minute, whatever the above
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
 
 
 def _sizes(receive_bytes_max: int) -> list[tuple[str, int]]:

@@ -6,7 +6,7 @@ chunk: a short prompt behind a long one waits for a chunk, not for the prompt. W
 prompt is not computed again.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -30,25 +30,57 @@ class JobState(Enum):
 
 
 class JobEvent(Enum):
-    ADMIT = "admit"
+    ADMIT = "admit"  # there is room for its blocks
     COMPUTED = "computed"
-    ACKNOWLEDGED = "acknowledged"
-    ABORT = "abort"  # cancel, timeout, a lost router or decode worker
+    ACKNOWLEDGED = "acknowledged"  # by the decode worker
+    CANCEL = "cancel"  # its router does not want it any more
+    TIMEOUT = "timeout"  # no step, or no answer of the decode worker, in time
+    ROUTER_LOST = "router lost"  # its router's session ended
+    DECODER_LOST = "decoder lost"  # the decode worker gave it up, or its link ended
+    FAIL = "fail"  # the engine could not do it
     QUIET = "quiet"  # neither the engine nor a push uses its blocks any more
+    DRAIN = "drain"  # this worker takes nothing new from here on
 
 
 _S, _E = JobState, JobEvent
 
 TRANSITIONS: dict[tuple[JobState, JobEvent], JobState] = {
     (_S.QUEUED, _E.ADMIT): _S.COMPUTING,
-    (_S.QUEUED, _E.ABORT): _S.CLOSED,
+    (_S.QUEUED, _E.CANCEL): _S.CLOSED,
+    (_S.QUEUED, _E.TIMEOUT): _S.CLOSED,
+    (_S.QUEUED, _E.ROUTER_LOST): _S.CLOSED,
+    (_S.QUEUED, _E.DECODER_LOST): _S.CLOSED,
+    (_S.QUEUED, _E.FAIL): _S.CLOSED,
+    (_S.QUEUED, _E.DRAIN): _S.QUEUED,
     (_S.COMPUTING, _E.COMPUTED): _S.HANDING_OFF,
-    (_S.COMPUTING, _E.ABORT): _S.ABORTING,
+    (_S.COMPUTING, _E.CANCEL): _S.ABORTING,
+    (_S.COMPUTING, _E.TIMEOUT): _S.ABORTING,
+    (_S.COMPUTING, _E.ROUTER_LOST): _S.ABORTING,
+    (_S.COMPUTING, _E.DECODER_LOST): _S.ABORTING,
+    (_S.COMPUTING, _E.FAIL): _S.ABORTING,
+    (_S.COMPUTING, _E.DRAIN): _S.COMPUTING,
     (_S.HANDING_OFF, _E.ACKNOWLEDGED): _S.CLOSED,
-    (_S.HANDING_OFF, _E.ABORT): _S.ABORTING,
-    (_S.ABORTING, _E.ABORT): _S.ABORTING,
+    (_S.HANDING_OFF, _E.CANCEL): _S.ABORTING,
+    (_S.HANDING_OFF, _E.TIMEOUT): _S.ABORTING,
+    (_S.HANDING_OFF, _E.ROUTER_LOST): _S.ABORTING,
+    (_S.HANDING_OFF, _E.DECODER_LOST): _S.ABORTING,
+    (_S.HANDING_OFF, _E.FAIL): _S.ABORTING,
+    (_S.HANDING_OFF, _E.DRAIN): _S.HANDING_OFF,
+    (_S.ABORTING, _E.CANCEL): _S.ABORTING,
+    (_S.ABORTING, _E.TIMEOUT): _S.ABORTING,
+    (_S.ABORTING, _E.ROUTER_LOST): _S.ABORTING,
+    (_S.ABORTING, _E.DECODER_LOST): _S.ABORTING,
+    (_S.ABORTING, _E.FAIL): _S.ABORTING,
     (_S.ABORTING, _E.QUIET): _S.CLOSED,
+    (_S.ABORTING, _E.DRAIN): _S.ABORTING,
 }
+
+# Why a job is let go of before it is handed off; Schedule.abort takes these.
+CAUSES = frozenset({_E.CANCEL, _E.TIMEOUT, _E.ROUTER_LOST, _E.DECODER_LOST, _E.FAIL})
+
+
+class DrainingError(Exception):
+    """This worker takes nothing new."""
 
 
 class InvalidJobError(Exception):
@@ -98,6 +130,8 @@ class Schedule:
         self._waiting_tokens = 0
         self._turns: Turns[Job] = Turns(layout.block_size, self._look_again)  # computing
         self._jobs: dict[Key, Job] = {}
+        self.draining = False
+        self.causes: Counter[JobEvent] = Counter()  # why jobs were let go of
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -113,7 +147,9 @@ class Schedule:
         return len(self._waiting) + len(self._turns)
 
     def add(self, job: Job) -> None:
-        """Raises InvalidJobError or QueueFullError and changes nothing."""
+        """Raises DrainingError, InvalidJobError or QueueFullError and changes nothing."""
+        if self.draining:
+            raise DrainingError("this worker is draining: it takes nothing new")
         needed = self._layout.blocks_for(len(job.prompt))
         if needed == 0:
             raise InvalidJobError("the prompt is empty")
@@ -162,17 +198,23 @@ class Schedule:
         self.cache.let_go(job.key, job.blocks, BlockEvent.RELEASE, job.hashes)
         del self._jobs[job.key]
 
-    def abort(self, key: Key) -> Job | None:
+    def abort(self, key: Key, why: JobEvent) -> Job | None:
         """Lets go of a job in any state. Until `quiet`, its blocks stay in quarantine, and in use
         those that it shares: a push may still read them.
 
-        Returns the job, or None when it has ended already.
+        why: one of CAUSES.
+
+        Returns the job, or None when it was let go of earlier, or has ended.
         """
+        assert why in CAUSES, why
         job = self._jobs.get(key)
-        if job is None or job.state is JobState.ABORTING:
+        if job is None:
             return None
         before = job.state
-        job.on(JobEvent.ABORT)
+        job.on(why)
+        if job.state is before:
+            return None
+        self.causes[why] += 1
         if before is JobState.QUEUED:
             self._waiting.remove(job)
             self._waiting_tokens -= len(job.prompt)
@@ -182,6 +224,12 @@ class Schedule:
             self._turns.leave(job)
         self.ledger.move(key, self.cache.private(job.blocks), BlockEvent.ABORT)
         return job
+
+    def drain(self) -> None:
+        """Nothing new from here on; what is here goes on."""
+        self.draining = True
+        for job in self._jobs.values():
+            job.on(JobEvent.DRAIN)
 
     def distrust(self, job: Job) -> None:
         """What the engine made of this prompt is wrong: nobody else shall read its KV."""

@@ -1,19 +1,17 @@
 """The prefill worker: serves routers over gRPC, pushes KV to decode workers over the KV links.
 
 Run by cluster/ inside a Ray actor, or by tests in process. It carries out what Schedule decides.
-Each job has a task that pushes blocks as chunks finish, so chunk k travels while chunk k+1 is
+Each job has a Push that sends blocks as chunks finish, so chunk k travels while chunk k+1 is
 computed. All state is touched from one event loop; only engine steps and copies run elsewhere.
 """
 
 import asyncio
-import contextlib
 import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from kvrelay.announcer import Announcer
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams, history_of
@@ -24,14 +22,22 @@ from kvrelay.kv.ledger import BlockLedger
 from kvrelay.kv.prefix import split_hashes
 from kvrelay.membership import MembershipDoor
 from kvrelay.rpc import RouterSession, listen, make_server, serve_session
-from kvrelay.transport.channel import to_end
-from kvrelay.transport.errors import LinkError
+from kvrelay.sessions import Sessions
 from kvrelay.transport.nccl_link import find_nccl
-from kvrelay.transport.writer import Transfer
 from kvrelay.transport.writer_pool import WriterPool
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
 from kvrelay.wire.worker_pb2 import FailureCode, PrefillCommand, PrefillEvent
-from prefill_worker.schedule import InvalidJobError, Job, JobState, QueueFullError, Schedule
+from prefill_worker.push import Push
+from prefill_worker.schedule import (
+    DrainingError,
+    InvalidJobError,
+    Job,
+    JobEvent,
+    JobState,
+    Key,
+    QueueFullError,
+    Schedule,
+)
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +63,14 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         self._steps = 0  # ended
         self._step: Sequence[Chunk[Job]] = ()
         self._step_cancelled = CancelFlag()
-        self._running: dict[Job, _Progress] = {}
+        self._running: dict[Job, Push] = {}
+        self._changed = asyncio.Event()  # one of those has ended
         self._server = make_server()
         self._door: MembershipDoor
-        self._sessions: set[RouterSession[PrefillEvent]] = set()
-        self._announcer = Announcer(config, self._schedule.cache.journal, self._announce)
+        journal = self._schedule.cache.journal
+        self._sessions: Sessions[PrefillEvent] = Sessions(
+            config, journal, PrefillEvent, self._write_load
+        )
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -75,7 +84,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         await service._server.start()
         service._tasks = [
             asyncio.create_task(service._compute()),
-            asyncio.create_task(service._announcer.run()),
+            asyncio.create_task(service._sessions.announcer.run()),
         ]
         return service
 
@@ -84,14 +93,29 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         would survive: whoever waits here replaces the worker."""
         await asyncio.gather(*self._tasks)
 
+    async def drain(self, deadline_s: float) -> bool:
+        """Takes nothing new from here on, tells every router so, and returns when nothing runs
+        here any more; False when that took longer than deadline_s. May be called again."""
+        log.info("draining: %d prompts are here", len(self._running))
+        self._schedule.drain()
+        self._sessions.tell_load()
+        try:
+            async with asyncio.timeout(deadline_s):
+                while self._running:  # each until no step has its job
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
     async def stop(self) -> None:
         await self._server.stop(grace=None)
         self._step_cancelled.set()
         await _cancel(self._tasks)
         await self._engine.idle()  # the task is gone, its step may not be
-        for progress in self._running.values():
-            progress.step_ended()
-        await _cancel([progress.task for progress in self._running.values()])
+        for push in self._running.values():
+            push.step_ended()
+        await _cancel([push.task for push in self._running.values()])
         await self._writers.close()
         await asyncio.to_thread(self._engine.close)
 
@@ -99,11 +123,8 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
 
     async def Session(self, request_iterator: AsyncIterator[PrefillCommand], context: Any) -> None:
         await self._door.admit(context)
-        session: RouterSession[PrefillEvent] = RouterSession(self._config.session_events_max)
-        self._sessions.add(session)
         info = self._engine.info(self.instance_id, self._schedule.chunk_tokens)
-        self._send(session, PrefillEvent(info=info))
-        self._announcer.open(session)
+        session = self._sessions.open(info)
         await serve_session(session, request_iterator, context, self._command, self._closed)
 
     def _command(self, session: RouterSession[PrefillEvent], command: PrefillCommand) -> None:
@@ -111,15 +132,14 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         if kind == "prefill":
             self._accept(session, command.prefill)
         elif kind == "cancel":
-            self._abort((session, command.cancel.key))
+            self._abort((session, command.cancel.key), JobEvent.CANCEL)
         elif kind == "resync":
-            self._announcer.resync(session)
+            self._sessions.announcer.resync(session)
 
     def _closed(self, session: RouterSession[PrefillEvent]) -> None:
-        self._announcer.close(session)
-        self._sessions.discard(session)
+        self._sessions.close(session)
         for key in self._schedule.of_session(session):
-            self._abort(key)
+            self._abort(key, JobEvent.ROUTER_LOST)
 
     def _accept(self, session: RouterSession[PrefillEvent], prefill: worker_pb2.Prefill) -> None:
         job = Job(
@@ -131,7 +151,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         differences = self._layout.mismatch(KVLayout.from_wire(prefill.ticket.layout))
         if differences:
             message = f"KV layouts of prefill and decode worker differ: {differences}"
-            self._fail(job, FailureCode.FAILURE_CODE_INVALID, message)
+            self._sessions.fail(job.key, FailureCode.FAILURE_CODE_INVALID, message)
             return
         try:
             if self._config.prefix_caching:
@@ -140,15 +160,33 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             job.history = history_of(job.sampling, job.prompt, tokens, prefill.answered)
             self._schedule.add(job)
         except (InvalidJobError, ValueError) as error:
-            self._fail(job, FailureCode.FAILURE_CODE_INVALID, str(error))
-        except QueueFullError as error:
-            self._fail(job, FailureCode.FAILURE_CODE_EXHAUSTED, str(error))
+            self._sessions.fail(job.key, FailureCode.FAILURE_CODE_INVALID, str(error))
+        except (DrainingError, QueueFullError) as error:
+            self._sessions.fail(job.key, FailureCode.FAILURE_CODE_EXHAUSTED, str(error))
         else:
-            self._running[job] = _Progress(asyncio.create_task(self._hand_off(job)))
+            self._running[job] = self._push(job)
             self._work.set()
 
-    def _abort(self, key: tuple[object, int]) -> None:
-        job = self._schedule.abort(key)
+    def _push(self, job: Job) -> Push:
+        return Push(
+            job,
+            self._schedule,
+            self._writers,
+            self._sessions,
+            block_size=self._layout.block_size,
+            reply_s=self._config.link_reply_ms / 1000,
+            steps=lambda: self._steps,
+            ended=self._ended,
+        )
+
+    def _ended(self, job: Job) -> None:
+        del self._running[job]
+        self._changed.set()
+        self._work.set()  # blocks are free: somebody may be waiting for them
+        self._sessions.tell_load()
+
+    def _abort(self, key: Key, why: JobEvent) -> None:
+        job = self._schedule.abort(key, why)
         if job is not None:
             # Not at once: a task that never began would not run its clean-up either.
             asyncio.get_running_loop().call_soon(self._running[job].task.cancel)
@@ -185,15 +223,14 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     def _step_begins(self, step: Sequence[Chunk[Job]]) -> None:
         self._step, self._step_cancelled = step, CancelFlag()
         for chunk in step:
-            progress = self._running[chunk.job]
-            progress.engine_idle.clear()
-            progress.advanced.set()  # what others have computed can travel during this step
+            push = self._running[chunk.job]
+            push.step_begins()
             if chunk.is_first:
-                progress.started_s = time.perf_counter()
+                push.started_s = time.perf_counter()
                 started = worker_pb2.PrefillStarted(
                     key=chunk.job.key[1], cached_tokens=chunk.job.cached_tokens
                 )
-                self._send(chunk.job.key[0], PrefillEvent(started=started))
+                self._sessions.send(chunk.job.key[0], PrefillEvent(started=started))
 
     def _step_done(self, step: Sequence[Chunk[Job]], tokens: Sequence[int | None]) -> None:
         remaining = iter(tokens)
@@ -204,148 +241,45 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             if chunk.job.state is JobState.HANDING_OFF:
                 if token is None:
                     self._schedule.distrust(chunk.job)
-                    self._fail(chunk.job, FailureCode.FAILURE_CODE_INTERNAL, NOT_A_NUMBER)
-                    self._abort(chunk.job.key)
+                    self._sessions.fail(
+                        chunk.job.key, FailureCode.FAILURE_CODE_INTERNAL, NOT_A_NUMBER
+                    )
+                    self._abort(chunk.job.key, JobEvent.FAIL)
                 else:
                     self._first_token(chunk.job, token)
             self._running[chunk.job].step_ended()
 
     def _first_token(self, job: Job, token: int) -> None:
         job.first_token = token
-        progress = self._running[job]
-        progress.computed_s = time.perf_counter()
+        push = self._running[job]
+        push.computed_s = time.perf_counter()
         event = worker_pb2.FirstToken(
             key=job.key[1],
             token_id=token,
-            prefill_ms=(progress.computed_s - progress.started_s) * 1000,
+            prefill_ms=(push.computed_s - push.started_s) * 1000,
             cached_tokens=job.cached_tokens,
         )
-        self._send(job.key[0], PrefillEvent(first_token=event))
+        self._sessions.send(job.key[0], PrefillEvent(first_token=event))
 
     def _step_failed(self, step: Sequence[Chunk[Job]], error: Exception) -> None:
         for chunk in step:
             self._running[chunk.job].step_ended()
-            self._fail(chunk.job, FailureCode.FAILURE_CODE_INTERNAL, f"prefill step: {error}")
-            self._abort(chunk.job.key)
+            self._sessions.fail(
+                chunk.job.key, FailureCode.FAILURE_CODE_INTERNAL, f"prefill step: {error}"
+            )
+            self._abort(chunk.job.key, JobEvent.FAIL)
 
-    # ---- handing off
+    # ---- the load
 
-    async def _hand_off(self, job: Job) -> None:
-        """Lives as long as the job. However it ends, the blocks come back."""
-        transfer: Transfer | None = None
-        try:
-            transfer = await self._writers.begin(job.ticket)
-            await self._push(job, transfer)
-            assert job.first_token is not None
-            await transfer.commit(job.first_token, self._config.link_reply_ms / 1000)
-            self._acknowledged(job, transfer)
-        except LinkError as error:
-            self._fail(job, FailureCode.FAILURE_CODE_PEER_LOST, str(error))
-        except asyncio.CancelledError:
-            log.debug("%s, attempt %d: cancelled", job.ticket.request_id, job.ticket.attempt)
-        except Exception as error:
-            log.exception("handing off %s failed", job.ticket.request_id)
-            self._fail(job, FailureCode.FAILURE_CODE_INTERNAL, f"hand-off: {error}")
-        finally:
-            await to_end(self._let_go(job, transfer))  # a cancel must not cut it short
-
-    async def _push(self, job: Job, transfer: Transfer) -> None:
-        """Sends every block that the ticket asks for as soon as it is filled; returns when the
-        prompt is computed, too."""
-        progress = self._running[job]
-        while True:
-            done = job.first_token is not None
-            filled = len(job.blocks) if done else job.computed // self._layout.block_size
-            first = job.ticket.first_block + transfer.blocks_sent
-            blocks = job.blocks[first:filled]
-            if blocks:
-                await transfer.push(blocks)
-            elif done:
-                return
-            else:
-                await self._wait_for_chunk(progress, transfer)
-
-    async def _wait_for_chunk(self, progress: "_Progress", transfer: Transfer) -> None:
-        progress.advanced.clear()
-        steps, wait_s = self._steps, transfer.ticket.lease_ms / 3000
-        try:
-            async with asyncio.timeout(wait_s):
-                await progress.advanced.wait()
-            progress.idle_s = 0.0
-        except TimeoutError:
-            if self._steps > steps:  # waiting its turn at an engine that moves
-                await transfer.push([])  # renews the lease
-                progress.idle_s = 0.0
-                return
-            progress.idle_s += wait_s
-            if progress.idle_s >= 3 * wait_s:  # the lease on this side
-                raise LinkError("the engine made no step within the ticket's lease") from None
-
-    def _acknowledged(self, job: Job, transfer: Transfer) -> None:
-        if job.state is not JobState.HANDING_OFF:
-            return  # cancelled in the same moment
-        progress = self._running[job]
-        self._schedule.acknowledged(job)
-        event = worker_pb2.HandedOff(
-            key=job.key[1],
-            kv_bytes=transfer.bytes_sent,
-            kv_transfer_ms=transfer.busy_s * 1000,
-            kv_exposed_ms=(time.perf_counter() - progress.computed_s) * 1000,
-            transport=transfer.transport,
-        )
-        self._send(job.key[0], PrefillEvent(handed_off=event))
-
-    async def _let_go(self, job: Job, transfer: Transfer | None) -> None:
-        self._schedule.abort(job.key)  # first: no cancel comes after it
-        if transfer is not None:
-            if not transfer.committed:
-                with contextlib.suppress(LinkError):
-                    await transfer.abort("the prefill worker gave the request up")
-            transfer.close()
-        progress = self._running[job]
-        await progress.engine_idle.wait()
-        if job.state is JobState.ABORTING:
-            self._schedule.quiet(job)
-        del self._running[job]
-        self._work.set()  # blocks are free: somebody may be waiting for them
-        for session in self._sessions:
-            self._send(session, PrefillEvent())
-
-    def _fail(self, job: Job, code: FailureCode, message: str) -> None:
-        failed = worker_pb2.Failed(key=job.key[1], code=code, message=message)
-        self._send(job.key[0], PrefillEvent(failed=failed))
-
-    def _announce(
-        self, session: RouterSession[PrefillEvent], blocks: worker_pb2.BlockChanges | None
-    ) -> None:
-        self._send(session, PrefillEvent(blocks=blocks))
-
-    def _send(self, session: Any, event: PrefillEvent) -> None:
-        event.load.queued_tokens = self._schedule.queued_tokens
-        event.load.queued_prompts = self._schedule.queued_prompts
-        event.load.cost.CopyFrom(self._engine.cost())
-        event.load.blocks_free = self.ledger.available
-        session.send(event)
+    def _write_load(self, load: worker_pb2.PrefillLoad) -> None:
+        load.queued_tokens = self._schedule.queued_tokens
+        load.queued_prompts = self._schedule.queued_prompts
+        load.cost.CopyFrom(self._engine.cost())
+        load.draining = self._schedule.draining
+        load.blocks_free = self.ledger.available
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _Progress:
-    """What the service keeps of a job beside the schedule: its task, its events, its times."""
-
-    def __init__(self, task: asyncio.Task[None]) -> None:
-        self.task = task
-        self.advanced = asyncio.Event()  # a chunk is done
-        self.engine_idle = asyncio.Event()  # no step with this job is running
-        self.engine_idle.set()
-        self.started_s = 0.0
-        self.computed_s = 0.0
-        self.idle_s = 0.0  # waited for an engine that made no step
-
-    def step_ended(self) -> None:
-        self.engine_idle.set()
-        self.advanced.set()

@@ -10,16 +10,31 @@ from router.request import Ending, Request, Times
 
 
 class AnswerStream:
-    """Turns the tokens of one answer into what its client sees."""
+    """Turns the tokens of one answer into what its client sees.
 
-    def __init__(self, request: Request, detokenizer: Detokenizer) -> None:
+    The text that goes with the first n tokens follows from those tokens alone, however they were
+    grouped. So of an answer that goes on here, all tokens pass and the client gets what comes after
+    those that it has: `first` of them.
+    """
+
+    def __init__(self, request: Request, detokenizer: Detokenizer, first: int = 0) -> None:
         self.finished: inference_pb2.Finished | None = None
         self._request = request
         self._text = TextStream(detokenizer, request.sampling.stop)
         self._offset = 0
+        self._first = first
 
     def on(self, event: list[int] | Ending) -> Delta | None:
         """The next Delta, if there is anything to show. Sets `finished` at the end."""
+        if self._offset < self._first and isinstance(event, list):
+            known = self._first - self._offset
+            self._next(event[:known])
+            event = event[known:]
+            if not event or self.finished is not None:
+                return None
+        return self._next(event)
+
+    def _next(self, event: list[int] | Ending) -> Delta | None:
         if isinstance(event, Ending):
             text = self._text.finish()
             self._finish(Ending.STOP_STRING if self._text.stopped else event)

@@ -4,7 +4,8 @@ Pure, used by the Dispatcher alone. An attempt begins with a placement and ends 
 ends or is to be placed again; what comes under its key after that is nobody's.
 """
 
-from router.commands import Command, cancel_decode, cancel_prefill, reserve
+from kvrelay.wire import worker_pb2
+from router.commands import Command, acknowledge, cancel_decode, cancel_prefill, reserve
 from router.policy import Placement
 from router.request import Request, RequestEvent, RequestState
 from router.workers import Workers
@@ -25,7 +26,7 @@ class Attempts:
     def begin(self, request: Request, placement: Placement, now_ms: float) -> Command:
         request.on(RequestEvent.PLACE)
         request.attempt += 1
-        request.key, self._next_key = self._next_key, self._next_key + 1
+        [request.key] = self.take_keys(1)
         request.base = len(request.answer)
         request.placement = placement
         request.prefill_id, request.decode_id = placement.pair
@@ -39,11 +40,42 @@ class Attempts:
         )
         return reserve(request)
 
+    def take_keys(self, count: int) -> range:
+        """Keys that no attempt has had or will have."""
+        first, self._next_key = self._next_key, self._next_key + count
+        return range(first, self._next_key)
+
+    def adopt(
+        self, request: Request, adopted: worker_pb2.Adopted, worker_id: str, now_ms: float
+    ) -> None:
+        """A decode worker has an attempt of another router, with these tokens, for us."""
+        request.on(RequestEvent.ADOPTED)
+        request.attempt, request.key = 1, adopted.key
+        request.base = len(request.answer)
+        request.placement = Placement(None, worker_id, 0.0, 0.0, tokens=1)
+        request.decode_id = worker_id
+        request.placed_at_ms = now_ms
+        request.prefill_settled = True
+        self._by_key[request.key] = request
+        self._workers.claim(
+            request.key, request.placement, request.prompt_tokens_now, request.max_tokens_now
+        )
+        self._workers.claims.reserved(request.key, 0)
+        request.log(0, adopted.token_ids, now_ms)
+        self._workers.claims.computed(request.key)
+
+    def acknowledge(self, request: Request) -> list[Command]:
+        """Its client has the answer, or does not want it: its decode worker need not keep it."""
+        if request.ending is None or request.decode_id not in self._workers.decode:
+            return []
+        request.ending = None  # said once
+        return [acknowledge(request)]
+
     def release(self, request: Request) -> bool:
         """Ends the present attempt here; False when there is none."""
         if self._by_key.pop(request.key, None) is None:
             return False
-        self._workers.release(request.key)
+        self._workers.claims.release(request.key)
         return True
 
     def withdraw(self, request: Request, refused_by: str = "") -> list[Command]:

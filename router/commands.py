@@ -11,6 +11,7 @@ from kvrelay.kv.prefix import join_hashes
 from kvrelay.wire import transfer_pb2, worker_pb2
 from kvrelay.wire.worker_pb2 import DecodeCommand, PrefillCommand
 from router.request import Ending, Request
+from router.resumption import Resumption
 
 
 class DuplicateRequestError(Exception):
@@ -83,13 +84,42 @@ class InvalidTrouble(Trouble):
     """No worker here can ever serve it."""
 
 
+class NotKeptTrouble(Trouble):
+    """A request to be resumed is nowhere."""
+
+
+class TakenOverTrouble(Trouble):
+    """Its client goes on with it in another call; this one is read no more."""
+
+    def __init__(self) -> None:
+        super().__init__("the request was resumed in another call")
+
+
+class PoisonTrouble(Trouble):
+    """Workers died while they served it, by all that is known because of it."""
+
+
 @dataclass(frozen=True)
 class Failed:
     request: Request
     trouble: Trouble
 
 
-Command = ToPrefill | ToDecode | Deliver | Finished | Failed
+@dataclass(frozen=True)
+class Resumed:
+    """The request goes on here, for this wish's client alone; its log is what there is so far."""
+
+    wish: Resumption
+    request: Request
+
+
+@dataclass(frozen=True)
+class NotKept:
+    wish: Resumption
+    trouble: NotKeptTrouble
+
+
+Command = ToPrefill | ToDecode | Deliver | Finished | Failed | Resumed | NotKept
 
 
 # ---- what workers are told of a request's present attempt
@@ -97,7 +127,6 @@ Command = ToPrefill | ToDecode | Deliver | Finished | Failed
 
 def reserve(request: Request) -> ToDecode:
     assert request.chain is not None, "its blocks have no names"
-    needs_prompt = request.prefill_here or request.sampling.penalises
     message = worker_pb2.Reserve(
         key=request.key,
         request_id=request.request_id,
@@ -107,9 +136,13 @@ def reserve(request: Request) -> ToDecode:
         block_hashes=join_hashes(request.chain.hashes),
         hash_root=request.chain.root,
         tail_token_ids=request.chain.tail,
-        prompt_token_ids=request.prompt_now if needs_prompt else (),
+        prompt_token_ids=request.prompt_now,
         answered=len(request.answer),
         prefill_here=request.prefill_here,
+        tenant=request.tenant,
+        stop=request.sampling.stop,
+        priority=request.priority,
+        min_tokens=request.sampling.min_tokens,
     )
     return ToDecode(request.decode_id, DecodeCommand(reserve=message))
 
@@ -129,8 +162,22 @@ def prefill(request: Request, ticket: transfer_pb2.Ticket) -> ToPrefill:
 
 
 def cancel_decode(request: Request) -> ToDecode:
-    cancel = worker_pb2.Cancel(key=request.key)
-    return ToDecode(request.decode_id, DecodeCommand(cancel=cancel))
+    return cancel_adopted(request.decode_id, request.key)
+
+
+def adopt(worker_id: str, key: int, tenant: str, request_id: str) -> ToDecode:
+    message = worker_pb2.Adopt(key=key, tenant=tenant, request_id=request_id)
+    return ToDecode(worker_id, DecodeCommand(adopt=message))
+
+
+def cancel_adopted(worker_id: str, key: int) -> ToDecode:
+    """Of an Adopt that was answered too late."""
+    return ToDecode(worker_id, DecodeCommand(cancel=worker_pb2.Cancel(key=key)))
+
+
+def acknowledge(request: Request) -> ToDecode:
+    message = worker_pb2.Acknowledge(keys=[request.key])
+    return ToDecode(request.decode_id, DecodeCommand(acknowledge=message))
 
 
 def cancel_prefill(request: Request) -> ToPrefill:

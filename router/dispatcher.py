@@ -1,4 +1,4 @@
-"""The router's core: queue, placement, token logs, retries.
+"""The router's core: what happens, in; what is to be done, out. Queue, placement, token logs.
 
 A pure object: the service tells it what happened and carries out the commands it returns. It has
 no clock, no socket and no task, so it can be driven by tests and by a simulator as it is.
@@ -9,27 +9,27 @@ from collections.abc import Sequence
 from kvrelay.config import RouterConfig
 from kvrelay.wire import worker_pb2
 from kvrelay.wire.worker_pb2 import FailureCode
+from router.adoption import Adoptions
 from router.attempts import Attempts
 from router.commands import (
     Command,
     Deliver,
     DuplicateRequestError,
-    ExhaustedTrouble,
-    Failed,
-    Finished,
     InvalidTrouble,
     QueueFullError,
-    Trouble,
-    UnavailableTrouble,
     prefill,
     resync_decode,
     resync_prefill,
 )
-from router.forecast import check_deadline, wait_is_over
+from router.forecast import check_deadline
 from router.hold import Hold
 from router.policy import Choice
 from router.queue import WaitingQueue
-from router.request import Ending, Request, RequestEvent, RequestState, TokenMismatchError
+from router.recovery import Recovery
+from router.request import ENDINGS, Request, RequestEvent, RequestState, TokenMismatchError
+from router.requests import Requests
+from router.resumption import Resumption
+from router.strikes import Strikes
 from router.workers import Workers
 
 _NO_ROOM = FailureCode.FAILURE_CODE_EXHAUSTED
@@ -45,7 +45,12 @@ class Dispatcher:
         self._hold = Hold(config)
         self._workers = Workers(config)
         self._attempts = Attempts(self._workers)
-        self._requests: dict[tuple[str, str], Request] = {}  # by tenant and request id
+        self._requests = Requests(self._queue, self._workers, self._attempts)
+        self._strikes = Strikes(config)
+        self._recovery = Recovery(
+            config, self._requests, self._queue, self._workers, self._attempts, self._strikes
+        )
+        self._adoptions = Adoptions(config, self._requests, self._workers, self._attempts)
         self._arrivals = 0
 
     # ---- what clients do
@@ -56,7 +61,7 @@ class Dispatcher:
         Raises DuplicateRequestError, QueueFullError or DeadlineError, and changes nothing then.
         """
         now_ms = request.times.arrived_at_ms
-        if request.name in self._requests:
+        if request in self._requests:
             raise DuplicateRequestError(f"request id {request.request_id!r} is running already")
         if self._queue.full:
             raise QueueFullError(f"{len(self._queue)} requests are waiting", self._queue.all_ms())
@@ -64,7 +69,7 @@ class Dispatcher:
         if request.ttft_deadline_ms:
             check_deadline(request, self._queue, self._workers)
         self._arrivals += 1
-        self._requests[request.name] = request
+        self._requests.add(request)
         request.queued_at_ms = now_ms
         self._queue.push(request)
         return self.pump(now_ms) if len(self._queue) == 1 else []
@@ -72,13 +77,22 @@ class Dispatcher:
     def let_go(self, request: Request) -> list[Command]:
         """The client has all it wants, or is gone. Nothing more is delivered.
 
-        Changes nothing for a request that has ended or was never accepted.
+        Changes nothing for a request that has failed or was never accepted.
         """
-        if self._requests.get(request.name) is not request:
-            return []
+        if not self._requests.has(request):
+            return self._attempts.acknowledge(request)
         commands = self._attempts.withdraw(request)
-        self._end(request)
+        self._requests.end(request, RequestEvent.CANCEL)
         return commands
+
+    def resume(self, wish: Resumption) -> list[Command]:
+        """Looks for a request whose client has lost its router. A Resumed or a NotKept comes of
+        it, now or later, unless it is withdrawn."""
+        return self._adoptions.resume(wish)
+
+    def withdraw(self, wish: Resumption) -> None:
+        """Its client is gone."""
+        self._adoptions.withdraw(wish)
 
     @property
     def context_tokens(self) -> int | None:
@@ -102,29 +116,39 @@ class Dispatcher:
 
     def prefill_up(self, worker_id: str, info: worker_pb2.WorkerInfo) -> None:
         self._workers.prefill_up(worker_id, info)
+        self._recovery.worker_up(worker_id)
 
     def decode_up(self, worker_id: str, info: worker_pb2.WorkerInfo) -> None:
         self._workers.decode_up(worker_id, info)
+        self._recovery.worker_up(worker_id)
 
-    def worker_down(self, worker_id: str, now_ms: float) -> list[Command]:
-        """Every request that needs this worker is placed again."""
+    def worker_down(
+        self, worker_id: str, now_ms: float, *, on_purpose: bool = False
+    ) -> list[Command]:
+        """Every request that needs this worker is placed again.
+
+        on_purpose: it was taken away, and has not died.
+        """
+        died = not on_purpose and not self._workers.drains(worker_id)
         self._workers.down(worker_id)
+        self._keep_no_longer(worker_id, now_ms)
+        adoptions = self._adoptions.worker_down(worker_id)
+        return adoptions + self._recovery.worker_down(worker_id, now_ms, died=died)
+
+    def _keep_no_longer(self, worker_id: str, now_ms: float) -> None:
         if self._hold.worker_id == worker_id:
             self._hold.end(now_ms)
-        commands: list[Command] = []
-        for request in self._attempts.all():
-            if request.decode_id == worker_id:
-                commands += self._lost(request, worker_id, "decode", now_ms)
-            elif request.prefill_id == worker_id and request.state is RequestState.DECODING:
-                commands += self._handed_off(request)
-            elif request.prefill_id == worker_id and not request.prefill_settled:
-                commands += self._lost(request, worker_id, "prefill", now_ms)
-        return commands
+
+    def _drains(self, worker_id: str, now_ms: float) -> None:
+        self._keep_no_longer(worker_id, now_ms)
+        self._recovery.worker_drains(worker_id)
 
     def on_prefill_event(
         self, worker_id: str, event: worker_pb2.PrefillEvent, now_ms: float
     ) -> list[Command]:
-        self._workers.prefill_load(worker_id, event.load, refused=event.failed.code == _NO_ROOM)
+        refused = event.failed.code == _NO_ROOM
+        if self._workers.prefill_load(worker_id, event.load, refused=refused):
+            self._drains(worker_id, now_ms)
         commands: list[Command] = []
         if event.HasField("blocks") and not self._workers.blocks_changed(worker_id, event.blocks):
             commands.append(resync_prefill(worker_id))
@@ -138,18 +162,21 @@ class Dispatcher:
                 commands += self._tokens(request, 0, [event.first_token.token_id], now_ms)
             elif kind == "handed_off":
                 request.times.note_hand_off(event.handed_off)
-                self._workers.handed_off(request.key, event.handed_off.kv_exposed_ms)
-                commands += self._handed_off(request)
+                self._workers.claims.handed_off(request.key, event.handed_off.kv_exposed_ms)
+                commands += self._requests.handed_off(request)
             elif kind == "failed" and request.state is RequestState.DECODING:
-                commands += self._handed_off(request)  # the decode worker has it all the same
+                # The decode worker has it all the same.
+                commands += self._requests.handed_off(request)
             elif kind == "failed":
-                commands += self._failed(request, worker_id, event.failed, now_ms)
+                commands += self._recovery.failed(request, worker_id, event.failed, now_ms)
         return commands
 
     def on_decode_event(
         self, worker_id: str, event: worker_pb2.DecodeEvent, now_ms: float
     ) -> list[Command]:
-        self._workers.decode_load(worker_id, event.load, refused=event.failed.code == _NO_ROOM)
+        refused = event.failed.code == _NO_ROOM
+        if self._workers.decode_load(worker_id, event.load, refused=refused):
+            self._drains(worker_id, now_ms)
         commands: list[Command] = []
         if event.HasField("blocks") and not self._workers.blocks_changed(worker_id, event.blocks):
             commands.append(resync_decode(worker_id))
@@ -157,6 +184,8 @@ class Dispatcher:
         if kind == "step":
             for output in event.step.outputs:
                 commands += self._output(output, now_ms)
+        elif kind == "adopted":
+            commands += self._adoptions.adopted(worker_id, event.adopted, now_ms)
         elif kind and (request := self._attempts.get(getattr(event, kind).key)):
             if kind == "reserved":
                 commands += self._reserved(request, event.reserved)
@@ -166,7 +195,9 @@ class Dispatcher:
                 request.times.note_computed_here(event.first_token)
                 commands += self._tokens(request, 0, [event.first_token.token_id], now_ms)
             elif kind == "failed":
-                commands += self._failed(request, worker_id, event.failed, now_ms)
+                commands += self._recovery.failed(request, worker_id, event.failed, now_ms)
+        elif kind == "failed":
+            commands += self._adoptions.refused(event.failed)
         return commands
 
     def expire(self, now_ms: float) -> list[Command]:
@@ -174,16 +205,7 @@ class Dispatcher:
         self._workers.forget_refusals()
         self._workers.fade(now_ms)
         self._workers.forgive(now_ms)
-        commands: list[Command] = []
-        for request in list(self._requests.values()):
-            if request.state is RequestState.QUEUED:
-                commands += self._end_wait(request, now_ms)
-            elif (
-                request.state is RequestState.RESERVING
-                and now_ms - request.placed_at_ms > self._config.reserve_ms
-            ):
-                why = f"{request.decode_id} did not answer Reserve"
-                commands += self._retry(request, why, now_ms, [request.decode_id])
+        commands = self._recovery.expire(now_ms) + self._adoptions.expire(now_ms)
         self._workers.room_grew = True  # predictions may have changed without any word of room
         return commands
 
@@ -206,30 +228,35 @@ class Dispatcher:
                 # Without a success the next call would find no more than this one.
                 self._queue.changed = bool(commands)
                 return commands
-            kept = self._hold.kept_from(request)
-            left -= self._workers.have_room(request, kept)
-            commands += self._try(request, kept, now_ms)
+            without = self._strikes.apart(request) | self._hold.kept_from(request)
+            left -= self._workers.have_room(request, without)
+            commands += self._try(request, without, now_ms)
         self._queue.changed = False
         return commands
 
-    def _try(self, request: Request, kept: str, now_ms: float) -> list[Command]:
-        """Places a waiting request, or ends it where that is hopeless; [] when it waits on."""
+    def _try(self, request: Request, without: set[str], now_ms: float) -> list[Command]:
+        """Places a waiting request, or ends it where that is hopeless; [] when it waits on.
+
+        without: workers that it may not go to.
+        """
         tokens = request.tokens_max
         # Longer than anything that was ever connected. Not than what is connected now: a larger
         # worker that died is being replaced. And nothing is known while there is no worker.
         most = self._workers.context_tokens_seen
         if self.context_tokens is not None and tokens > most:
             trouble = f"prompt and answer may need {tokens} tokens, the workers hold {most}"
-            return self._fail(request, InvalidTrouble(trouble))
-        choice = self._workers.choose(request, kept)
+            return self._requests.fail(request, InvalidTrouble(trouble))
+        choice = self._workers.choose(request, without)
         if choice is None or not choice.now:
-            return self._keep_one(request, choice, now_ms)
-        if ended := self._end_wait(request, now_ms):
+            return self._keep_one(request, choice, without, now_ms)
+        if ended := self._recovery.end_wait(request, now_ms):
             return ended
         self._queue.depart(request, now_ms)
         return [self._attempts.begin(request, choice.placement, now_ms)]
 
-    def _keep_one(self, request: Request, choice: Choice | None, now_ms: float) -> list[Command]:
+    def _keep_one(
+        self, request: Request, choice: Choice | None, without: set[str], now_ms: float
+    ) -> list[Command]:
         """Keeps a worker for a request that has waited too long, if none is kept.
 
         A decode worker is asked at once, without room: it refuses, and knows then who waits for
@@ -237,13 +264,13 @@ class Dispatcher:
         """
         if not (self._hold.may_begin(now_ms) and self._queue.impatient(request, now_ms)):
             return []
-        worker_id = self._workers.worth_keeping(request, choice)
+        worker_id = self._workers.worth_keeping(request, choice, without)
         if not worker_id:
             return []
         self._hold.begin(request, worker_id, now_ms)
         if choice is not None:
             return []
-        asked = self._workers.choose_at(worker_id, request)
+        asked = self._workers.choose_at(worker_id, request, without)
         if asked is None or not asked.now:
             return []
         self._queue.remove(request)
@@ -253,7 +280,7 @@ class Dispatcher:
         if request.state is not RequestState.RESERVING:
             return []
         request.on(RequestEvent.RESERVED)
-        self._workers.reserved(request.key, reserved.ticket.first_block)
+        self._workers.claims.reserved(request.key, reserved.ticket.first_block)
         return [] if request.prefill_here else [prefill(request, reserved.ticket)]
 
     def _output(self, output: worker_pb2.SequenceOutput, now_ms: float) -> list[Command]:
@@ -264,109 +291,26 @@ class Dispatcher:
             request.on(RequestEvent.ACCEPTED)
         commands = self._tokens(request, output.offset, output.token_ids, now_ms)
         if output.ending != worker_pb2.ENDING_NONE and request.state is RequestState.DECODING:
-            eos = output.ending == worker_pb2.ENDING_EOS
-            request.ending = Ending.EOS if eos else Ending.LENGTH
-            commands += self._finish_if_complete(request)
+            request.ending = ENDINGS[output.ending]
+            commands += self._requests.finish_if_complete(request)
         return commands
 
     def _tokens(
         self, request: Request, offset: int, tokens: Sequence[int], now_ms: float
     ) -> list[Command]:
         try:
+            if request.state is RequestState.RESERVING:
+                raise TokenMismatchError(f"tokens {list(tokens)} before Reserved")
             new = request.log(offset, tokens, now_ms)
         except TokenMismatchError as error:
-            return self._retry(request, str(error), now_ms)
+            return self._recovery.retry(request, RequestEvent.FAILED, str(error), now_ms)
         if not new:
             return []
-        self._workers.computed(request.key)
+        self._workers.claims.computed(request.key)
         return [Deliver(request, len(request.answer) - len(new), new)]
-
-    def _handed_off(self, request: Request) -> list[Command]:
-        request.prefill_settled = True
-        self._workers.computed(request.key)
-        return self._finish_if_complete(request)
-
-    def _finish_if_complete(self, request: Request) -> list[Command]:
-        """An answer is complete when D has ended it and P, if any, has said what it cost."""
-        if request.ending is None or not request.prefill_settled:
-            return []
-        for worker_id in (request.prefill_id, request.decode_id):
-            if worker_id is not None:
-                self._workers.succeeded(worker_id)
-        self._end(request)
-        return [Finished(request, request.ending)]
-
-    # ---- when something went wrong
-
-    def _failed(
-        self, request: Request, worker_id: str, failed: worker_pb2.Failed, now_ms: float
-    ) -> list[Command]:
-        if failed.code == FailureCode.FAILURE_CODE_INVALID:
-            return self._attempts.withdraw(request) + self._fail(
-                request, InvalidTrouble(failed.message)
-            )
-        begun = request.state is RequestState.DECODING or len(request.answer) > request.base
-        if failed.code == _NO_ROOM and not begun:
-            return self._refused(request, worker_id, now_ms)
-        if failed.code == FailureCode.FAILURE_CODE_PEER_LOST:
-            request.suspects = {request.decode_id, request.prefill_id or request.decode_id}
-        return self._retry(request, failed.message, now_ms)
-
-    def _refused(self, request: Request, worker_id: str, now_ms: float) -> list[Command]:
-        """A worker had no room. Nothing has failed: no attempt is counted, the wait goes on."""
-        commands = self._attempts.withdraw(request, refused_by=worker_id)
-        request.attempt -= 1
-        request.on(RequestEvent.RETRY)
-        self._queue.push(request)
-        return commands + self._end_wait(request, now_ms)
-
-    def _lost(self, request: Request, worker_id: str, role: str, now_ms: float) -> list[Command]:
-        if worker_id in request.suspects:
-            # Its peer knew before us, and the attempt since then met the same death.
-            request.suspects.clear()
-            request.attempt -= 1
-        return self._retry(request, f"{role} worker {worker_id} was lost", now_ms, [worker_id])
-
-    def _retry(
-        self, request: Request, why: str, now_ms: float, blamed: Sequence[str | None] = ()
-    ) -> list[Command]:
-        """blamed: workers that may be the cause; both of its pair unless it is known better."""
-        for worker_id in blamed or (request.prefill_id, request.decode_id):
-            if worker_id is not None:
-                request.failures[worker_id] += 1
-                self._workers.failed(worker_id, now_ms)
-        commands = self._attempts.withdraw(request)
-        ending = request.complete()
-        if ending is not None:
-            self._end(request)
-            return [*commands, Finished(request, ending)]
-        if request.attempt >= self._config.attempts_max:
-            trouble = UnavailableTrouble(f"failed {request.attempt} times, last: {why}")
-            return commands + self._fail(request, trouble)
-        request.on(RequestEvent.RETRY)
-        request.queued_at_ms = now_ms
-        self._queue.push(request)
-        return commands
-
-    def _end_wait(self, request: Request, now_ms: float) -> list[Command]:
-        """Fails a queued request whose time is up, or that can no longer meet its deadline."""
-        why = wait_is_over(request, now_ms, self._config)
-        return self._fail(request, ExhaustedTrouble(why, self._queue.all_ms())) if why else []
-
-    def _fail(self, request: Request, trouble: Trouble) -> list[Command]:
-        self._end(request)
-        return [Failed(request, trouble)]
-
-    def _end(self, request: Request) -> None:
-        if request.state is RequestState.QUEUED:
-            self._queue.remove(request)
-        request.on(RequestEvent.END)
-        self._attempts.release(request)
-        del self._requests[request.name]
 
     def check(self) -> None:
         """Asserts that everything that is kept is what its requests make of it. For tests."""
         self._attempts.check()
-        self._queue.check()
-        waiting = [r for r in self._requests.values() if r.state is RequestState.QUEUED]
-        assert len(waiting) == len(self._queue)
+        self._requests.check()
+        self._adoptions.check()

@@ -7,7 +7,7 @@ worker has one task that keeps a session to it and reconnects when it breaks.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import grpc
@@ -17,19 +17,24 @@ from kvrelay.kv.layout import KVLayout
 from kvrelay.membership import prove
 from kvrelay.rpc import dial
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
-from router.answer import Answer, ReadingTurns
+from router.answer import Answer
 from router.commands import (
     Command,
     Deliver,
     Failed,
     Finished,
+    NotKept,
+    Resumed,
     ToDecode,
     ToPrefill,
     Trouble,
 )
 from router.dispatcher import Dispatcher
 from router.metrics import Metrics
-from router.request import Ending, Request
+from router.readers import Readers
+from router.request import Request
+from router.resumption import Resumption
+from router.watch import Watch
 from router.workers import Workers
 
 log = logging.getLogger(__name__)
@@ -43,8 +48,7 @@ class Fleet:
         self.dispatcher = Dispatcher(config)
         self.metrics = metrics or Metrics()
         self._config = config
-        self._answers: dict[Request, Answer] = {}
-        self._turns = ReadingTurns()
+        self._readers = Readers()
         self._shut_down: Trouble | None = None
         self._workers: dict[tuple[str, str], _Worker] = {}  # by role and address
         self._connected: dict[str, _Worker] = {}  # by instance id
@@ -53,7 +57,8 @@ class Fleet:
         self._tasks: set[asyncio.Task[None]] = set()
         self._placing: asyncio.TimerHandle | None = None  # the next look for places
         self._placed_at_ms = 0.0  # the last
-        self._reaper = asyncio.create_task(self._reap())
+        self._watch = Watch(config.silence_ms)
+        self._loops = [asyncio.create_task(self._reap()), asyncio.create_task(self._listen())]
 
     # ---- for the public service
 
@@ -63,19 +68,39 @@ class Fleet:
         if self._shut_down is not None:
             raise self._shut_down
         commands = self.dispatcher.submit(request)
-        answer = self._answers[request] = Answer(self._turns)
+        answer = self._readers.open(request)
         self.carry_out(commands)
         return answer
 
-    def let_go(self, request: Request) -> None:
-        self._answers.pop(request, None)
-        self.carry_out(self.dispatcher.let_go(request))
+    async def resume(self, wish: Resumption) -> tuple[Request, Answer]:
+        """A request whose client has lost its router, and its answer from the first token on.
+
+        Raises:
+            NotKeptTrouble: it is nowhere. After `shut_down`: its Trouble.
+        """
+        if self._shut_down is not None:
+            raise self._shut_down
+        found = self._readers.wait(wish)
+        try:
+            self.carry_out(self.dispatcher.resume(wish))
+            return await found
+        except asyncio.CancelledError:
+            if not found.cancelled() and found.exception() is None:
+                self.let_go(*found.result())
+            raise
+        finally:
+            self._readers.forget(wish)
+            self.dispatcher.withdraw(wish)
+
+    def let_go(self, request: Request, answer: Answer) -> None:
+        """Nobody reads this answer any more. The request ends, unless another call reads it."""
+        if self._readers.close(request, answer):
+            self.carry_out(self.dispatcher.let_go(request))
 
     def shut_down(self, trouble: Trouble) -> None:
         """Ends all answers that are not whole, and begins none any more."""
         self._shut_down = trouble
-        for answer in self._answers.values():
-            answer.put(trouble)
+        self._readers.shut_down(trouble)
 
     # ---- for the control service
 
@@ -92,15 +117,19 @@ class Fleet:
 
     @property
     def not_ready(self) -> str:
-        """Why no request can be served now; empty when every role that has an address has a worker.
+        """Why no request can be served now; empty when every role that has an address has a worker
+        that takes work.
 
         Decode workers alone compute prompts themselves; without one nothing can be served.
         """
         expected = ["decode"]
         if any(role == "prefill" for role, _ in self._workers):
             expected.insert(0, "prefill")
-        missing = [role for role in expected if not self.connected(role)]
-        return f"no {' and no '.join(missing)} worker is connected" if missing else ""
+        missing = [role for role in expected if not self.workers.taking(role)]
+        if not missing:
+            return ""
+        drain = all(self.connected(role) for role in missing)
+        return f"no {' and no '.join(missing)} worker {'takes work' if drain else 'is connected'}"
 
     @property
     def requests(self) -> tuple[int, int]:
@@ -124,10 +153,11 @@ class Fleet:
 
     async def close(self) -> None:
         self.set_workers((), ())
-        self._reaper.cancel()
+        for loop in self._loops:
+            loop.cancel()
         if self._placing is not None:
             self._placing.cancel()
-        await asyncio.gather(self._reaper, *self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._loops, *self._tasks, return_exceptions=True)
 
     # ---- for workers' sessions
 
@@ -138,16 +168,35 @@ class Fleet:
         layout = KVLayout.from_wire(info.layout)
         if self._connected and self._layout and self._layout.mismatch(layout):
             raise ValueError(f"KV layouts differ: {self._layout.mismatch(layout)}")
+        self._lost(info.instance_id)  # two addresses of one worker, or the router was held up
         up = self.dispatcher.prefill_up if worker.role == "prefill" else self.dispatcher.decode_up
         up(info.instance_id, info)
         self._layout = layout
         self._connected[info.instance_id] = worker
+        self._watch.heard(info.instance_id, now_ms())
         self._place_soon()
         self._announce()
 
+    def worker_said(self, worker: "_Worker", event: Any) -> None:
+        """Ignores one that is lost: its requests are elsewhere."""
+        if self._connected.get(worker.instance_id) is not worker:
+            return
+        at_ms = now_ms()
+        self._watch.heard(worker.instance_id, at_ms)
+        self.carry_out(worker.handle(event, at_ms))
+        if event.load.draining != worker.draining:
+            worker.draining = event.load.draining
+            self._announce()
+
     def worker_down(self, worker: "_Worker") -> None:
-        if self._connected.pop(worker.instance_id, None) is not None:
-            self.carry_out(self.dispatcher.worker_down(worker.instance_id, now_ms()))
+        if self._connected.get(worker.instance_id) is worker:
+            self._lost(worker.instance_id, on_purpose=worker.stopped)
+
+    def _lost(self, worker_id: str, *, on_purpose: bool = False) -> None:
+        if self._connected.pop(worker_id, None) is not None:
+            self._watch.gone(worker_id)
+            down = self.dispatcher.worker_down(worker_id, now_ms(), on_purpose=on_purpose)
+            self.carry_out(down)
             self._announce()
 
     def carry_out(self, commands: Iterable[Command]) -> None:
@@ -172,7 +221,7 @@ class Fleet:
     def _carry_out(self, command: Command) -> None:
         match command:
             case Deliver(request, _, tokens):
-                self._answer(request, tokens)
+                self._readers.put(request, tokens)
             case ToPrefill(worker_id, message):
                 self._connected[worker_id].send(message)
             case ToDecode(worker_id, message):
@@ -180,19 +229,20 @@ class Fleet:
                 if message.HasField("reserve"):
                     self.metrics.placed(message.reserve)
             case Finished(request, ending):
-                self._answer(request, ending)
+                self._readers.put(request, ending)
+            case Resumed(wish, request):
+                unread = self._readers.found(wish, request)
+                if unread is not None:
+                    self.let_go(request, unread)
+            case NotKept(wish, trouble):
+                self._readers.not_found(wish, trouble)
             case Failed(request, trouble):
                 log.warning("request %s: %s", request.request_id, trouble)
-                self._answer(request, trouble)
+                self._readers.put(request, trouble)
 
     def keep(self, task: "asyncio.Task[None]") -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _answer(self, request: Request, event: Sequence[int] | Ending | Trouble) -> None:
-        answer = self._answers.get(request)
-        if answer is not None:
-            answer.put(event)
 
     def _announce(self) -> None:
         """Wakes everybody who waits for the next change."""
@@ -207,6 +257,16 @@ class Fleet:
             except Exception:  # without the reaper no wait would end
                 log.exception("looking for waits to end failed")
 
+    async def _listen(self) -> None:
+        """Ends the sessions of workers that say nothing."""
+        while True:
+            await asyncio.sleep(self._watch.tick_ms / 1000)
+            try:
+                for worker_id in self._watch.tick(now_ms()):
+                    self._connected[worker_id].end_session()
+            except Exception:  # without it a worker that hangs would keep its requests
+                log.exception("looking for silent workers failed")
+
 
 class _Worker:
     """One worker's address and the session to it, kept up until `stop`."""
@@ -218,7 +278,9 @@ class _Worker:
         self._config = config
         self._address = address
         self._outbox: asyncio.Queue[Any] = asyncio.Queue()
-        self._stopped = False
+        self._limit = asyncio.timeout(None)  # of the session
+        self.stopped = False
+        self.draining = False  # as it last said
         self._task = asyncio.create_task(self._keep_up())
         fleet.keep(self._task)
 
@@ -226,14 +288,22 @@ class _Worker:
         self._outbox.put_nowait(command)
 
     def stop(self) -> None:
-        self._stopped = True
+        self.stopped = True
         self._task.cancel()
+
+    def end_session(self) -> None:
+        """The worker says nothing: its requests go elsewhere at once, and it is dialed again."""
+        self._fleet.worker_down(self)
+        self._limit.reschedule(asyncio.get_running_loop().time())
 
     async def _keep_up(self) -> None:
         failures = 0
         while True:
             try:
                 await self._session()
+            except TimeoutError:
+                silence_s = self._config.silence_ms / 1000
+                log.warning("%s %s says nothing for %g s", self.role, self._address, silence_s)
             except (grpc.aio.AioRpcError, ValueError) as error:
                 reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
                 log.warning("session with %s %s ended: %s", self.role, self._address, reason)
@@ -242,8 +312,8 @@ class _Worker:
             finally:
                 was_up = bool(self.instance_id)
                 self._fleet.worker_down(self)
-                self.instance_id = ""
-            if self._stopped:
+                self.instance_id, self.draining = "", False
+            if self.stopped:
                 return  # gRPC may swallow a cancel that comes while a call begins
             failures = 0 if was_up else failures + 1
             await asyncio.sleep(_RECONNECT_S[min(failures, len(_RECONNECT_S) - 1)])
@@ -252,18 +322,19 @@ class _Worker:
         self._outbox = asyncio.Queue()
         config = self._config
         async with dial(self._address, config.certificates) as channel:
-            handle, session = self._handler(), self._open(channel)
+            session = self._open(channel)
             proof = await prove(
                 session, self._address, config.cluster_key, config.worker_proof_ms / 1000
             )
             call = session(_drain(self._outbox), metadata=proof)
             try:
-                async for event in call:
-                    if event.WhichOneof("event") == "info":
-                        self._fleet.worker_up(self, event.info)
-                        self.instance_id = event.info.instance_id  # only then it counts as up
-                    else:
-                        self._fleet.carry_out(handle(self.instance_id, event, now_ms()))
+                async with asyncio.timeout(None) as self._limit:
+                    async for event in call:
+                        if event.WhichOneof("event") == "info":
+                            self._fleet.worker_up(self, event.info)
+                            self.instance_id = event.info.instance_id  # only then it is up
+                        else:
+                            self._fleet.worker_said(self, event)
             finally:
                 call.cancel()
                 self._outbox.put_nowait(None)  # gRPC does not end who reads it
@@ -273,11 +344,12 @@ class _Worker:
             return worker_pb2_grpc.PrefillWorkerStub(channel).Session
         return worker_pb2_grpc.DecodeWorkerStub(channel).Session
 
-    def _handler(self) -> Callable[[str, Any, float], list[Command]]:
+    def handle(self, event: Any, at_ms: float) -> list[Command]:
+        """What the dispatcher makes of it."""
         dispatcher = self._fleet.dispatcher
         if self.role == "prefill":
-            return dispatcher.on_prefill_event
-        return dispatcher.on_decode_event
+            return dispatcher.on_prefill_event(self.instance_id, event, at_ms)
+        return dispatcher.on_decode_event(self.instance_id, event, at_ms)
 
 
 async def _drain(outbox: "asyncio.Queue[Any]") -> AsyncIterator[Any]:

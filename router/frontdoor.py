@@ -8,75 +8,29 @@ import asyncio
 import contextlib
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from kvrelay.wire.inference_pb2 import Delta, Finished
+from kvrelay.wire.inference_pb2 import Finished
 from router.admission import DEFAULT_LIMITS, check_request_id, check_sampling, check_urgency
 from router.answer import Answer
-from router.answer_stream import AnswerStream
 from router.ask import Ask, choice_seed
 from router.callers import ANYBODY, Caller, Callers
-from router.commands import Trouble
 from router.detokenize import Detokenizer
 from router.fleet import Fleet, now_ms
 from router.leases import RequestLease, leased, reserve_all
-from router.metrics import Metrics
 from router.model_files import ModelFiles
 from router.prompts import Prompts
 from router.quotas import Quotas
-from router.refusals import Reason, Refusal, refusal
+from router.refusals import Reason, Refusal
 from router.request import Request, Times
+from router.resumption import Resumption
+from router.served import Served, refusals
 from router.template_process import TemplateLimits
 
 _SHOWN_CHARS = 128  # of a model's name that a client made up
 _UNBOUNDED_TOKENS = 1 << 20
 SHUTTING_DOWN = "the router is shutting down"
-
-
-class Served:
-    """An accepted request and its answer."""
-
-    def __init__(
-        self, request: Request, answer: Answer, detokenizer: Detokenizer, metrics: Metrics
-    ) -> None:
-        self.request = request
-        self._answer = answer
-        self._stream = AnswerStream(request, detokenizer)
-        self._metrics = metrics
-        self._last_ms: float | None = None  # when the newest tokens left
-        self._ended = False
-
-    @property
-    def finished(self) -> Finished | None:
-        return self._stream.finished
-
-    async def next(self) -> Delta | Finished | None:
-        """What comes next; after Finished, None.
-
-        Raises:
-            Refusal: it cannot be finished.
-        """
-        while self._stream.finished is None:
-            try:
-                event = await self._answer.next()
-            except Trouble:
-                with refusals():  # here, not around: nearly all events are tokens
-                    raise
-            delta = self._stream.on(event)
-            if delta is not None:
-                self._count(len(delta.token_ids))
-                return delta
-        if self._ended:
-            return None
-        self._ended = True
-        return self._stream.finished
-
-    def _count(self, tokens: int) -> None:
-        if tokens:
-            now, last = now_ms(), self._last_ms
-            self._metrics.generated(tokens, None if last is None else now - last)
-            self._last_ms = now
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,19 +99,56 @@ class FrontDoor:
         Raises:
             Refusal: it is not served.
         """
-        request = admitted.request
+        with self._to_its_end(admitted, lambda: self._fleet.submit(admitted.request)) as served:
+            yield served
+
+    @contextlib.asynccontextmanager
+    async def resume(
+        self, request_id: str, next_offset: int, kept_at: str, caller: Caller
+    ) -> AsyncIterator[Served]:
+        """What is left, from next_offset on, of an answer whose client has lost its router; leaving
+        the context takes it back from the workers.
+
+        It counts as a request of the caller's quota.
+
+        Raises:
+            Refusal: it is not served; NOT_FOUND when nobody has it.
+        """
+        arrived_at_ms = now_ms()
+        with self._counted(), contextlib.ExitStack() as stack:
+            with self._refusals_counted("grpc"):
+                if self.not_ready:
+                    raise Refusal(Reason.UNAVAILABLE, self.not_ready)
+                if not request_id:
+                    raise Refusal(Reason.INVALID, "request_id is needed: that of its Accepted")
+                check_request_id(request_id)
+                [lease] = stack.enter_context(leased(self._quotas, caller, 1))
+                wish = Resumption(request_id, caller.tenant, kept_at, next_offset, arrived_at_ms)
+                request, answer = await self._fleet.resume(wish)
+            lease.charge(request)
+            resumed = Admitted(request, lease, "grpc")
+            with self._to_its_end(resumed, lambda: answer, next_offset) as served:
+                yield served
+
+    @contextlib.contextmanager
+    def _to_its_end(
+        self, admitted: Admitted, begin: Callable[[], Answer], first: int = 0
+    ) -> Iterator[Served]:
+        """What is begun in here is let go of at the end, and counted."""
+        request, answer = admitted.request, None
         outcome: Reason | Finished | None = None
         try:
             with refusals():
-                answer = self._fleet.submit(request)
-            served = Served(request, answer, self._detokenizer, self.metrics)
+                answer = begin()
+            served = Served(request, answer, self._detokenizer, self.metrics, first)
             yield served
             outcome = served.finished
         except Refusal as error:
             outcome = error.reason
             raise
         finally:
-            self._fleet.let_go(request)
+            if answer is not None:
+                self._fleet.let_go(request, answer)
             admitted.lease.end()
             self.metrics.ended(admitted.protocol, outcome, request)
 
@@ -274,15 +265,3 @@ class FrontDoor:
             self._running -= 1
             if not self._running:
                 self._idle.set()
-
-
-@contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """Whatever the client is to be told leaves as a Refusal."""
-    try:
-        yield
-    except Exception as error:
-        told = refusal(error)
-        if told is None or told is error:
-            raise
-        raise told from error

@@ -37,6 +37,6 @@ class Hold:
         self._request, self.worker_id = None, ""
         self._ends_at_ms = now_ms + self._config.queue_hold_pause_ms
 
-    def kept_from(self, request: Request) -> str:
-        """The worker that this request may not go to; "" for none."""
-        return "" if request is self._request else self.worker_id
+    def kept_from(self, request: Request) -> set[str]:
+        """The worker that this request may not go to, if any."""
+        return {self.worker_id} if self.worker_id and request is not self._request else set()

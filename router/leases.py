@@ -19,11 +19,19 @@ class RequestLease:
         self._quotas = quotas
         self._lease = lease
         self._request: Request | None = None
+        self._before = 0  # tokens of the request that were there when it was charged
 
     def reserve(self, request: Request) -> None:
         """Raises QuotaExceededError or BeyondQuotaError."""
         tokens = len(request.prompt), request.sampling.max_tokens
         self._quotas.reserve(self._lease, *tokens, now_ms())
+        self._request = request
+
+    def charge(self, request: Request) -> None:
+        """What is left of a request that another router has begun. Never refused: it was let in
+        once, and must not be lost for want of quota."""
+        self._before = request.prompt_tokens_now
+        self._quotas.charge(self._lease, request.max_tokens_now)
         self._request = request
 
     def end(self) -> None:
@@ -34,9 +42,11 @@ class RequestLease:
     def _used_tokens(self) -> int:
         """A request that no worker has begun has used none."""
         request = self._request
-        if request is None or request.times.prefill_began_at_ms is None:
+        if request is None:
             return 0
-        return request.prompt_tokens_now
+        if self._before:
+            return request.prompt_tokens_now - self._before
+        return 0 if request.times.prefill_began_at_ms is None else request.prompt_tokens_now
 
 
 @contextlib.contextmanager

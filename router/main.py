@@ -21,7 +21,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import disable_created_metrics
 
 from kvrelay.config import RouterConfig
-from kvrelay.rpc import listen, make_server
+from kvrelay.rpc import PUBLIC_PINGS, listen, make_server
 from kvrelay.tls import server_context
 from kvrelay.wire import control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from router.admission import DEFAULT_LIMITS
@@ -71,6 +71,7 @@ class Router:
             interceptors=(guard, MalformedRequests()),
             rpcs_max=config.rpcs_max,
             request_bytes_max=REQUEST_BYTES_MAX,
+            pings=PUBLIC_PINGS,
         )
         self._http = HttpServer(
             make_app(self._door, self.fleet.metrics, config), config, self._http_tls()

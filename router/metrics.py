@@ -104,7 +104,7 @@ class Metrics:
         times = request.times
         finished = isinstance(outcome, Finished)
         self._requests.labels(protocol, _outcome(outcome)).inc()
-        if times.first_token_at_ms is None:
+        if times.first_token_at_ms is None or outcome is Reason.TAKEN_OVER:
             return
         self._prompt_tokens.inc(len(request.prompt))
         self._cached_tokens.inc(times.cached_tokens)

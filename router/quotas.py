@@ -181,6 +181,17 @@ class Quotas:
         account.kv_tokens += wanted
         lease.tokens = wanted
 
+    def charge(self, lease: Lease, tokens: int) -> None:
+        """Takes tokens as `reserve` does, but without asking: of a request that has begun where
+        its tokens were there."""
+        assert not lease.ended, "the lease has ended"
+        assert not lease.tokens, "a second reserve"
+        account = lease.account
+        if lease.quota.tokens_per_minute is not None and account.tokens is not None:
+            account.tokens.level -= tokens
+        account.kv_tokens += tokens
+        lease.tokens = tokens
+
     def end(self, lease: Lease, used_tokens: int, now_ms: float) -> None:
         """used_tokens: of prompt and answer. What was reserved beyond them is given back; a second
         `end` changes nothing."""

@@ -12,7 +12,10 @@ from router.commands import (
     DuplicateRequestError,
     ExhaustedTrouble,
     InvalidTrouble,
+    NotKeptTrouble,
     OverloadError,
+    PoisonTrouble,
+    TakenOverTrouble,
     Trouble,
 )
 from router.quotas import BeyondQuotaError, QuotaExceededError
@@ -33,8 +36,10 @@ class Reason(Enum):
     NOT_FOUND = "not_found"
     UNSUPPORTED = "unsupported"  # not by this model
     DUPLICATE = "duplicate"
+    TAKEN_OVER = "taken_over"  # its client goes on with it in another call
     EXHAUSTED = "exhausted"  # later it may be served
     UNAVAILABLE = "unavailable"
+    POISON = "poison"  # workers die of it: not to be tried again
 
 
 class Refusal(Exception):
@@ -67,12 +72,18 @@ def refusal(error: Exception) -> Refusal | None:
             return Refusal(Reason.INVALID, str(error))
         case DuplicateRequestError():
             return Refusal(Reason.DUPLICATE, str(error))
+        case NotKeptTrouble():
+            return Refusal(Reason.NOT_FOUND, str(error))
+        case TakenOverTrouble():
+            return Refusal(Reason.TAKEN_OVER, str(error))
         case OverloadError() | ExhaustedTrouble():
             return _exhausted(error, _predicted(error.retry_ms))
         case TemplateBusyError():
             return _exhausted(error, RETRY_HINT_MS)
         case QuotaExceededError():
             return _exhausted(error, RETRY_HINT_MS if error.retry_ms is None else error.retry_ms)
+        case PoisonTrouble():
+            return Refusal(Reason.POISON, str(error))
         case TemplateDownError() | Trouble():
             return Refusal(Reason.UNAVAILABLE, str(error))
         case _:

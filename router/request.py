@@ -29,23 +29,51 @@ class RequestEvent(Enum):
     PLACE = "place"
     RESERVED = "reserved"
     ACCEPTED = "accepted"  # the decode worker sent a token
-    RETRY = "retry"  # a worker failed it or was lost
-    END = "end"  # finished, refused, failed or cancelled
+    ADOPTED = "adopted"  # it was another router's; a decode worker is answering it
+    FINISH = "finish"  # the answer is whole
+    REFUSED = "refused"  # a worker had no room: nothing has failed
+    FAILED = "failed"  # a worker failed it
+    TIMEOUT = "timeout"  # its wait, its Reserve or a worker's lease is over
+    PEER_LOST = "peer_lost"  # a worker that it is at, or the link between its two
+    DRAIN = "drain"  # a worker takes nothing new: what is there goes on, who waits goes elsewhere
+    CANCEL = "cancel"  # its client lets go of it
+    GIVE_UP = "give_up"  # it can not be served, or not any more
 
 
 _S, _E = RequestState, RequestEvent
 
 TRANSITIONS: dict[tuple[RequestState, RequestEvent], RequestState] = {
     (_S.QUEUED, _E.PLACE): _S.RESERVING,
-    (_S.QUEUED, _E.END): _S.ENDED,
+    (_S.QUEUED, _E.ADOPTED): _S.DECODING,
+    (_S.QUEUED, _E.TIMEOUT): _S.ENDED,
+    (_S.QUEUED, _E.PEER_LOST): _S.QUEUED,  # where it was: its peer knew before us
+    (_S.QUEUED, _E.DRAIN): _S.QUEUED,
+    (_S.QUEUED, _E.CANCEL): _S.ENDED,
+    (_S.QUEUED, _E.GIVE_UP): _S.ENDED,
     (_S.RESERVING, _E.RESERVED): _S.PREFILLING,
-    (_S.RESERVING, _E.RETRY): _S.QUEUED,
-    (_S.RESERVING, _E.END): _S.ENDED,
+    (_S.RESERVING, _E.REFUSED): _S.QUEUED,
+    (_S.RESERVING, _E.FAILED): _S.QUEUED,
+    (_S.RESERVING, _E.TIMEOUT): _S.QUEUED,
+    (_S.RESERVING, _E.PEER_LOST): _S.QUEUED,
+    (_S.RESERVING, _E.DRAIN): _S.RESERVING,
+    (_S.RESERVING, _E.CANCEL): _S.ENDED,
+    (_S.RESERVING, _E.GIVE_UP): _S.ENDED,
     (_S.PREFILLING, _E.ACCEPTED): _S.DECODING,
-    (_S.PREFILLING, _E.RETRY): _S.QUEUED,
-    (_S.PREFILLING, _E.END): _S.ENDED,
-    (_S.DECODING, _E.RETRY): _S.QUEUED,
-    (_S.DECODING, _E.END): _S.ENDED,
+    (_S.PREFILLING, _E.FINISH): _S.ENDED,  # its first token was all, and the rest is lost
+    (_S.PREFILLING, _E.REFUSED): _S.QUEUED,
+    (_S.PREFILLING, _E.FAILED): _S.QUEUED,
+    (_S.PREFILLING, _E.TIMEOUT): _S.QUEUED,
+    (_S.PREFILLING, _E.PEER_LOST): _S.QUEUED,
+    (_S.PREFILLING, _E.DRAIN): _S.PREFILLING,
+    (_S.PREFILLING, _E.CANCEL): _S.ENDED,
+    (_S.PREFILLING, _E.GIVE_UP): _S.ENDED,
+    (_S.DECODING, _E.FINISH): _S.ENDED,
+    (_S.DECODING, _E.FAILED): _S.QUEUED,
+    (_S.DECODING, _E.TIMEOUT): _S.QUEUED,
+    (_S.DECODING, _E.PEER_LOST): _S.QUEUED,
+    (_S.DECODING, _E.DRAIN): _S.DECODING,
+    (_S.DECODING, _E.CANCEL): _S.ENDED,
+    (_S.DECODING, _E.GIVE_UP): _S.ENDED,
 }
 
 
@@ -60,6 +88,9 @@ class Ending(Enum):
     EOS = 1
     LENGTH = 2
     STOP_STRING = 3
+
+
+ENDINGS = {worker_pb2.ENDING_EOS: Ending.EOS, worker_pb2.ENDING_LENGTH: Ending.LENGTH}
 
 
 @dataclass
@@ -125,10 +156,13 @@ class Request:
 
     # What earlier attempts have taught
     failures: Counter[str] = field(default_factory=Counter)  # of attempts, by worker
-    suspects: set[str] = field(default_factory=set)  # one of them is gone, by word of its peer
+    suspect_id: str = ""  # a worker that is gone, by word of its peer
+    suspected_at_ms: float = 0.0
+    strikes: dict[str, float] = field(default_factory=dict)  # by worker that died under it
 
     # The present attempt
     attempt: int = 0
+    spared: int = 0  # of the attempts: a worker was lost, which is no failure of the request
     placement: Placement | None = None
     key: int = 0
     base: int = 0  # length of the log when the attempt began
@@ -151,6 +185,16 @@ class Request:
 
     def on(self, event: RequestEvent) -> None:
         self.state = advance(TRANSITIONS, self.state, event)
+
+    @property
+    def attempts_failed(self) -> int:
+        """Of those that have ended, where one has."""
+        return self.attempt - self.spared
+
+    @property
+    def begun(self) -> bool:
+        """Whether the present attempt has brought a token."""
+        return len(self.answer) > self.base
 
     @property
     def deadline_at_ms(self) -> float:

@@ -4,6 +4,7 @@ Run by router/main.py.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ from router.frontdoor import FrontDoor
 from router.guard import CALLER
 from router.refusals import Reason, Refusal
 from router.request import Request
+from router.served import Served
 
 STATUSES = {
     Reason.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
@@ -25,8 +27,10 @@ STATUSES = {
     Reason.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Reason.UNSUPPORTED: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.DUPLICATE: grpc.StatusCode.ALREADY_EXISTS,
+    Reason.TAKEN_OVER: grpc.StatusCode.ABORTED,
     Reason.EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    Reason.POISON: grpc.StatusCode.INTERNAL,
 }
 
 
@@ -49,6 +53,10 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             await _abort(context, Refusal(Reason.INVALID, str(error)))
         prompt = Messages([(message.role, message.content) for message in request.messages])
         await self._serve(request, prompt, context)
+
+    async def Resume(self, request: inference_pb2.ResumeRequest, context: Any) -> None:
+        wish = request.request_id, request.next_offset, request.kept_at
+        await self._answer(self._door.resume(*wish, CALLER.get()), context)
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Any
@@ -84,8 +92,11 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             priority=message.priority,
             ttft_deadline_ms=message.ttft_deadline_ms,
         )
+        await self._answer(self._door.serve(ask, CALLER.get()), context)
+
+    async def _answer(self, serving: AbstractAsyncContextManager[Served], context: Any) -> None:
         try:
-            async with self._door.serve(ask, CALLER.get()) as served:
+            async with serving as served:
                 await context.write(GenerateResponse(accepted=self._accepted(served.request)))
                 while (event := await served.next()) is not None:
                     if isinstance(event, Delta):

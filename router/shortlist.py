@@ -3,7 +3,7 @@
 Pure; one for each role, used by router/workers.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import inf
 from typing import Generic, TypeVar
 
@@ -53,10 +53,10 @@ class Shortlist(Generic[W]):
         before, worker.standing = worker.standing, standing
         return standing[0] < before[0] or standing[1] < before[1]
 
-    def roomiest(self, without: str = "") -> W | None:
-        """Whoever has the most room, but for one; without room there, nobody else has it."""
-        first = (self._workers[number] for number in self._by_room.first(2))
-        return next((worker for worker in first if worker.worker_id != without), None)
+    def roomiest(self, without: Collection[str] = ()) -> W | None:
+        """Whoever has the most room, but for some; without room there, nobody else has it."""
+        first = (self._workers[number] for number in self._by_room.first(1 + len(without)))
+        return next((worker for worker in first if worker.worker_id not in without), None)
 
     def pick(self, chain: Sequence[bytes], distrusted: int = 0) -> list[tuple[W, int]]:
         """Workers, each with the number of leading blocks of `chain` that it caches.

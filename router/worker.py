@@ -32,7 +32,8 @@ class _Known:
     asked_tokens: int = 0  # of our prompts that are not computed yet, those under way included
     asked_prompts: int = 0
     chunk_tokens: int = CHUNK_TOKENS  # of prompts in one step, at most
-    full: bool = False  # it has refused for want of room, and since then nothing has grown less
+    refused: bool = False  # for want of room, and since then nothing has grown less
+    draining: bool = False  # it finishes what it has, and takes nothing new
     shunned: bool = False  # it comes last for a while: attempts there have failed
     shun_ms: float = 0.0  # how long the last time, since an attempt there ended well
     standing: _Standing = NO_ROOM
@@ -40,6 +41,11 @@ class _Known:
     @property
     def rates(self) -> Rates:
         return self.measured.rates
+
+    @property
+    def full(self) -> bool:
+        """Whether it gets nothing now."""
+        return self.refused or self.draining
 
     @property
     def backlog_tokens(self) -> int:

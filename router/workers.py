@@ -5,13 +5,13 @@ load, so that a placement costs no look at every running request or every worker
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from itertools import islice
 from math import inf
 
 from kvrelay.config import RouterConfig
 from kvrelay.kv.layout import blocks_for, reserved_blocks
 from kvrelay.wire import worker_pb2
+from router.claims import Claim, Claims
 from router.measured import MeasuredRates, usual_of
 from router.policy import (
     CHUNK_TOKENS,
@@ -25,21 +25,11 @@ from router.policy import (
 )
 from router.request import Request, RequestState
 from router.shortlist import Shortlist
+from router.shunned import Shunned
 from router.worker import DecodeWorker, PrefillWorker, Worker
 
 _SAMPLE = 64  # workers of each role that say what is usual when another comes
 _DISTRUSTED_MAX = 8  # workers that failed, and in whose place others are looked at
-
-
-@dataclass
-class _Claim:
-    """What one attempt asks of its pair. Its workers may be gone: then nobody reads their sums."""
-
-    computes: Worker  # the prompt
-    decode: DecodeWorker
-    prompt_tokens: int  # that are to be computed
-    blocks: int
-    moved_blocks: int = 0  # by the hand-off
 
 
 class Workers:
@@ -58,8 +48,8 @@ class Workers:
         self._usual = NEUTRAL
         self._prefill_list: Shortlist[PrefillWorker] = Shortlist(config.index_names_total_max)
         self._decode_list: Shortlist[DecodeWorker] = Shortlist(config.index_names_total_max)
-        self._claims: dict[int, _Claim] = {}  # by the attempt's key
-        self._shunned: dict[str, tuple[Worker, float]] = {}  # by name, and until when
+        self.claims = Claims(self._rank)
+        self._shunned = Shunned(config)
 
     # ---- what they say
 
@@ -97,7 +87,7 @@ class Workers:
         self._note_context()
 
     def down(self, worker_id: str) -> None:
-        self._shunned.pop(worker_id, None)
+        self._shunned.forget(worker_id)
         if prefill := self.prefill.pop(worker_id, None):
             self._prefill_list.down(prefill)
         if decode := self.decode.pop(worker_id, None):
@@ -108,25 +98,27 @@ class Workers:
         self.context_tokens = max((d.max_model_tokens for d in self.decode.values()), default=None)
         self.context_tokens_seen = max(self.context_tokens_seen, self.context_tokens or 0)
 
-    def prefill_load(self, worker_id: str, load: worker_pb2.PrefillLoad, *, refused: bool) -> None:
+    def prefill_load(self, worker_id: str, load: worker_pb2.PrefillLoad, *, refused: bool) -> bool:
+        """Whether it has begun to drain."""
         worker = self.prefill.get(worker_id)
         if worker is None:
-            return
+            return False
         if refused or load.queued_tokens < worker.queued_tokens:
-            worker.full = refused
+            worker.refused = refused
         worker.queued_tokens = load.queued_tokens
         worker.queued_prompts = load.queued_prompts
         if load.queued_tokens:
             worker.measured.prompts.note()
-        self._hear(worker, load)
+        return self._hear(worker, load)
 
-    def decode_load(self, worker_id: str, load: worker_pb2.DecodeLoad, *, refused: bool) -> None:
+    def decode_load(self, worker_id: str, load: worker_pb2.DecodeLoad, *, refused: bool) -> bool:
+        """Whether it has begun to drain."""
         worker = self.decode.get(worker_id)
         if worker is None:
-            return
+            return False
         grew = load.blocks_free > worker.blocks_free
         if refused or grew or load.queued_tokens < worker.queued_tokens:
-            worker.full = refused
+            worker.refused = refused
         worker.blocks_free = load.blocks_free
         worker.running = load.running
         worker.queued_tokens = load.queued_tokens
@@ -135,14 +127,16 @@ class Workers:
             worker.measured.prompts.note()
         if load.running:
             worker.measured.answers.note()
-        self._hear(worker, load)
+        return self._hear(worker, load)
 
-    def _hear(self, worker: Worker, load: worker_pb2.PrefillLoad | worker_pb2.DecodeLoad) -> None:
+    def _hear(self, worker: Worker, load: worker_pb2.PrefillLoad | worker_pb2.DecodeLoad) -> bool:
+        drained, worker.draining = worker.draining, load.draining
         if load.HasField("cost"):
             worker.measured.hear(load.cost, self._usual)
             if self._usual is NEUTRAL:
                 self._usual = usual_of([worker.measured], NEUTRAL)
         self._rank(worker)
+        return worker.draining and not drained
 
     def blocks_changed(self, worker_id: str, changes: worker_pb2.BlockChanges) -> bool:
         """False when the worker must be asked to send everything again."""
@@ -156,8 +150,8 @@ class Workers:
         """A worker that is asked for nothing may have no reason to say that it has room again."""
         workers: list[Worker] = [*self.prefill.values(), *self.decode.values()]
         for worker in workers:
-            if worker.full:
-                worker.full = False
+            if worker.refused:
+                worker.refused = False
                 self._rank(worker)
 
     def fade(self, now_ms: float) -> None:
@@ -182,19 +176,10 @@ class Workers:
     # ---- whether they fail
 
     def failed(self, worker_id: str, now_ms: float) -> None:
-        """An attempt has failed there: the worker comes last, for longer each time up to a limit.
-
-        One that fails at once is always the least busy, and would get every request. What else
-        fails there meanwhile had begun before, and makes it no longer.
-        """
+        """An attempt has failed there: the worker comes last for a while."""
         worker = self._named(worker_id)
-        if worker is None or worker.shunned:
-            return
-        limits = self._config
-        worker.shun_ms = min(2 * worker.shun_ms or limits.shun_ms, limits.shun_max_ms)
-        worker.shunned = True
-        self._shunned[worker_id] = worker, now_ms + worker.shun_ms
-        self._rank(worker)
+        if worker is not None and self._shunned.shun(worker, now_ms):
+            self._rank(worker)
 
     def succeeded(self, worker_id: str) -> None:
         """A request that was there has ended well."""
@@ -204,54 +189,66 @@ class Workers:
 
     def forgive(self, now_ms: float) -> None:
         """Those whose time is up are tried again as before."""
-        for worker, until_ms in list(self._shunned.values()):
-            if until_ms <= now_ms:
-                self._trust(worker)
+        for worker in self._shunned.over(now_ms):
+            self._trust(worker)
 
     def _trust(self, worker: Worker) -> None:
-        if self._shunned.pop(worker.worker_id, None):
-            worker.shunned = False
+        if self._shunned.trust(worker):
             self.room_grew = True
             self._rank(worker)
+
+    def drains(self, worker_id: str) -> bool:
+        worker = self._named(worker_id)
+        return worker is not None and worker.draining
+
+    def taking(self, role: str) -> int:
+        """How many of a role take new work."""
+        workers: Collection[Worker] = (
+            self.prefill.values() if role == "prefill" else self.decode.values()
+        )
+        return sum(not worker.draining for worker in workers)
 
     def _named(self, worker_id: str) -> Worker | None:
         return self.prefill.get(worker_id) or self.decode.get(worker_id)
 
     # ---- what is asked of them
 
-    def have_room(self, request: Request, without: str = "") -> bool:
-        """False when surely no decode worker but one has room for it. Cheap."""
+    def have_room(self, request: Request, without: Collection[str] = ()) -> bool:
+        """False when surely no decode worker but some has room for it. Cheap."""
         d = self._decode_list.roomiest(without)
         if d is None or d.full:
             return False
         prompt, answer = request.prompt_tokens_now, request.max_tokens_now
         return reserved_blocks(prompt, answer, d.block_size) <= d.room_blocks
 
-    def choose(self, request: Request, without: str = "") -> Choice | None:
+    def choose(self, request: Request, without: Collection[str] = ()) -> Choice | None:
         """The best placement of a request now; None when no decode worker has room for it.
 
         Its cost does not grow with the number of workers, or as its logarithm.
 
-        without: a worker that it may not go to.
+        without: workers that it may not go to.
         """
         if not self.have_room(request, without):
             return None
         failures_max = self._failures_max(request)
-        looks = self._distrusted(request) + bool(without)
+        looks = self._distrusted(request) + len(without)
         decode = [
             d.view(blocks)
             for d, blocks in self._decode_list.pick(self._hashes(request), looks)
-            if d.worker_id != without and request.failures[d.worker_id] <= failures_max
+            if d.worker_id not in without and request.failures[d.worker_id] <= failures_max
         ]
         return self._place(request, decode, without)
 
-    def choose_at(self, worker_id: str, request: Request) -> Choice | None:
+    def choose_at(
+        self, worker_id: str, request: Request, without: Collection[str] = ()
+    ) -> Choice | None:
         """The best placement at one decode worker, as if it were empty."""
         d = self.decode[worker_id]
-        return self._place(request, [d.view(0)._replace(blocks_free=d.blocks_total, full=False)])
+        view = d.view(0)._replace(blocks_free=d.blocks_total, full=False)
+        return self._place(request, [view], without)
 
     def _place(
-        self, request: Request, decode: list[DecodeView], without: str = ""
+        self, request: Request, decode: list[DecodeView], without: Collection[str]
     ) -> Choice | None:
         wish = Wish(
             request.prompt_tokens_now,
@@ -260,11 +257,11 @@ class Workers:
             request.failures,
             self._config.local_prefill == "auto",
         )
-        looks = self._distrusted(request) + bool(without)
+        looks = self._distrusted(request) + len(without)
         prefill = [
             p.view(blocks)
             for p, blocks in self._prefill_list.pick(self._hashes(request), looks)
-            if p.worker_id != without
+            if p.worker_id not in without
         ]
         if self.prefill and not prefill and not wish.local:
             return None
@@ -277,7 +274,9 @@ class Workers:
     def _distrusted(self, request: Request) -> int:
         return min(len(request.failures) + len(self._shunned), _DISTRUSTED_MAX)
 
-    def worth_keeping(self, request: Request, choice: Choice | None) -> str:
+    def worth_keeping(
+        self, request: Request, choice: Choice | None, without: Collection[str] = ()
+    ) -> str:
         """The worker that others should leave alone for a while, so that this request finds room.
 
         Where it would go but for a backlog; else the decode worker with the most room of those that
@@ -285,19 +284,24 @@ class Workers:
         """
         if choice is not None:
             return choice.placement.prefill or choice.placement.decode
-        able = [d for d in self.decode.values() if request.tokens_max <= d.max_model_tokens]
         best = max(
-            able, key=lambda d: (-request.failures[d.worker_id], d.room_blocks), default=None
+            (d for d in self._able(request) if d.worker_id not in without),
+            key=lambda d: (-request.failures[d.worker_id], d.room_blocks),
+            default=None,
         )
         return best.worker_id if best else ""
 
     def _failures_max(self, request: Request) -> float:
         """Of a decode worker that may have the request: its last attempt is not spent on one that
         has failed it while there is a better one, though that may have no room now."""
-        if not request.failures or request.attempt + 1 < self._config.attempts_max:
+        if not request.failures or request.attempts_failed + 1 < self._config.attempts_max:
             return inf
-        able = [d for d in self.decode.values() if request.tokens_max <= d.max_model_tokens]
-        return min((request.failures[d.worker_id] for d in able), default=inf)
+        return min((request.failures[d.worker_id] for d in self._able(request)), default=inf)
+
+    def _able(self, request: Request) -> list[DecodeWorker]:
+        """Those that could ever hold it."""
+        tokens = request.tokens_max
+        return [d for d in self.decode.values() if tokens <= d.max_model_tokens and not d.draining]
 
     def computing(self, placement: Placement) -> tuple[Rates, int]:
         """The rates of the worker that would compute the prompt, and how many have its role."""
@@ -310,52 +314,7 @@ class Workers:
         computes = decode if placement.prefill is None else self.prefill[placement.prefill]
         blocks = reserved_blocks(prompt_tokens, max_tokens, decode.block_size)
         moved = 0 if computes is decode else blocks_for(prompt_tokens, decode.block_size)
-        self._claims[key] = _Claim(computes, decode, placement.tokens, blocks, moved)
-        computes.asked_tokens += placement.tokens
-        computes.asked_prompts += 1
-        computes.measured.prompts.note()
-        decode.measured.answers.note()
-        decode.asked_blocks += blocks
-        decode.asked += 1
-        self._rank(computes)
-        self._rank(decode)
-
-    def reserved(self, key: int, cached_blocks: int) -> None:
-        """From now on the decode worker's own figure knows of the blocks."""
-        claim = self._claims[key]
-        claim.moved_blocks -= cached_blocks
-        self._give_back(claim, blocks=True)
-
-    def computed(self, key: int) -> None:
-        """The prompt is no backlog any more."""
-        claim = self._claims[key]
-        if claim.prompt_tokens:  # called for every token of the answer
-            self._give_back(claim, prompt=True)
-
-    def handed_off(self, key: int, exposed_ms: float) -> None:
-        """Notes what the hand-off cost."""
-        claim = self._claims[key]
-        worker = claim.computes
-        if isinstance(worker, PrefillWorker):
-            worker.full = False  # the prompt's blocks are free there
-            worker.hand_offs.note(claim.moved_blocks, exposed_ms)
-            self._rank(worker)
-
-    def release(self, key: int) -> None:
-        claim = self._claims.pop(key)
-        claim.decode.asked -= 1
-        self._give_back(claim, blocks=True, prompt=True)
-
-    def _give_back(self, claim: _Claim, *, blocks: bool = False, prompt: bool = False) -> None:
-        if blocks:
-            claim.decode.asked_blocks -= claim.blocks
-            claim.blocks = 0
-        if prompt and claim.prompt_tokens:
-            claim.computes.asked_prompts -= 1
-            claim.computes.asked_tokens -= claim.prompt_tokens
-            claim.prompt_tokens = 0
-        self._rank(claim.computes)
-        self._rank(claim.decode)
+        self.claims.begin(key, Claim(computes, decode, placement.tokens, blocks, moved))
 
     # ---- their order
 
@@ -386,7 +345,7 @@ class Workers:
 
     def check(self, requests: Collection[Request]) -> None:
         """Asserts that the sums are those of the requests with an attempt under way."""
-        assert self._claims.keys() == {r.key for r in requests}
+        assert self.claims.keys == {r.key for r in requests}
         for p in self.prefill.values():
             mine = [r for r in requests if r.prefill_id == p.worker_id and not r.prefill_settled]
             assert (p.asked_tokens, p.asked_prompts) == _uncomputed(mine), (p, mine)

@@ -99,7 +99,7 @@ class _Fleet:
         assert choice is not None, "no worker has room"
         self._state.claim(self._key, choice.placement, PROMPT_TOKENS, ANSWER_TOKENS)
         taken = time.thread_time() - start
-        self._state.release(self._key)
+        self._state.claims.release(self._key)
         return taken
 
     def _request(self, number: int) -> Request:

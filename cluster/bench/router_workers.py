@@ -27,6 +27,7 @@ BLOCKS = 1 << 30
 MODEL_TOKENS = 1 << 20
 _LAYOUT = KVLayout("bench", "float32", layers=1, block_size=16, kv_heads=1, head_dim=64)
 _EVENTS_MAX = 65_536
+_BEAT_S = 0.4
 
 
 class Sequence:
@@ -77,6 +78,9 @@ class Decode(worker_pb2_grpc.DecodeWorkerServicer):
 
     def set_room(self, blocks: int) -> None:
         self._blocks_free = blocks
+        self.beat()
+
+    def beat(self) -> None:
         for session in self._sessions:
             self._send(session, DecodeEvent())
 
@@ -144,12 +148,19 @@ class Prefill(worker_pb2_grpc.PrefillWorkerServicer):
     def __init__(self, door: MembershipDoor, decode: Decode) -> None:
         self._door = door
         self._decode = decode
+        self._sessions: set[RouterSession[PrefillEvent]] = set()
 
     async def Session(self, request_iterator: AsyncIterator[PrefillCommand], context: Any) -> None:
         await self._door.admit(context)
         session: RouterSession[PrefillEvent] = RouterSession(_EVENTS_MAX)
+        self._sessions.add(session)
         session.send(PrefillEvent(info=_info("prefill")))
-        await serve_session(session, request_iterator, context, self._command, lambda _: None)
+        closed = self._sessions.discard
+        await serve_session(session, request_iterator, context, self._command, closed)
+
+    def beat(self) -> None:
+        for session in self._sessions:
+            session.send(PrefillEvent())
 
     def _command(self, session: RouterSession[PrefillEvent], command: PrefillCommand) -> None:
         if command.WhichOneof("command") != "prefill":
@@ -188,6 +199,14 @@ def _ticket(reserve: worker_pb2.Reserve) -> transfer_pb2.Ticket:
     )
 
 
+async def _beat(decode: Decode, prefill: Prefill) -> None:
+    """A worker that says nothing is lost."""
+    while True:
+        await asyncio.sleep(_BEAT_S)
+        decode.beat()
+        prefill.beat()
+
+
 async def _serve() -> None:
     loop = asyncio.get_running_loop()
     cluster_key = (await loop.run_in_executor(None, sys.stdin.readline)).strip()
@@ -195,9 +214,10 @@ async def _serve() -> None:
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     door = MembershipDoor(cluster_key, address)
     decode = Decode(door)
-    stepping = asyncio.create_task(decode.run())
+    prefill = Prefill(door, decode)
+    tasks = [asyncio.create_task(decode.run()), asyncio.create_task(_beat(decode, prefill))]
     worker_pb2_grpc.add_DecodeWorkerServicer_to_server(decode, server)
-    worker_pb2_grpc.add_PrefillWorkerServicer_to_server(Prefill(door, decode), server)
+    worker_pb2_grpc.add_PrefillWorkerServicer_to_server(prefill, server)
     await server.start()
     print(f"grpc={address}", flush=True)
     while line := await loop.run_in_executor(None, sys.stdin.readline):
@@ -208,7 +228,8 @@ async def _serve() -> None:
         else:
             decode.set_room(command["blocks"])
         print("{}", flush=True)
-    stepping.cancel()
+    for task in tasks:
+        task.cancel()
     await server.stop(grace=None)
 
 

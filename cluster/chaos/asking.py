@@ -99,6 +99,7 @@ class Asking:
                 if len(token_ids) >= enough:
                     return Answer("".join(texts), tuple(token_ids), "")
             whole = await call.result()
+            stream.resumed += whole.resumed
         return Answer(whole.text, whole.token_ids, whole.finish_reason)
 
     # ---- HTTP

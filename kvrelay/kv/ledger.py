@@ -39,6 +39,7 @@ MOVES: dict[tuple[BlockState, BlockEvent], BlockState] = {
     (BlockState.RESERVED, BlockEvent.RELEASE): BlockState.FREE,
     (BlockState.WRITING, BlockEvent.COMMIT): BlockState.OWNED,
     (BlockState.WRITING, BlockEvent.ABORT): BlockState.QUARANTINED,
+    (BlockState.WRITING, BlockEvent.WRITER_GONE): BlockState.FREE,
     (BlockState.OWNED, BlockEvent.RELEASE): BlockState.FREE,
     (BlockState.OWNED, BlockEvent.ABORT): BlockState.QUARANTINED,
     (BlockState.OWNED, BlockEvent.CACHE): BlockState.CACHED,

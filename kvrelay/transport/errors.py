@@ -26,6 +26,10 @@ class LinkError(Exception):
     """The link is of no more use: closed, broken, timed out, or the peer broke the protocol."""
 
 
+class LinkTimeoutError(LinkError):
+    """What had to come did not come in time."""
+
+
 class PairGoneError(LinkError):
     """Blocks were to come through a pair that is not open here; the link is as good as before."""
 

@@ -50,6 +50,7 @@ class Listener:
         nccl: NcclLibrary | None = None,
     ) -> None:
         self.rejected: Counter[Rejection] = Counter()
+        self._rejected_logged = 0
         self.endpoints: list[Endpoint] = []
         self._config = config
         self._stall_s = config.link_reply_ms / 1000
@@ -89,6 +90,13 @@ class Listener:
         link.forget(transfer_id)
         frame = transfer_pb2.Committed(transfer_id=transfer_id)
         self._spawn(link.send(Frame(committed=frame)))
+
+    def log_rejected(self) -> None:
+        """Says by reason what has been rejected so far, if that is more than the last time."""
+        if self.rejected.total() > self._rejected_logged:
+            self._rejected_logged = self.rejected.total()
+            counts = ", ".join(f"{reason.value} {n}" for reason, n in self.rejected.most_common())
+            log.info("rejected on KV links so far: %s", counts)
 
     async def close(self) -> None:
         for sock in self._sockets:

@@ -13,7 +13,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from kvrelay.transport.channel import to_end
-from kvrelay.transport.errors import LinkError
+from kvrelay.transport.errors import LinkError, LinkTimeoutError
 from kvrelay.transport.frames import FrameSocket
 from kvrelay.transport.movers import Sender
 from kvrelay.wire import transfer_pb2
@@ -268,7 +268,7 @@ async def _answer_within(answer: asyncio.Future[None], timeout_s: float, what: s
         async with asyncio.timeout(timeout_s):
             await asyncio.shield(answer)
     except TimeoutError:
-        raise LinkError(f"no answer to {what} within {timeout_s:g} s") from None
+        raise LinkTimeoutError(f"no answer to {what} within {timeout_s:g} s") from None
 
 
 async def _quietly(answer: Coroutine[Any, Any, None]) -> None:

@@ -245,7 +245,7 @@ class Acknowledge(_message.Message):
     def __init__(self, keys: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Reserve(_message.Message):
-    __slots__ = ("key", "request_id", "attempt", "prompt_tokens", "sampling", "block_hashes", "hash_root", "tail_token_ids", "prompt_token_ids", "answered", "prefill_here", "tenant", "stop", "priority")
+    __slots__ = ("key", "request_id", "attempt", "prompt_tokens", "sampling", "block_hashes", "hash_root", "tail_token_ids", "prompt_token_ids", "answered", "prefill_here", "tenant", "stop", "priority", "min_tokens")
     KEY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -260,6 +260,7 @@ class Reserve(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     key: int
     request_id: str
     attempt: int
@@ -274,7 +275,8 @@ class Reserve(_message.Message):
     tenant: str
     stop: _containers.RepeatedScalarFieldContainer[str]
     priority: int
-    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., block_hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., tail_token_ids: _Optional[_Iterable[int]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., answered: _Optional[int] = ..., prefill_here: _Optional[bool] = ..., tenant: _Optional[str] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[int] = ...) -> None: ...
+    min_tokens: int
+    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., block_hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., tail_token_ids: _Optional[_Iterable[int]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., answered: _Optional[int] = ..., prefill_here: _Optional[bool] = ..., tenant: _Optional[str] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[int] = ..., min_tokens: _Optional[int] = ...) -> None: ...
 
 class DecodeEvent(_message.Message):
     __slots__ = ("info", "reserved", "step", "failed", "started", "first_token", "adopted", "load", "blocks")

@@ -18,12 +18,13 @@ from starlette.types import Receive, Scope, Send
 from kvrelay.wire.inference_pb2 import Delta, Finished
 from router.ask import Ask
 from router.callers import Caller
-from router.frontdoor import FrontDoor, Served
+from router.frontdoor import FrontDoor
 from router.http.bodies import Body
 from router.http.choices import serve_choices
 from router.http.errors import HttpError, internal, of_refusal
 from router.http.replies import Form, Tally, WholeAnswer, finish_reason
 from router.refusals import Refusal
+from router.served import Served
 
 log = logging.getLogger(__name__)
 

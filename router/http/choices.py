@@ -12,7 +12,8 @@ from kvrelay.wire.inference_pb2 import Delta, Finished
 from router.ask import Ask
 from router.callers import Caller
 from router.fleet import now_ms
-from router.frontdoor import Admitted, FrontDoor, Served
+from router.frontdoor import Admitted, FrontDoor
+from router.served import Served
 
 # Told of everything that comes, with the choice's number; what it awaits holds that choice up.
 Take = Callable[[int, Served, Delta | Finished], Awaitable[None]]

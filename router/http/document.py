@@ -28,11 +28,12 @@ _ERRORS = {
     404: "There is no such model or route.",
     405: "The route does not take this method.",
     408: "The body did not arrive in time.",
+    409: "The request was resumed in another call.",
     413: "The body is too large.",
     415: "The body is not JSON.",
     429: "No room now, or over a limit of the key; Retry-After says when to try again.",
     431: "Too many headers.",
-    500: "The router failed.",
+    500: "The router failed; or workers died of this request, which is not to be tried again.",
     503: "No workers, shutting down, or too many calls or connections.",
 }
 _EVERY = (400, 431, 500, 503)  # the connection's and the gate's
@@ -84,7 +85,7 @@ def _answering(name: str, body: type[BaseModel], reply: type[BaseModel]) -> dict
             "requestBody": {"required": True, "content": _json(body)},
             "responses": {
                 "200": {"description": "The answer.", "content": {**_json(reply), **events}},
-                **_errors((*_KEYED, 404, 405, 408, 413, 415, 429)),
+                **_errors((*_KEYED, 404, 405, 408, 409, 413, 415, 429)),
             },
         }
     }

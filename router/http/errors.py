@@ -41,8 +41,10 @@ KINDS = {
     Reason.NOT_FOUND: _Kind(HTTPStatus.NOT_FOUND, INVALID, "model_not_found"),
     Reason.UNSUPPORTED: _Kind(HTTPStatus.BAD_REQUEST, INVALID, "unsupported"),
     Reason.DUPLICATE: _Kind(HTTPStatus.CONFLICT, INVALID, "duplicate_request_id"),
+    Reason.TAKEN_OVER: _Kind(HTTPStatus.CONFLICT, INVALID, "taken_over"),
     Reason.EXHAUSTED: _Kind(HTTPStatus.TOO_MANY_REQUESTS, RATE_LIMIT, "rate_limit_exceeded"),
     Reason.UNAVAILABLE: _Kind(HTTPStatus.SERVICE_UNAVAILABLE, SERVER, "unavailable"),
+    Reason.POISON: _Kind(HTTPStatus.INTERNAL_SERVER_ERROR, SERVER, "poison"),
 }
 
 

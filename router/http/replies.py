@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from kvrelay.wire import inference_pb2
 from kvrelay.wire.inference_pb2 import Delta, Finished
-from router.frontdoor import Served
+from router.served import Served
 
 FinishReason = Literal["stop", "length"]
 

@@ -114,7 +114,7 @@ async def test_a_worker_whose_announcer_fails_is_replaced(model, role):
         def broken() -> None:
             raise RuntimeError("broken")
 
-        service._announcer.beat = broken
+        service._sessions.announcer.beat = broken
         with pytest.raises(RuntimeError, match="broken"):
             async with asyncio.timeout(30):
                 await service.wait_for_end()

@@ -5,6 +5,7 @@ from kv_fixtures import LAYOUT, sampling
 
 from decode_worker.claims import Claims
 from decode_worker.handoff import HandOff
+from decode_worker.reservation import ReservationEvent
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
 
 CLAIM_MS, HOLD_MS = 1_000, 5_000
@@ -96,7 +97,7 @@ def small_ones(handoff: HandOff, steps: range, large_asks: bool) -> tuple[int | 
     for step in steps:
         now = step * 100
         if running:
-            handoff.abort(("small", running.pop(0)))
+            handoff.abort(("small", running.pop(0)), ReservationEvent.CANCEL)
         if large_asks and large_at is None and asked(handoff, "large", 1, LARGE, now):
             large_at = step
         if number := asked(handoff, "small", 100 + step, SMALL, now):
@@ -116,14 +117,14 @@ def test_a_router_that_is_gone_holds_nobody_up(handoff):
     assert asked(handoff, "small", 1, 4, 0)
     assert not asked(handoff, "large", 1, LARGE, 0)
     assert not asked(handoff, "small", 2, SMALL, 1)
-    assert handoff.session_ended("large") == []
+    assert handoff.session_ended("large") == ([], [])
     assert asked(handoff, "small", 2, SMALL, 1)
 
 
 def test_who_leaves_what_a_claim_needs_is_served(handoff):
     assert asked(handoff, "small", 1, 3, 0)
     assert not asked(handoff, "large", 1, LARGE, 0)
-    handoff.abort(("small", 1))
+    handoff.abort(("small", 1), ReservationEvent.CANCEL)
     assert asked(handoff, "small", 2, TOTAL - LARGE, 1)
     assert not asked(handoff, "small", 3, 1, 1)
     assert asked(handoff, "large", 1, LARGE, 2)

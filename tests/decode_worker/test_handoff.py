@@ -3,6 +3,17 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
+from handoff_states import (
+    LEASE_MS,
+    RESENDS_MAX,
+    TOTAL,
+    begin,
+    brought_to,
+    counts,
+    hand_off,
+    receive,
+    reserve,
+)
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -11,6 +22,7 @@ from kv_fixtures import LAYOUT, sampling
 from decode_worker.handoff import HandOff
 from decode_worker.reservation import (
     TRANSITIONS,
+    DrainingError,
     InvalidReservationError,
     Key,
     Reservation,
@@ -24,71 +36,14 @@ from kvrelay.transport.errors import RefusedError, Rejection
 from kvrelay.wire.transfer_pb2 import Endpoint, Ticket
 
 S, E, B = ReservationState, ReservationEvent, BlockState
-TOTAL = 8
-LEASE_MS = 100
-RESENDS_MAX = 2
 KEY: Key = ("router", 1)
 ROOT = chain_root("model", LAYOUT.block_size, "")
-PROMPT = 8  # tokens; two blocks, and one more for the answer
 
 
 @pytest.fixture
 def handoff() -> Iterator[HandOff]:
-    """Whatever the test leaves behind is let go of; then every block must be free."""
-    ledger = BlockLedger(TOTAL)
-    handoff = HandOff(
-        LAYOUT, ledger, lease_ms=LEASE_MS, reservations_max=4, resends_max=RESENDS_MAX
-    )
-    yield handoff
-    handoff.cache.check()
-    for reservation in list(handoff._by_key.values()):
-        let_go(handoff, reservation)
-    handoff.cache.check()
-    assert ledger.available == TOTAL
-    assert len(handoff) == 0
-
-
-def let_go(handoff: HandOff, reservation: Reservation) -> None:
-    handoff.abort(reservation.key, in_step=True)
-    handoff.writer_lost(reservation.transfer_id)
-    if handoff.is_aborting(reservation.key):
-        handoff.engine_idle(reservation.key)
-
-
-def reserve(handoff: HandOff, number: int = 1, prompt: int = PROMPT, answer: int = 2, now=0):
-    return handoff.reserve(("router", number), prompt, sampling(max_tokens=answer), now)
-
-
-def begin(handoff: HandOff, reservation: Reservation, now: float = 0) -> None:
-    handoff.begin(handoff.sign(reservation, Ticket()), now)
-
-
-def receive(handoff: HandOff, reservation: Reservation, now: float = 0) -> None:
-    """All blocks of the prompt, one by one."""
-    for index in range(len(reservation.prompt_blocks)):
-        handoff.expect(reservation.transfer_id, index, 1)
-        handoff.received(reservation.transfer_id, reservation.blocks_received, 1, (), now)
-
-
-def brought_to(handoff: HandOff, state: ReservationState, number: int = 1) -> Reservation:
-    reservation = reserve(handoff, number)
-    if state is S.RESERVED:
-        return reservation
-    if state is S.PREFILLING:
-        handoff.claim_for_engine(reservation.key)
-        return reservation
-    begin(handoff, reservation)
-    if state is S.DECODING:
-        receive(handoff, reservation)
-        handoff.commit(reservation.transfer_id, len(reservation.prompt_blocks))
-    elif state is S.ABORTING:
-        handoff.abort(reservation.key)
-    assert reservation.state is state
-    return reservation
-
-
-def counts(handoff: HandOff) -> dict[BlockState, int]:
-    return {state: n for state, n in handoff.ledger.counts().items() if n}
+    with hand_off() as handoff:
+        yield handoff
 
 
 def names(value: object) -> str:
@@ -111,8 +66,11 @@ def test_every_event_in_every_state_is_in_the_table_or_raises(state, event):
         assert vars(reservation) == vars(before)
 
 
-def test_nothing_leads_out_of_closed_and_abort_is_legal_everywhere_else():
-    assert {state for state, event in TRANSITIONS if event is E.ABORT} == set(S) - {S.CLOSED}
+@pytest.mark.parametrize(
+    "event", [E.CANCEL, E.TIMEOUT, E.ROUTER_LOST, E.WRITER_LOST, E.DRAIN], ids=names
+)
+def test_what_may_come_at_any_moment_is_a_row_in_every_state_but_closed(event):
+    assert {state for state, its in TRANSITIONS if its is event} == set(S) - {S.CLOSED}
     assert not [event for state, event in TRANSITIONS if state is S.CLOSED]
 
 
@@ -241,7 +199,7 @@ def test_a_ticket_expires(handoff):
     ticket = a_ticket(handoff, reservation)
     assert ticket.expires_ms == LEASE_MS
     assert refused(handoff, ticket, LEASE_MS) is Rejection.EXPIRED
-    handoff.abort(reservation.key)
+    handoff.abort(reservation.key, E.CANCEL)
     assert refused(handoff, ticket, LEASE_MS) is Rejection.EXPIRED
     assert refused(handoff, ticket, LEASE_MS - 1) is Rejection.STALE
 
@@ -250,7 +208,7 @@ def test_an_unknown_transfer_is_refused(handoff):
     assert refused(handoff, Ticket(transfer_id=7)) is Rejection.FORGED
 
 
-@pytest.mark.parametrize("state", [S.RECEIVING, S.ABORTING])
+@pytest.mark.parametrize("state", [S.RECEIVING, S.REVOKING])
 def test_a_ticket_is_good_once(handoff, state):
     reservation = brought_to(handoff, state)
     with pytest.raises(RefusedError, match="has been used"):
@@ -262,7 +220,7 @@ def test_a_ticket_is_good_once(handoff, state):
 def test_the_ticket_of_a_transfer_that_ended_is_unknown(handoff, state):
     reservation = brought_to(handoff, S.RESERVED if state is S.CLOSED else state)
     if state is S.CLOSED:
-        handoff.abort(reservation.key)
+        handoff.abort(reservation.key, E.CANCEL)
     with pytest.raises(RefusedError, match="no such transfer"):
         begin(handoff, reservation)
 
@@ -307,10 +265,24 @@ def test_blocks_out_of_order_repeated_or_too_many_are_refused(
 
 
 def test_blocks_already_on_the_wire_find_their_place_after_an_abort(handoff):
-    reservation = brought_to(handoff, S.ABORTING)
+    reservation = brought_to(handoff, S.REVOKING)
     assert handoff.expect(reservation.transfer_id, 0, 2) == reservation.prompt_blocks
     handoff.received(reservation.transfer_id, reservation.blocks_received, 2, (), 0)
     assert counts(handoff)[B.QUARANTINED] == 2
+
+
+@pytest.mark.parametrize("state", [S.RESERVED, S.PREFILLING, S.DECODING, S.ABORTING])
+def test_what_comes_for_a_transfer_that_nobody_may_write_to_is_refused(handoff, state):
+    transfer_id = brought_to(handoff, state).transfer_id
+    for what in (
+        lambda: handoff.expect(transfer_id, 0, 1),
+        lambda: handoff.received(transfer_id, 0, 1, (), 0),
+        lambda: handoff.awaits_again(transfer_id),
+        lambda: handoff.commit(transfer_id, 2),
+    ):
+        with pytest.raises(RefusedError) as refused:
+            what()
+        assert refused.value.rejection is Rejection.STALE
 
 
 # ---- bad blocks
@@ -391,7 +363,7 @@ def test_commit_is_refused_unless_every_block_is_in_and_named(handoff, received,
 def test_commit_after_an_abort_changes_nothing(handoff):
     reservation = brought_to(handoff, S.RECEIVING)
     receive(handoff, reservation)
-    assert handoff.abort(reservation.key) == reservation.transfer_id
+    assert handoff.abort(reservation.key, E.CANCEL) == reservation.transfer_id
     assert handoff.commit(reservation.transfer_id, 2) is None
     assert counts(handoff) == {B.FREE: 6, B.QUARANTINED: 2}
 
@@ -407,7 +379,7 @@ def test_a_writer_lost_while_it_wrote_fails_the_reservation_and_frees_it(handoff
 
 
 def test_a_writer_lost_after_an_abort_frees_the_quarantine_and_is_no_news(handoff):
-    reservation = brought_to(handoff, S.ABORTING)
+    reservation = brought_to(handoff, S.REVOKING)
     assert counts(handoff) == {B.FREE: 6, B.QUARANTINED: 2}
     assert handoff.writer_lost(reservation.transfer_id) is None
     assert counts(handoff) == {B.FREE: TOTAL}
@@ -429,27 +401,27 @@ def test_a_writer_nobody_knows_is_no_news(handoff):
 
 def test_abort_before_a_writer_came_frees_at_once(handoff):
     reservation = brought_to(handoff, S.RESERVED)
-    assert handoff.abort(reservation.key) is None
+    assert handoff.abort(reservation.key, E.CANCEL) is None
     assert counts(handoff) == {B.FREE: TOTAL}
 
 
 def test_abort_under_a_writer_names_it_and_keeps_only_what_it_may_write(handoff):
     reservation = brought_to(handoff, S.RECEIVING)
-    assert handoff.abort(reservation.key) == reservation.transfer_id
+    assert handoff.abort(reservation.key, E.CANCEL) == reservation.transfer_id
     assert counts(handoff) == {B.FREE: 6, B.QUARANTINED: 2}
     assert handoff.is_aborting(reservation.key)
 
 
 def test_abort_between_steps_frees_at_once(handoff):
     reservation = brought_to(handoff, S.DECODING)
-    assert handoff.abort(reservation.key) is None
+    assert handoff.abort(reservation.key, E.CANCEL) is None
     assert counts(handoff) == {B.FREE: TOTAL}
     assert not handoff.is_aborting(reservation.key)
 
 
 def test_abort_during_a_step_waits_for_the_engine(handoff):
     reservation = brought_to(handoff, S.DECODING)
-    assert handoff.abort(reservation.key, in_step=True) is None
+    assert handoff.abort(reservation.key, E.CANCEL, in_step=True) is None
     assert handoff.is_aborting(reservation.key)
     assert counts(handoff) == {B.FREE: 5, B.QUARANTINED: 3}
     handoff.engine_idle(reservation.key)
@@ -458,41 +430,79 @@ def test_abort_during_a_step_waits_for_the_engine(handoff):
 
 def test_abort_of_a_prompt_that_waits_for_its_turn_here_frees_at_once(handoff):
     reservation = brought_to(handoff, S.PREFILLING)
-    assert handoff.abort(reservation.key) is None
+    assert handoff.abort(reservation.key, E.CANCEL) is None
     assert counts(handoff) == {B.FREE: TOTAL}
 
 
 def test_abort_during_a_chunk_waits_for_the_engine_and_keeps_what_is_shared(handoff):
     reservation = prefilling(handoff, 1, range(8))
     handoff.share_prompt(reservation.key, 4)
-    assert handoff.abort(reservation.key, in_step=True) is None
+    assert handoff.abort(reservation.key, E.CANCEL, in_step=True) is None
     assert counts(handoff) == {B.FREE: 5, B.CACHED: 1, B.QUARANTINED: 2}
     handoff.engine_idle(reservation.key)
     assert counts(handoff) == {B.FREE: 7, B.CACHED: 1}
 
 
 def test_a_second_abort_and_one_of_an_ended_request_change_nothing(handoff):
-    reservation = brought_to(handoff, S.ABORTING)
-    assert handoff.abort(reservation.key) is None
+    reservation = brought_to(handoff, S.REVOKING)
+    assert handoff.abort(reservation.key, E.CANCEL) is None
     assert counts(handoff) == {B.FREE: 6, B.QUARANTINED: 2}
     handoff.writer_lost(reservation.transfer_id)
-    assert handoff.abort(reservation.key) is None
+    assert handoff.abort(reservation.key, E.CANCEL) is None
 
 
 def test_an_idle_engine_does_not_free_blocks_that_a_writer_may_still_write(handoff):
     reservation = reserve(handoff, answer=1)  # no growth blocks
     begin(handoff, reservation)
-    handoff.abort(reservation.key)
+    handoff.abort(reservation.key, E.CANCEL)
     with pytest.raises(IllegalTransitionError):
         handoff.engine_idle(reservation.key)
     assert counts(handoff) == {B.FREE: 6, B.QUARANTINED: 2}
 
 
-def test_a_lost_session_is_answered_with_exactly_its_keys(handoff):
+def test_a_lost_session_is_answered_with_exactly_its_keys_those_that_decode_apart(handoff):
     ours, theirs = object(), object()
-    for key in ((ours, 1), (theirs, 1), (ours, 2)):
+    for key in ((ours, 1), (theirs, 1), (ours, 2), (ours, 3)):
         handoff.reserve(key, 4, sampling(max_tokens=1), 0)
-    assert handoff.session_ended(ours) == [(ours, 1), (ours, 2)]
+    for key in ((ours, 2), (theirs, 1)):
+        handoff.claim_for_engine(key)
+        handoff.computed(key)
+    assert handoff.session_ended(ours) == ([(ours, 1), (ours, 3)], [(ours, 2)])
+
+
+def test_why_reservations_were_let_go_of_is_counted_once_each(handoff):
+    receiving = brought_to(handoff, S.RECEIVING)
+    handoff.abort(receiving.key, E.TIMEOUT)
+    handoff.abort(receiving.key, E.CANCEL)
+    handoff.writer_lost(receiving.transfer_id)
+    handoff.writer_lost(brought_to(handoff, S.RECEIVING, 2).transfer_id)
+    handoff.abort(brought_to(handoff, S.RESERVED, 3).key, E.CANCEL)
+    handoff.finish(brought_to(handoff, S.DECODING, 4).key)
+    handoff.abort(("router", 5), E.CANCEL)
+    assert handoff.causes == {E.TIMEOUT: 1, E.WRITER_LOST: 1, E.CANCEL: 1}
+
+
+def test_what_is_no_cause_lets_nothing_go(handoff):
+    reservation = brought_to(handoff, S.DECODING)
+    with pytest.raises(AssertionError):
+        handoff.abort(reservation.key, E.FINISH)
+    assert reservation.state is S.DECODING
+
+
+# ---- draining
+
+
+def test_a_draining_worker_takes_nothing_new_and_finishes_what_it_has(handoff):
+    reservation = brought_to(handoff, S.RESERVED)
+    handoff.drain()
+    with pytest.raises(DrainingError):
+        reserve(handoff, 2)
+    begin(handoff, reservation)
+    receive(handoff, reservation)
+    handoff.commit(reservation.transfer_id, len(reservation.prompt_blocks))
+    handoff.finish(reservation.key)
+    assert len(handoff) == 0
+    assert counts(handoff) == {B.FREE: TOTAL}
 
 
 # ---- leases
@@ -513,7 +523,7 @@ def test_begin_and_every_block_renew_the_lease(handoff):
     assert handoff.expired(LEASE_MS + 120) == [reservation.key]
 
 
-@pytest.mark.parametrize("state", [S.DECODING, S.ABORTING])
+@pytest.mark.parametrize("state", [S.DECODING, S.REVOKING, S.ABORTING])
 def test_what_waits_for_no_writer_has_no_lease(handoff, state):
     brought_to(handoff, state)
     assert handoff.expired(1e9) == []
@@ -726,7 +736,7 @@ def test_an_abort_while_receiving_drops_the_shares_and_quarantines_the_rest(hand
     served(handoff, 1, range(8), 50)
     reservation = reserve_for(handoff, 2, range(12))
     begin(handoff, reservation)
-    assert handoff.abort(reservation.key) == reservation.transfer_id
+    assert handoff.abort(reservation.key, E.CANCEL) == reservation.transfer_id
     assert counts(handoff) == {B.CACHED: 2, B.QUARANTINED: 1, B.FREE: TOTAL - 3}
     assert handoff.ledger.available == TOTAL - 1
     handoff.writer_lost(reservation.transfer_id)
@@ -746,7 +756,7 @@ def test_a_writer_lost_while_receiving_drops_the_shares(handoff):
 @pytest.mark.parametrize("in_step", [False, True])
 def test_an_abort_while_decoding_keeps_what_is_complete(handoff, in_step):
     reservation = decoding(handoff, 1, range(6), 9)
-    handoff.abort(reservation.key, [50, 51, 52, 53], in_step=in_step)
+    handoff.abort(reservation.key, E.CANCEL, [50, 51, 52, 53], in_step=in_step)
     # A step writes position 9, in the third block.
     assert cached_for(handoff, [*range(6), 50, 51, 52, 53]) == 2
     if in_step:
@@ -762,7 +772,7 @@ def test_an_abort_before_the_engine_can_read_the_prompt_keeps_nothing(handoff):
     begin(handoff, reservation)
     receive(handoff, reservation)
     handoff.commit(reservation.transfer_id, 2)
-    handoff.abort(reservation.key, in_step=True)
+    handoff.abort(reservation.key, E.CANCEL, in_step=True)
     handoff.engine_idle(reservation.key)
     assert counts(handoff) == {B.FREE: TOTAL}
 
@@ -771,7 +781,7 @@ def test_what_is_distrusted_is_found_no_more(handoff):
     served(handoff, 1, range(8), 50)
     one, other = decoding(handoff, 2, range(10)), decoding(handoff, 3, range(9))
     handoff.distrust(one.key)
-    handoff.abort(one.key, [50, 51, 52])
+    handoff.abort(one.key, E.CANCEL, [50, 51, 52])
     handoff.finish(other.key, [50, 51, 52, 53, 54])
     handoff.distrust(other.key)  # has ended already
     assert counts(handoff) == {B.FREE: TOTAL}
@@ -868,8 +878,8 @@ class HandOffMachine(RuleBasedStateMachine):
         for other in (*self.live.values(), *self.writing.values(), *self.stepping.values()):
             if other.state is not S.CLOSED:
                 held = other.blocks
-                if other.key in self.live and other.state is S.ABORTING:
-                    held = other.prompt_blocks if other.transfer_id in self.writing else held
+                if other.state is S.REVOKING:
+                    held = other.prompt_blocks
                 private = r.prompt_blocks + r.growth_blocks
                 assert not set(private) & set(held), "a block in use was given away"
         self.live[key] = r
@@ -947,7 +957,7 @@ class HandOffMachine(RuleBasedStateMachine):
 
     def commit_one(self, r: Reservation) -> None:
         complete = r.blocks_received == len(r.prompt_blocks) and not r.bad_blocks
-        aborting = r.state is S.ABORTING
+        aborting = r.state is S.REVOKING
         try:
             committed = self.handoff.commit(r.transfer_id, len(r.prompt_blocks))
         except RefusedError:
@@ -1062,14 +1072,14 @@ class HandOffMachine(RuleBasedStateMachine):
             assert self.handoff.cache.match(hashes) == []
 
     @precondition(lambda self: bool(self.live))
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), why=st.sampled_from([E.CANCEL, E.TIMEOUT]))
+    def abort(self, data: st.DataObject, why: ReservationEvent) -> None:
         if r := self.pick(data):
-            self.abort_one(r)
+            self.abort_one(r, why)
 
-    def abort_one(self, r: Reservation) -> None:
+    def abort_one(self, r: Reservation, why: ReservationEvent) -> None:
         answer = self.answers.get(r.key, ())
-        told = self.handoff.abort(r.key, answer, in_step=r.key in self.stepping)
+        told = self.handoff.abort(r.key, why, answer, in_step=r.key in self.stepping)
         assert told is None or told in self.writing
         if r.state is S.CLOSED:
             del self.live[r.key]
@@ -1083,11 +1093,21 @@ class HandOffMachine(RuleBasedStateMachine):
             del self.writing[r.transfer_id]
             del self.live[r.key]
 
+    @rule(keep=st.booleans(), chance=st.integers(0, 9))
+    def router_lost(self, keep: bool, chance: int) -> None:
+        if chance:
+            return
+        to_abort, decoding = self.handoff.session_ended("router")
+        for key in to_abort:
+            self.abort_one(self.live[key], E.ROUTER_LOST)
+        for key in [] if keep else decoding:
+            self.abort_one(self.live[key], E.TIMEOUT)
+
     @rule(ms=st.integers(0, LEASE_MS // 8))
     def time_passes(self, ms: int) -> None:
         self.now += ms
         for key in self.handoff.expired(self.now):
-            self.abort_one(self.live[key])
+            self.abort_one(self.live[key], E.TIMEOUT)
         assert self.handoff.expired(self.now) == []
 
     @invariant()
@@ -1112,7 +1132,7 @@ class HandOffMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for r in list(self.live.values()):
-            self.handoff.abort(r.key, in_step=r.key in self.stepping)
+            self.handoff.abort(r.key, E.CANCEL, in_step=r.key in self.stepping)
         for transfer_id in self.writing:
             self.handoff.writer_lost(transfer_id)
         for key in self.stepping:

@@ -285,7 +285,7 @@ async def test_a_cancelled_chunk_that_nobody_else_is_in_stops_between_layers(mod
         ask(session, service, 1, tokens_of(1, 200))
         await gate.entered.wait()
         session.send(cancel=worker_pb2.Cancel(key=1))
-        await until(service._step_cancelled.is_set, within_s=WAIT_S)
+        await until(service._steps.cancelled.is_set, within_s=WAIT_S)
         assert not all_free(service)  # the engine may still write
         gate.open()
         await until(lambda: all_free(service), within_s=WAIT_S)
@@ -307,7 +307,7 @@ async def test_a_cancelled_chunk_beside_others_ends_with_its_step(model):
         await gate.entered.wait()
         session.send(cancel=worker_pb2.Cancel(key=3))
         await until(lambda: len(service._prompts) == 0, within_s=WAIT_S)
-        assert not service._step_cancelled.is_set()
+        assert not service._steps.cancelled.is_set()
         gate.open()
         assert await answer(session, 2) == expected
         assert not outputs(session, 3)
@@ -334,7 +334,7 @@ async def test_a_router_that_goes_takes_its_prompts_with_it(model):
             ask(other, service, 1, tokens_of(1, 200))
             ask(other, service, 2, tokens_of(2, 200))
             await gate.entered.wait()
-        await until(service._step_cancelled.is_set, within_s=WAIT_S)
+        await until(service._steps.cancelled.is_set, within_s=WAIT_S)
         gate.open()
         await until(lambda: all_free(service), within_s=WAIT_S)
 

@@ -78,7 +78,11 @@ class Pair:
         chain = PrefixChain(chain_root("model", BLOCK_SIZE, ""), BLOCK_SIZE)
         chain.extend(prompt)
         reserve = worker_pb2.Reserve(
-            key=key, request_id=f"r{key}", prompt_tokens=len(prompt), sampling=sampling
+            key=key,
+            request_id=f"r{key}",
+            prompt_tokens=len(prompt),
+            prompt_token_ids=prompt,
+            sampling=sampling,
         )
         self.decode.send(reserve=reserve)
         reserved = await self.decode.event("reserved", key)

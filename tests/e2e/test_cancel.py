@@ -196,8 +196,8 @@ async def test_a_cancel_while_the_hand_off_is_letting_go_leaves_nothing(
         await until(lambda: any(r.blocks_received for r in reservations.values()), within_s=10)
         await cancel(stream, reader)
         await entered.wait()
-        for progress in service._running.values():
-            progress.task.cancel()
+        for push in service._running.values():
+            push.task.cancel()
         release.set()
         gate.open()
         await until(cluster.all_free, within_s=FREED_S)

@@ -110,7 +110,7 @@ async def test_a_client_that_goes_while_its_prompt_is_computed_frees_it(model):
         await gate.entered.wait()
         stream.cancel()
         await asyncio.gather(reader, return_exceptions=True)
-        await until(cluster.decode[0]._step_cancelled.is_set, within_s=FREED_S)
+        await until(cluster.decode[0]._steps.cancelled.is_set, within_s=FREED_S)
         gate.open()
         await until(cluster.all_free, within_s=FREED_S)
         assert len((await client.generate(tokens_of(1, 50), max_tokens=8).result()).token_ids) == 8

@@ -340,6 +340,40 @@ async def test_tenants_share_no_prefix(cluster, keys):
 
 
 @pytest.mark.slow
+async def test_only_its_tenant_can_resume_an_answer(cluster, keys):
+    """Bob and Carol are of one team, Alice is not."""
+    metadata = {name: [("authorization", f"Bearer {key}")] for name, key in keys.keys.items()}
+    sampling = pb.SamplingParams(max_tokens=100)
+    request = pb.GenerateRequest(request_id="team's", text=TEXT, sampling=sampling)
+    async with grpc.aio.insecure_channel(cluster.router.address) as channel:
+        stub = InferenceStub(channel)
+        call = stub.Generate(request, metadata=metadata["bob"])
+        async for event in call:
+            if event.delta.token_ids:
+                break
+        wish = pb.ResumeRequest(request_id="team's")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Resume(wish, metadata=metadata["alice"]).read()
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+        events = [event async for event in stub.Resume(wish, metadata=metadata["carol"])]
+        assert sum(len(event.delta.token_ids) for event in events) == 100
+        assert await call.code() is grpc.StatusCode.ABORTED
+
+
+async def test_to_look_for_an_answer_is_a_request_of_the_quota(cluster, keys):
+    keys.add("looks", quota="requests_per_minute = 2")
+    await until(lambda: cluster.router._callers._keys.find(keys.keys["looks"]), within_s=DEADLINE_S)
+    metadata = [("authorization", f"Bearer {keys.keys['looks']}")]
+    codes = []
+    async with grpc.aio.insecure_channel(cluster.router.address) as channel:
+        for number in range(3):
+            wish = pb.ResumeRequest(request_id=f"nobody's {number}")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await InferenceStub(channel).Resume(wish, metadata=metadata).read()
+            codes.append(caught.value.code())
+    assert codes == [grpc.StatusCode.NOT_FOUND] * 2 + [EXHAUSTED]
+
+
 async def test_a_tenant_cannot_tell_by_the_time_what_another_has_sent(cluster, keys):
     """Prompts that another tenant has just sent, prompts that nobody has and prompts of its own, in
     turns. Its own show that the measurement would see a cached prefix."""
@@ -500,7 +534,12 @@ async def tickets(cluster: LocalCluster) -> AsyncIterator[Any]:
 
         async def ticket() -> Any:
             sampling = worker_pb2.Sampling(max_tokens=1)
-            reserve = worker_pb2.Reserve(key=next(numbers), prompt_tokens=32, sampling=sampling)
+            reserve = worker_pb2.Reserve(
+                key=next(numbers),
+                prompt_tokens=32,
+                prompt_token_ids=[5] * 32,
+                sampling=sampling,
+            )
             commands.put_nowait(worker_pb2.DecodeCommand(reserve=reserve))
             while (event := await call.read()).WhichOneof("event") != "reserved":
                 assert event.WhichOneof("event") != "failed", event

@@ -9,7 +9,7 @@ from reference import MARGIN_MIN, greedy
 from tiny_models import EOS_ID, make_endless, make_tiny
 from waiting import until
 
-from router.dispatcher import Dispatcher
+from router.recovery import Recovery
 
 BLOCK_SIZE = 16
 BLOCK_BYTES = 3 * 2 * BLOCK_SIZE * 2 * 16 * 4  # of the tiny llama: layers, KV, heads, head_dim
@@ -29,15 +29,15 @@ def ending(tmp_path_factory):
 
 @pytest.fixture
 def refused(monkeypatch):
-    """Who was refused by a worker for want of room: the dispatchers, once for each time."""
-    seen: list[Dispatcher] = []
-    refuse = Dispatcher._refused
+    """Who was refused by a worker for want of room: the routers, once for each time."""
+    seen: list[Recovery] = []
+    refuse = Recovery._refused
 
     def noted(self, *args):
         seen.append(self)
         return refuse(self, *args)
 
-    monkeypatch.setattr(Dispatcher, "_refused", noted)
+    monkeypatch.setattr(Recovery, "_refused", noted)
     return seen
 
 

@@ -1,6 +1,6 @@
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +15,9 @@ from kvrelay.kv.prefix import PrefixChain, chain_root
 from kvrelay.lifecycle import IllegalTransitionError
 from kvrelay.wire.transfer_pb2 import Ticket
 from prefill_worker.schedule import (
+    CAUSES,
     TRANSITIONS,
+    DrainingError,
     InvalidJobError,
     Job,
     JobEvent,
@@ -36,7 +38,7 @@ def schedule() -> Iterator[Schedule]:
     yield schedule
     schedule.cache.check()
     for job in list(schedule._jobs.values()):
-        schedule.abort(job.key)
+        schedule.abort(job.key, E.CANCEL)
         if job.state is S.ABORTING:
             schedule.quiet(job)
     schedule.cache.check()
@@ -110,9 +112,123 @@ def test_every_event_in_every_state_is_in_the_table_or_raises(state, event):
         assert vars(one) == before
 
 
-def test_nothing_leads_out_of_closed_and_abort_is_legal_everywhere_else():
-    assert {state for state, event in TRANSITIONS if event is E.ABORT} == set(S) - {S.CLOSED}
+@pytest.mark.parametrize(
+    "event", [E.CANCEL, E.TIMEOUT, E.ROUTER_LOST, E.DECODER_LOST, E.FAIL, E.DRAIN], ids=names
+)
+def test_what_may_come_at_any_moment_is_a_row_in_every_state_but_closed(event):
+    assert {state for state, its in TRANSITIONS if its is event} == set(S) - {S.CLOSED}
     assert not [event for state, event in TRANSITIONS if state is S.CLOSED]
+
+
+def brought_to(schedule: Schedule, state: JobState, number: int = 1) -> Job:
+    """Of 20 tokens, so two chunks; five blocks. ABORTING: computing before."""
+    one = job(number, 20)
+    schedule.add(one)
+    if state is not S.QUEUED:
+        run(schedule)
+    if state is S.HANDING_OFF:
+        run(schedule)
+    elif state is S.ABORTING:
+        schedule.abort(one.key, E.CANCEL)
+    assert one.state is state
+    return one
+
+
+def computed(schedule: Schedule, one: Job) -> None:
+    for chunk in schedule.next_step():
+        schedule.computed(chunk)
+
+
+def let_go(why: JobEvent) -> Callable[[Schedule, Job], object]:
+    return lambda schedule, one: schedule.abort(one.key, why)
+
+
+def router_lost(schedule: Schedule, one: Job) -> None:
+    for key in schedule.of_session("router"):
+        schedule.abort(key, E.ROUTER_LOST)
+
+
+DRIVERS: dict[JobEvent, Callable[[Schedule, Job], object]] = {
+    E.ADMIT: lambda schedule, one: schedule.next_step(),
+    E.COMPUTED: computed,
+    E.ACKNOWLEDGED: lambda schedule, one: schedule.acknowledged(one),
+    E.CANCEL: let_go(E.CANCEL),
+    E.TIMEOUT: let_go(E.TIMEOUT),
+    E.ROUTER_LOST: router_lost,
+    E.DECODER_LOST: let_go(E.DECODER_LOST),
+    E.FAIL: let_go(E.FAIL),
+    E.QUIET: lambda schedule, one: schedule.quiet(one),
+    E.DRAIN: lambda schedule, one: schedule.drain(),
+}
+HELD = {
+    S.QUEUED: {},
+    S.COMPUTING: {B.OWNED: 5},
+    S.HANDING_OFF: {B.OWNED: 5},
+    S.ABORTING: {B.QUARANTINED: 5},
+    S.CLOSED: {},
+}
+
+
+@pytest.mark.parametrize(("state", "event"), list(TRANSITIONS), ids=names)
+def test_a_row_moves_the_job_and_its_blocks(schedule, monkeypatch, state, event):
+    one = brought_to(schedule, state)
+    seen = []
+    on = Job.on
+    monkeypatch.setattr(Job, "on", lambda j, e: (seen.append(e), on(j, e)))
+    DRIVERS[event](schedule, one)
+    assert seen == [event]
+    assert one.state is TRANSITIONS[state, event]
+    schedule.cache.check()
+    counts = schedule.ledger.counts()
+    assert {state: n for state, n in counts.items() if n and state is not B.FREE} == HELD[one.state]
+    assert sum(counts.values()) == TOTAL
+    assert len(schedule) == (one.state is not S.CLOSED)
+    if one.state in (S.ABORTING, S.CLOSED):
+        assert schedule.queued_tokens == schedule.queued_prompts == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "event"),
+    [
+        pair
+        for pair in itertools.product(S, (E.ACKNOWLEDGED, E.QUIET))
+        if pair not in TRANSITIONS and pair[0] is not S.CLOSED
+    ],
+    ids=names,
+)
+def test_what_is_no_row_changes_nothing(schedule, state, event):
+    one = brought_to(schedule, state)
+    before = schedule.ledger.counts()
+    with pytest.raises(IllegalTransitionError):
+        DRIVERS[event](schedule, one)
+    assert one.state is state
+    assert schedule.ledger.counts() == before
+
+
+def test_why_jobs_were_let_go_of_is_counted_once_each(schedule):
+    one, two = added(schedule, 4, 4)
+    run(schedule)
+    schedule.abort(one.key, E.DECODER_LOST)
+    schedule.abort(one.key, E.CANCEL)
+    schedule.acknowledged(two)
+    schedule.abort(two.key, E.CANCEL)
+    assert schedule.causes == {E.DECODER_LOST: 1}
+    with pytest.raises(AssertionError):
+        schedule.abort(one.key, E.QUIET)
+
+
+# ---- draining
+
+
+def test_a_draining_worker_takes_nothing_new_and_finishes_what_it_has(schedule):
+    one = brought_to(schedule, S.QUEUED)
+    schedule.drain()
+    with pytest.raises(DrainingError):
+        schedule.add(job(2, 4))
+    run(schedule)
+    run(schedule)
+    schedule.acknowledged(one)
+    assert len(schedule) == 0
 
 
 # ---- add
@@ -145,7 +261,7 @@ def test_jobs_max_is_a_typed_refusal_and_the_next_fits_once_one_has_gone(schedul
     added(schedule, 1, 1, 1, 1, 1)
     with pytest.raises(QueueFullError, match="5 prompts"):
         schedule.add(job(6, 1))
-    schedule.abort(("router", 3))
+    schedule.abort(("router", 3), E.CANCEL)
     schedule.add(job(6, 1))
 
 
@@ -230,7 +346,7 @@ def test_queued_tokens_are_those_accepted_and_not_computed(schedule):
     assert schedule.queued_tokens == 70
     schedule.computed(step[0])
     assert schedule.queued_tokens == 54
-    schedule.abort(("router", 1))
+    schedule.abort(("router", 1), E.CANCEL)
     assert schedule.queued_tokens == 50
 
 
@@ -265,7 +381,7 @@ def test_acknowledged_frees_the_blocks(schedule):
 
 def test_abort_of_a_queued_job_leaves_nothing(schedule):
     (one,) = added(schedule, 5)
-    assert schedule.abort(one.key) is one
+    assert schedule.abort(one.key, E.CANCEL) is one
     assert one.state is S.CLOSED
     assert schedule.next_step() == []
     assert len(schedule) == 0
@@ -274,7 +390,7 @@ def test_abort_of_a_queued_job_leaves_nothing(schedule):
 def test_abort_of_a_computing_job_keeps_its_blocks_until_all_is_quiet(schedule):
     one, two = added(schedule, 32, 4)
     run(schedule)
-    assert schedule.abort(one.key) is one
+    assert schedule.abort(one.key, E.CANCEL) is one
     assert schedule.ledger.counts()[B.QUARANTINED] == 8
     assert run(schedule) == [(2, 0, 4)]
     schedule.quiet(one)
@@ -287,7 +403,7 @@ def test_abort_of_a_computing_job_keeps_its_blocks_until_all_is_quiet(schedule):
 def test_abort_while_a_step_runs_lets_the_step_end_without_effect(schedule):
     one, two = added(schedule, 4, 4)
     step = schedule.next_step()
-    schedule.abort(one.key)
+    schedule.abort(one.key, E.CANCEL)
     for chunk in step:
         schedule.computed(chunk)
     assert (one.state, one.computed) == (S.ABORTING, 0)
@@ -298,7 +414,7 @@ def test_abort_while_a_step_runs_lets_the_step_end_without_effect(schedule):
 def test_a_step_that_ends_after_its_aborted_job_was_closed_has_no_effect(schedule):
     (one,) = added(schedule, 4)
     (chunk,) = schedule.next_step()
-    schedule.abort(one.key)
+    schedule.abort(one.key, E.CANCEL)
     schedule.quiet(one)
     schedule.computed(chunk)
     assert one.state is S.CLOSED
@@ -307,7 +423,7 @@ def test_a_step_that_ends_after_its_aborted_job_was_closed_has_no_effect(schedul
 def test_abort_while_handing_off_keeps_the_blocks_until_all_is_quiet(schedule):
     (one,) = added(schedule, 4)
     run(schedule)
-    schedule.abort(one.key)
+    schedule.abort(one.key, E.CANCEL)
     assert schedule.ledger.counts()[B.QUARANTINED] == 1
     schedule.quiet(one)
     assert schedule.ledger.free == TOTAL
@@ -316,16 +432,16 @@ def test_abort_while_handing_off_keeps_the_blocks_until_all_is_quiet(schedule):
 def test_a_second_abort_and_one_of_an_ended_job_are_nothing(schedule):
     (one,) = added(schedule, 4)
     run(schedule)
-    assert schedule.abort(one.key) is one
-    assert schedule.abort(one.key) is None
+    assert schedule.abort(one.key, E.CANCEL) is one
+    assert schedule.abort(one.key, E.CANCEL) is None
     schedule.quiet(one)
-    assert schedule.abort(one.key) is None
+    assert schedule.abort(one.key, E.CANCEL) is None
 
 
 def test_the_blocks_of_an_aborted_job_go_to_the_next_in_line_once_quiet(schedule):
     one, two = added(schedule, 64, 8)
     run(schedule)
-    schedule.abort(one.key)
+    schedule.abort(one.key, E.CANCEL)
     assert schedule.next_step() == []
     schedule.quiet(one)
     assert run(schedule) == [(2, 0, 8)]
@@ -475,7 +591,7 @@ def test_an_aborted_job_keeps_what_a_push_may_still_read_until_all_is_quiet(sche
     one = named(2, range(40))
     schedule.add(one)
     run(schedule)
-    schedule.abort(one.key)
+    schedule.abort(one.key, E.CANCEL)
     assert schedule.ledger.counts()[B.CACHED] == 6
     assert schedule.ledger.counts()[B.QUARANTINED] == 4
     assert schedule.ledger.available == TOTAL - 10
@@ -488,7 +604,7 @@ def test_nothing_of_a_chunk_that_was_aborted_is_shared(schedule):
     one = named(1, range(8))
     schedule.add(one)
     (chunk,) = schedule.next_step()
-    schedule.abort(one.key)
+    schedule.abort(one.key, E.CANCEL)
     schedule.computed(chunk)
     schedule.quiet(one)
     assert schedule.ledger.free == TOTAL
@@ -500,7 +616,7 @@ def test_what_is_distrusted_is_found_no_more(schedule):
     schedule.add(one)
     run(schedule)
     schedule.distrust(one)
-    schedule.abort(one.key)
+    schedule.abort(one.key, E.CANCEL)
     schedule.quiet(one)
     assert schedule.ledger.free == TOTAL
 
@@ -600,10 +716,10 @@ class ScheduleMachine(RuleBasedStateMachine):
             self.schedule.computed(chunk)
         self.step = []
 
-    @rule(data=st.data())
-    def abort(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), why=st.sampled_from(sorted(CAUSES, key=names)))
+    def abort(self, data: st.DataObject, why: JobEvent) -> None:
         if self.jobs:
-            self.schedule.abort(data.draw(st.sampled_from(self.jobs)).key)
+            self.schedule.abort(data.draw(st.sampled_from(self.jobs)).key, why)
 
     @rule(data=st.data())
     def quiet(self, data: st.DataObject) -> None:

@@ -1,9 +1,17 @@
 """Several tokens at once give the client what it would have had of them one by one."""
 
 import random
+from dataclasses import replace
 
 import pytest
-from byte_tokenizer import EOS, byte_level_tokenizer
+from byte_tokenizer import (
+    EOS,
+    byte_fallback_tokenizer,
+    byte_level_tokenizer,
+    metaspace_tokenizer,
+)
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvrelay.wire import inference_pb2 as pb
 from router.admission import Sampling
@@ -11,10 +19,10 @@ from router.answer import Answer, ReadingTurns
 from router.answer_stream import AnswerStream
 from router.commands import UnavailableTrouble
 from router.detokenize import Detokenizer
-from router.frontdoor import Served
 from router.metrics import Metrics
 from router.refusals import Reason, Refusal
 from router.request import Ending, Request, Times
+from router.served import Served
 
 TOKENIZER = byte_level_tokenizer()
 EOS_ID = TOKENIZER.token_to_id(EOS)
@@ -112,3 +120,73 @@ async def test_a_trouble_reaches_the_client_as_a_refusal_after_what_came_before(
     with pytest.raises(Refusal, match="all workers are gone") as refused:
         await served.next()
     assert refused.value.reason is Reason.UNAVAILABLE
+
+
+# ---- an answer that goes on in another stream
+
+
+TOKENIZERS = {
+    "byte level": byte_level_tokenizer(),
+    "byte fallback": byte_fallback_tokenizer(),
+    "metaspace": metaspace_tokenizer(),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(data=st.data())
+def test_what_the_first_n_tokens_show_follows_from_them_alone(name: str, data: st.DataObject):
+    """Whatever was grouped, there and here: what one stream has shown when it breaks off after n
+    tokens, and what another shows from n on, are the whole answer, each part of it once."""
+    tokenizer = TOKENIZERS[name]
+    size = tokenizer.get_vocab_size()
+    tokens = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=40))
+    whole = tokenizer.decode(tokens)
+    cuts = st.tuples(st.integers(0, len(whole)), st.integers(1, 4))
+    stop = [whole[a : a + n] for a, n in data.draw(st.lists(cuts, max_size=3))]
+    sampling = replace(
+        request_of().sampling,
+        stop=tuple(filter(None, stop)),
+        eos_token_ids=(data.draw(st.integers(0, size - 1)),),
+        min_tokens=data.draw(st.integers(0, len(tokens))),
+    )
+
+    def groups() -> list[list[int] | Ending]:
+        ends = sorted({*data.draw(st.sets(st.integers(1, len(tokens)))), len(tokens)})
+        starts = [0, *ends[:-1]]
+        parts = [tokens[a:b] for a, b in zip(starts, ends, strict=True)]
+        return [*parts, data.draw(st.sampled_from([Ending.EOS, Ending.LENGTH]))]
+
+    def stream(first: int = 0) -> AnswerStream:
+        request = Request("r1", [1, 2], sampling, Times(0.0))
+        return AnswerStream(request, Detokenizer(tokenizer), first)
+
+    right_tokens, right_text = play(stream(), [*([token] for token in tokens), Ending.LENGTH])
+    seen: list[int] = []
+    text = ""
+    broken = stream()
+    for event in groups():
+        if broken.finished is not None or data.draw(st.booleans()):
+            break
+        if isinstance(event, list) and (delta := broken.on(event)) is not None:
+            seen += delta.token_ids
+            text += delta.text
+    resumed = stream(len(seen))
+    for event in groups():
+        if resumed.finished is None and (delta := resumed.on(event)) is not None:
+            assert not delta.token_ids or delta.offset == len(seen)
+            seen += delta.token_ids
+            text += delta.text
+    assert resumed.finished is not None
+    assert (seen, text) == (right_tokens, right_text)
+    assert resumed.finished.completion_tokens == len(right_tokens)
+
+
+async def test_the_client_is_told_where_its_answer_is_kept_when_that_changes():
+    answer, request = Answer(ReadingTurns()), request_of()
+    served = Served(request, answer, Detokenizer(TOKENIZER), Metrics())
+    kept_at = []
+    for worker in ("d1", "d1", "d2"):
+        request.decode_id = worker
+        answer.put(TOKENIZER.encode("a").ids)
+        kept_at.append((await served.next()).kept_at)
+    assert kept_at == ["d1", "", "d2"]

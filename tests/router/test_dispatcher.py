@@ -1,229 +1,35 @@
-"""The dispatcher driven event by event; `Bench` plays the workers and keeps what clients saw."""
+"""The dispatcher driven event by event. What becomes of lost workers: test_recovery.py."""
 
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import pytest
+from dispatcher_bench import EOS, EXHAUSTED, PEER_LOST, Bench, Client, S, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvrelay.config import RouterConfig
 from kvrelay.kv.prefix import PrefixChain, chain_root
 from kvrelay.lifecycle import IllegalTransitionError
 from kvrelay.wire import transfer_pb2
 from kvrelay.wire import worker_pb2 as pb
-from router.admission import Sampling
 from router.commands import (
-    Command,
     DeadlineError,
-    Deliver,
     DuplicateRequestError,
     ExhaustedTrouble,
-    Failed,
-    Finished,
     InvalidTrouble,
     QueueFullError,
     ToDecode,
     ToPrefill,
-    Trouble,
     UnavailableTrouble,
 )
-from router.dispatcher import Dispatcher
 from router.request import (
     TRANSITIONS,
     Ending,
     Request,
     RequestEvent,
-    RequestState,
-    Times,
 )
-
-S = RequestState
-EOS = 999
-EXHAUSTED = pb.FAILURE_CODE_EXHAUSTED
-PEER_LOST = pb.FAILURE_CODE_PEER_LOST
-
-
-def make(
-    name: str = "r1", prompt: int = 8, max_tokens: int = 4, now: float = 0, **more: Any
-) -> Request:
-    """more: of the request's urgency, or of its sampling."""
-    named = ("priority", "ttft_deadline_ms")
-    urgency = {field: more.pop(field) for field in named if field in more}
-    sampling = Sampling(0.0, 0, 1.0, 0, max_tokens, (), (EOS,), **more)
-    return Request(name, list(range(prompt)), sampling, Times(now), **urgency)
-
-
-def ending_of(ending: Ending | None) -> int:
-    return ending.value if ending else 0
-
-
-@dataclass
-class Client:
-    """What one client has seen."""
-
-    tokens: list[int] = field(default_factory=list)
-    end: Ending | Trouble | None = None
-
-
-class Bench:
-    """A dispatcher whose commands pile up in `sent`, and whose clients note what they get."""
-
-    def __init__(self, *workers: str, blocks: int = 100, **config: Any) -> None:
-        settings_ = {"attempts_max": 3, "queue_max": 4, "prefill_backlog_tokens": 50}
-        settings_ |= {"local_prefill": "never", **config}
-        self.dispatcher = Dispatcher(
-            RouterConfig(
-                model_path=Path("none"),
-                model_name="tiny",
-                cluster_key="k" * 16,
-                control_socket=Path("none"),
-                **settings_,
-            )
-        )
-        self.blocks = blocks
-        self.now = 0.0
-        self.sent: list[ToPrefill | ToDecode] = []
-        self.clients: dict[Request, Client] = {}
-        for worker in workers or ("p1", "d1"):
-            self.up(worker)
-
-    # ---- what happens
-
-    def up(self, worker: str) -> None:
-        up = self.dispatcher.prefill_up if worker[0] == "p" else self.dispatcher.decode_up
-        up(worker, self.info(worker))
-        self.take([])
-
-    def info(self, worker: str) -> pb.WorkerInfo:
-        layout = transfer_pb2.KvLayout(model_fingerprint="m", block_size=4)
-        return pb.WorkerInfo(
-            instance_id=worker,
-            layout=layout,
-            blocks_total=self.blocks,
-            max_model_tokens=self.blocks * layout.block_size,
-        )
-
-    def down(self, worker: str) -> None:
-        self.take(self.dispatcher.worker_down(worker, self.now))
-
-    def submit(self, *args: Any, **kwargs: Any) -> Request:
-        request = make(*args, now=self.now, **kwargs)
-        commands = self.dispatcher.submit(request)
-        self.clients[request] = Client()
-        self.take(commands)
-        return request
-
-    def let_go(self, request: Request) -> None:
-        self.take(self.dispatcher.let_go(request))
-
-    def expire(self, now: float) -> None:
-        self.now = now
-        self.take(self.dispatcher.expire(now))
-
-    def d(self, worker: str = "d1", free: int | None = None, **event: Any) -> None:
-        load = pb.DecodeLoad(blocks_free=self.blocks if free is None else free)
-        message = pb.DecodeEvent(load=load, **event)
-        self.take(self.dispatcher.on_decode_event(worker, message, self.now))
-
-    def p(self, worker: str = "p1", queued: int = 0, **event: Any) -> None:
-        message = pb.PrefillEvent(load=pb.PrefillLoad(queued_tokens=queued), **event)
-        self.take(self.dispatcher.on_prefill_event(worker, message, self.now))
-
-    def reserved(self, request: Request, free: int | None = None) -> None:
-        reserved = pb.Reserved(key=request.key)
-        if not request.prefill_here:
-            reserved.ticket.request_id = request.request_id
-        self.d(request.decode_id, free, reserved=reserved)
-
-    def first_token(self, request: Request, token: int, **times: float) -> None:
-        first_token = pb.FirstToken(key=request.key, token_id=token, **times)
-        if request.prefill_here:
-            self.d(request.decode_id, first_token=first_token)
-        else:
-            self.p(request.prefill_id, first_token=first_token)
-
-    def handed_off(self, request: Request, **numbers: Any) -> None:
-        self.p(request.prefill_id, handed_off=pb.HandedOff(key=request.key, **numbers))
-
-    def step(self, request: Request, offset: int, *tokens: int, ending: int = 0) -> None:
-        output = pb.SequenceOutput(
-            key=request.key, offset=offset, token_ids=tokens, ending=pb.Ending.ValueType(ending)
-        )
-        self.d(request.decode_id, step=pb.StepOutput(outputs=[output]))
-
-    def d_fails(self, request: Request, code: int = PEER_LOST, **load: Any) -> None:
-        failed = pb.Failed(key=request.key, code=pb.FailureCode.ValueType(code), message="boom")
-        self.d(request.decode_id, failed=failed, **load)
-
-    def p_fails(self, request: Request, code: int = PEER_LOST, queued: int = 0) -> None:
-        failed = pb.Failed(key=request.key, code=pb.FailureCode.ValueType(code), message="boom")
-        self.p(request.prefill_id, queued, failed=failed)
-
-    def bring(self, request: Request, state: RequestState) -> Request:
-        """On from RESERVING; DECODING has tokens 10 and 11."""
-        assert request.state is S.RESERVING
-        if state is not S.RESERVING:
-            self.reserved(request)
-        if state is S.DECODING:
-            self.first_token(request, 10)
-            self.step(request, 0, 10)
-            self.step(request, 1, 11)
-        assert request.state is state
-        return request
-
-    # ---- what came of it
-
-    def take(self, commands: list[Command]) -> None:
-        self.carry_out(commands)
-        while self.dispatcher.to_place:
-            self.carry_out(self.dispatcher.pump(self.now))
-        self.dispatcher.check()
-
-    def carry_out(self, commands: list[Command]) -> None:
-        for command in commands:
-            match command:
-                case Deliver(request, offset, tokens):
-                    client = self.clients[request]
-                    assert client.end is None, "tokens after the end"
-                    assert offset == len(client.tokens), "a gap or a repeat"
-                    client.tokens.extend(tokens)
-                case Finished(request, end) | Failed(request, end):
-                    assert self.clients[request].end is None, "ended twice"
-                    self.clients[request].end = end
-                case _:
-                    self.sent.append(command)
-
-    def reserves(self) -> list[tuple[str, pb.Reserve]]:
-        return [
-            (c.worker_id, c.command.reserve)
-            for c in self.sent
-            if c.command.WhichOneof("command") == "reserve"
-        ]
-
-    def prefills(self) -> list[tuple[str, pb.Prefill]]:
-        return [
-            (c.worker_id, c.command.prefill)
-            for c in self.sent
-            if c.command.WhichOneof("command") == "prefill"
-        ]
-
-    def cancels(self) -> list[tuple[str, int]]:
-        return [
-            (c.worker_id, c.command.cancel.key)
-            for c in self.sent
-            if c.command.WhichOneof("command") == "cancel"
-        ]
-
-    def seen(self, request: Request) -> list[int]:
-        return self.clients[request].tokens
-
-    def end(self, request: Request) -> Ending | Trouble | None:
-        return self.clients[request].end
 
 
 def names(value: object) -> str:
@@ -411,11 +217,16 @@ def test_without_prefill_workers_the_decode_worker_computes_the_prompt():
     assert (bench.cancels(), len(bench.dispatcher)) == ([], 0)
 
 
-def test_a_prompt_for_a_prefill_worker_does_not_go_with_the_reservation():
+def test_a_reservation_has_all_that_another_router_would_need():
     bench = Bench()
-    bench.submit()
-    ((_, reserve),) = bench.reserves()
-    assert (reserve.prefill_here, list(reserve.prompt_token_ids)) == (False, [])
+    request = bench.submit(prompt=8, max_tokens=6, priority=-3, min_tokens=2)
+    request.tenant = "somebody"
+    bench.bring(request, S.DECODING)
+    bench.d_fails(request)
+    reserve = bench.reserves()[-1][1]
+    assert (reserve.prefill_here, reserve.answered, reserve.min_tokens) == (False, 2, 2)
+    assert list(reserve.prompt_token_ids) == [*range(8), 10, 11]
+    assert (reserve.tenant, reserve.priority, list(reserve.stop)) == ("somebody", -3, [])
 
 
 def test_a_first_token_of_its_own_may_be_the_whole_answer():
@@ -799,7 +610,7 @@ def test_a_lost_decode_worker_is_replaced_and_the_client_sees_no_gap(state):
 def test_a_new_attempt_is_told_what_the_answer_has_and_what_it_still_needs():
     """So that penalties and min_tokens go on where the lost worker left them."""
     penalties = {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.25}
-    bench = Bench("p1", "d1")
+    bench = Bench("p1", "d1", strikes_max=9)
     request = bench.submit(prompt=8, max_tokens=6, min_p=0.125, min_tokens=3, **penalties)
     ((_, reserve),) = bench.reserves()
     told = {name: getattr(reserve.sampling, name) for name in penalties}
@@ -825,13 +636,6 @@ def test_a_new_attempt_is_told_what_the_answer_has_and_what_it_still_needs():
     bench.up("d3")
     _, reserve = bench.reserves()[-1]
     assert (reserve.answered, reserve.sampling.min_tokens) == (4, 0)
-
-
-def test_a_decode_worker_gets_no_prompt_that_it_has_no_use_for():
-    bench = Bench("p1", "d1")
-    bench.submit(prompt=8, max_tokens=6, min_p=0.5, min_tokens=3)
-    ((_, reserve),) = bench.reserves()
-    assert not reserve.prompt_token_ids
 
 
 @pytest.mark.parametrize("state", [S.RESERVING, S.PREFILLING], ids=names)
@@ -1068,20 +872,6 @@ def test_the_last_attempt_waits_for_a_worker_that_has_not_failed():
     assert request.state is S.QUEUED
     bench.d("d2")
     assert (request.state, request.decode_id) == (S.RESERVING, "d2")
-
-
-@pytest.mark.parametrize("dies", ["p1", "d1"])
-def test_one_death_costs_one_attempt(dies):
-    """Its peer tells of it first, and the retry is on its way to the dead when that is known."""
-    bench = Bench(attempts_max=2)
-    request = bench.bring(bench.submit(), S.PREFILLING)
-    (bench.p_fails if dies == "d1" else bench.d_fails)(request)
-    assert (request.state, request.attempt) == (S.RESERVING, 2)
-    bench.up(dies[0] + "2")
-    bench.down(dies)
-    assert (request.state, request.attempt) == (S.RESERVING, 2)
-    bench.down(dies[0] + "2")  # another death
-    assert isinstance(bench.end(request), UnavailableTrouble)
 
 
 @pytest.mark.parametrize("role", ["decode", "prefill"])
@@ -1545,6 +1335,7 @@ class World(Bench):
             *("p1", "p2", "d1", "d2"),
             blocks=8,
             attempts_max=attempts_max,
+            strikes_max=1000,
             queue_max=50,
             local_prefill=dice.choice(("auto", "never")),
         )
@@ -1571,7 +1362,7 @@ class World(Bench):
             assert command.worker_id in self.alive, "a command to a worker that is gone"
             kind = command.command.WhichOneof("command")
             body = getattr(command.command, kind)
-            if kind == "resync":
+            if kind in ("resync", "acknowledge"):
                 continue
             if kind == "reserve":
                 request = next(r for r in self.clients if r.request_id == body.request_id)
@@ -1579,8 +1370,7 @@ class World(Bench):
                 self.attempts[body.key] = Attempt(
                     request, body.key, command.worker_id, base, here=body.prefill_here
                 )
-                if body.prefill_here:
-                    self.check_prompt(request, body)
+                self.check_prompt(request, body)
             elif kind == "prefill":
                 self.attempts[body.key].prefill = command.worker_id
                 self.check_prompt(self.attempts[body.key].request, body)

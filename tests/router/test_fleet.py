@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +12,13 @@ from typing import Any
 import pytest
 
 from kvrelay.config import PROTOCOL_VERSION, RouterConfig
-from kvrelay.wire import worker_pb2
+from kvrelay.wire import transfer_pb2, worker_pb2
 from router import fleet as fleet_module
 from router.admission import Sampling
 from router.commands import Deliver, Finished, ToDecode
-from router.fleet import Fleet
+from router.fleet import Fleet, _Worker
 from router.main import _NOT_SERVING, _SERVING, Router
-from router.request import Ending, Request, Times
+from router.request import Ending, Request, RequestState, Times
 
 DEADLINE_S = 10.0  # only a broken test waits this long
 
@@ -107,13 +108,35 @@ async def test_a_worker_that_comes_while_the_health_is_set_is_noticed(monkeypatc
         async def set_health(status: Any) -> None:
             told.put_nowait(status)
             if told.qsize() == 1:
-                monkeypatch.setattr(fleet, "connected", lambda role: 1)
-                fleet._announce()
+                fleet.worker_up(worker("decode"), info_of("d1"))
 
         router = SimpleNamespace(fleet=fleet, _set_health=set_health)
         health = asyncio.create_task(Router._keep_health(router))
         assert [await told.get(), await told.get()] == [_NOT_SERVING, _SERVING]
         health.cancel()
+
+
+def info_of(instance_id: str) -> worker_pb2.WorkerInfo:
+    return worker_pb2.WorkerInfo(
+        protocol_version=PROTOCOL_VERSION,
+        instance_id=instance_id,
+        layout=transfer_pb2.KvLayout(model_fingerprint="m", block_size=4),
+        blocks_total=100,
+        max_model_tokens=400,
+    )
+
+
+def worker(role: str) -> Any:
+    """Stands for a session that is up, and forgets what it is to send."""
+    return SimpleNamespace(
+        role=role, instance_id=role, draining=False, stopped=False, send=lambda _: None
+    )
+
+
+_LOADS = {
+    "prefill": (worker_pb2.PrefillEvent, worker_pb2.PrefillLoad),
+    "decode": (worker_pb2.DecodeEvent, worker_pb2.DecodeLoad),
+}
 
 
 class _Call:
@@ -169,8 +192,47 @@ async def test_a_prefill_worker_is_missed_only_where_one_was_named(
 ):
     async with a_fleet(monkeypatch) as fleet:
         fleet.set_workers([n for n in named if n == "p"], [n for n in named if n == "d"])
-        monkeypatch.setattr(fleet, "connected", lambda role: connected.count(role))
+        for role in connected:
+            fleet.worker_up(worker(role), info_of(role))
         assert (not fleet.not_ready) == able
+
+
+@pytest.mark.parametrize("drains", ["prefill", "decode"])
+async def test_a_worker_that_drains_is_not_one_that_requests_can_be_served_by(monkeypatch, drains):
+    async with a_fleet(monkeypatch) as fleet:
+        fleet.set_workers(["p"], ["d"])
+        workers = {role: worker(role) for role in ("prefill", "decode")}
+        for its in workers.values():
+            fleet.worker_up(its, info_of(its.instance_id))
+            its.handle = partial(_Worker.handle, its)
+            its._fleet = fleet
+        assert fleet.not_ready == ""
+        for draining in (True, True, False):
+            change = fleet.next_change()
+            event, load = _LOADS[drains]
+            fleet.worker_said(workers[drains], event(load=load(draining=draining)))
+            assert bool(fleet.not_ready) == draining
+            if draining:
+                assert fleet.not_ready == f"no {drains} worker takes work"
+                assert fleet.connected(drains) == 1
+        assert change.is_set(), "who waits for readiness is told"
+
+
+async def test_a_worker_that_is_up_again_before_its_end_was_noticed_has_lost_its_requests(
+    monkeypatch,
+):
+    async with a_fleet(monkeypatch) as fleet:
+        old, new = worker("decode"), worker("decode")
+        fleet.worker_up(old, info_of("decode"))
+        asked = request()
+        fleet.submit(asked)
+        assert (asked.state, asked.key) == (RequestState.RESERVING, 1)
+        fleet.worker_up(new, info_of("decode"))
+        assert asked.state is RequestState.QUEUED
+        fleet.worker_down(old)
+        assert fleet.connected("decode") == 1, "the new session is not the old one's"
+        fleet.worker_down(new)
+        assert fleet.connected("decode") == 0
 
 
 async def test_a_worker_whose_session_swallows_the_cancel_is_let_go_of(monkeypatch):

@@ -93,6 +93,20 @@ def test_a_request_that_never_fits_is_told_so(limit):
     quotas.reserve(lease, 60, 40, 0)
 
 
+def test_what_is_charged_is_taken_though_it_is_not_there():
+    """A request that another router has let in must not be lost for want of quota."""
+    quotas, quota = Quotas(), Quota(tokens_per_minute=60, kv_tokens_at_once=100)
+    lease = enter(quotas, quota, 0)
+    quotas.charge(lease, 120)
+    error = exceeded(enter, quotas, quota, 0)
+    assert error.retry_ms is not None
+    assert error.retry_ms > 60_000
+    quotas.end(lease, 50, 0)
+    again = enter(quotas, quota, 0)
+    quotas.reserve(again, 5, 5, 0)  # of 60, 50 are used
+    quotas.end(again, 0, 0)
+
+
 def test_keys_do_not_share_quotas():
     quotas, quota = Quotas(), Quota(requests_at_once=1)
     enter(quotas, quota, 0)

@@ -1,6 +1,12 @@
 import pytest
 
-from router.commands import DeadlineError, ExhaustedTrouble, QueueFullError
+from router.commands import (
+    DeadlineError,
+    ExhaustedTrouble,
+    PoisonTrouble,
+    QueueFullError,
+    TakenOverTrouble,
+)
 from router.refusals import RETRY_HINT_MS, Reason, Refusal, refusal
 
 
@@ -14,6 +20,16 @@ def test_who_finds_no_room_is_told_when_there_may_be_some(kind, predicted_ms, hi
     assert told is not None
     assert (told.reason, told.retry_ms) == (Reason.EXHAUSTED, hint_ms)
     assert str(told) == f"no room; try again in {hint_ms} ms"
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [(PoisonTrouble("why"), Reason.POISON), (TakenOverTrouble(), Reason.TAKEN_OVER)],
+)
+def test_what_is_not_to_be_tried_again_has_no_hint(trouble, reason):
+    told = refusal(trouble)
+    assert told is not None
+    assert (told.reason, told.retry_ms, str(told)) == (reason, None, str(trouble))
 
 
 def test_a_message_that_echoes_much_of_a_client_is_cut_to_what_a_header_holds():

@@ -82,13 +82,13 @@ def test_so_are_the_holders_of_the_longest_prefix_and_of_one_that_several_hold()
 def test_a_worker_that_refused_is_the_last_of_all_until_it_has_room_again():
     first, second, third = workers = [worker(n, asked=n) for n in range(1, 4)]
     shortlist = shortlist_of(*workers)
-    first.full = True
+    first.refused = True
     assert not shortlist.rank(first)
     assert picked(shortlist) == {"d2": 0, "d3": 0}
-    first.full = False
+    first.refused = False
     assert shortlist.rank(first), "somebody may have waited for it"
     assert picked(shortlist) == {"d1": 0, "d2": 0}
-    second.full = third.full = True
+    second.refused = third.refused = True
     shortlist.rank(second)
     shortlist.rank(third)
     assert shortlist.roomiest() is first

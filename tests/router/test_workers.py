@@ -86,9 +86,9 @@ def test_hand_offs_that_were_slow_count():
     placement = Placement("p1", "d1", 0, 0, 400)
     for key in range(1, 20):
         workers.claim(key, placement, 400, 10)
-        workers.reserved(key, cached_blocks=60)  # 40 are moved
-        workers.handed_off(key, exposed_ms=200)
-        workers.release(key)
+        workers.claims.reserved(key, cached_blocks=60)  # 40 are moved
+        workers.claims.handed_off(key, exposed_ms=200)
+        workers.claims.release(key)
     assert workers.prefill["p1"].hand_offs.block_ms == pytest.approx(5, rel=0.1)
     assert workers.prefill["p2"].hand_offs.block_ms == NEUTRAL_BLOCK_MS
     assert pair(workers, request()) == ("p2", "d1")
@@ -97,8 +97,8 @@ def test_hand_offs_that_were_slow_count():
 def test_a_hand_off_of_no_blocks_says_nothing_of_their_cost():
     workers = workers_of("p1", "d1")
     workers.claim(1, Placement("p1", "d1", 0, 0, 4), 400, 10)
-    workers.reserved(1, cached_blocks=100)
-    workers.handed_off(1, exposed_ms=200)
+    workers.claims.reserved(1, cached_blocks=100)
+    workers.claims.handed_off(1, exposed_ms=200)
     assert workers.prefill["p1"].hand_offs.block_ms == NEUTRAL_BLOCK_MS
 
 
@@ -189,16 +189,16 @@ def test_prompts_are_counted_with_their_tokens():
     workers.claim(2, Placement("p1", "d1", 0, 0, 8), 8, 10)
     workers.claim(3, Placement(None, "d1", 0, 0, 8), 8, 10)
     assert (p1.backlog_prompts, d1.backlog_prompts) == (2, 1)
-    workers.computed(1)
-    workers.release(3)
+    workers.claims.computed(1)
+    workers.claims.release(3)
     assert (p1.backlog_prompts, d1.backlog_prompts) == (1, 0)
     workers.prefill_load("p1", pb.PrefillLoad(queued_tokens=9, queued_prompts=3), refused=False)
     load = pb.DecodeLoad(blocks_free=9, queued_tokens=9, queued_prompts=2)
     workers.decode_load("d1", load, refused=False)
     assert (p1.backlog_prompts, d1.backlog_prompts) == (3, 2)
     for key in (1, 2):
-        workers.computed(key)
-        workers.release(key)
+        workers.claims.computed(key)
+        workers.claims.release(key)
     workers.check([])
 
 
@@ -216,13 +216,13 @@ def test_a_worker_says_how_long_its_chunks_are(told, kept):
 def test_only_the_first_token_changes_who_is_busy(monkeypatch):
     workers = workers_of("p1", "d1")
     workers.claim(1, Placement("p1", "d1", 0, 0, 40), 40, 10)
-    workers.computed(1)
+    workers.claims.computed(1)
 
     def rank(*args: Any) -> bool:
         raise AssertionError("nothing has changed")
 
     monkeypatch.setattr(Shortlist, "rank", rank)
-    workers.computed(1)
+    workers.claims.computed(1)
 
 
 def told(workers: Workers, worker: str, base_ms: float, token_ms: float, **load: int) -> None:
@@ -251,7 +251,7 @@ def test_a_worker_with_one_bad_measurement_is_tried_again():
     workers.claim(1, Placement("p1", "d1", 0, 0, 400), 400, 10)
     told(workers, "p1", 400, 15)
     assert workers.prefill["p1"].rates.prompt_token_ms == 15, "it has measured again"
-    workers.release(1)
+    workers.claims.release(1)
 
 
 def test_a_decode_worker_whose_prompts_looked_slow_is_tried_again_though_it_decodes():
@@ -279,6 +279,6 @@ def test_what_is_usual_is_not_the_newest():
 def test_one_slow_hand_off_sends_nobody_elsewhere():
     workers = workers_of("p1", "d1")
     workers.claim(1, Placement("p1", "d1", 0, 0, 200), 200, 10)
-    workers.handed_off(1, exposed_ms=2000)
-    workers.release(1)
+    workers.claims.handed_off(1, exposed_ms=2000)
+    workers.claims.release(1)
     assert pair(workers, request(prompt=1500)) == ("p1", "d1")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from decode_worker.handoff import HandOff
-from decode_worker.reservation import Key
+from decode_worker.reservation import Key, ReservationEvent
 from kvrelay.config import WorkerConfig
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.layout import KVLayout
@@ -131,7 +131,7 @@ class DecodeEnd:
 
     def abort(self, number: int) -> None:
         """Gives up what the number-th ticket reserved."""
-        transfer_id = self.handoff.abort(key(number))
+        transfer_id = self.handoff.abort(key(number), ReservationEvent.CANCEL)
         if transfer_id is not None:
             self.listener.abort(transfer_id, "not wanted")
 

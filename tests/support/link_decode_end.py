@@ -15,6 +15,7 @@ from link_settings import REAP_EVERY_S, Say, block_sums, layout, now_ms, own_sta
 from nccl_double import DoubleNccl
 
 from decode_worker.handoff import HandOff
+from decode_worker.reservation import ReservationEvent
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.ledger import BlockLedger, BlockState
 from kvrelay.kv.pool import KVPool
@@ -132,7 +133,7 @@ class DecodeEnd:
         return {"sums": sums}
 
     async def do_cancel(self, transfer: int) -> dict[str, Any]:
-        self._abort(self._keys[transfer], "cancelled")
+        self._abort(self._keys[transfer], ReservationEvent.CANCEL, "cancelled")
         return {}
 
     async def do_flip(self, transfer: int, index: int, times: int) -> dict[str, Any]:
@@ -172,11 +173,11 @@ class DecodeEnd:
         while True:
             await asyncio.sleep(REAP_EVERY_S)
             for key in self.handoff.expired(now_ms()):
-                self._abort(key, "its lease ran out")
+                self._abort(key, ReservationEvent.TIMEOUT, "its lease ran out")
 
-    def _abort(self, key: Any, reason: str) -> None:
+    def _abort(self, key: Any, why: ReservationEvent, reason: str) -> None:
         known = self.handoff._by_key.get(key)
-        transfer_id = self.handoff.abort(key)
+        transfer_id = self.handoff.abort(key, why)
         if transfer_id is not None:
             self._say(event="aborting", transfer=transfer_id)
             self.listener.abort(transfer_id, reason)

@@ -43,8 +43,11 @@ def accepted(**fields: object) -> pb.GenerateResponse:
     return pb.GenerateResponse(accepted=pb.Accepted(**{**defaults, **fields}))
 
 
-def delta(offset: int, token_ids: Sequence[int], text: str) -> pb.GenerateResponse:
-    return pb.GenerateResponse(delta=pb.Delta(offset=offset, token_ids=token_ids, text=text))
+def delta(
+    offset: int, token_ids: Sequence[int], text: str, kept_at: str = ""
+) -> pb.GenerateResponse:
+    message = pb.Delta(offset=offset, token_ids=token_ids, text=text, kept_at=kept_at)
+    return pb.GenerateResponse(delta=message)
 
 
 def finished(
@@ -79,11 +82,14 @@ def answer(*pieces: str) -> list[Step]:
 
 @dataclass
 class ScriptedServer(InferenceServicer):
-    """Plays `scripts`, one per Generate or Chat call, the last one for every call after it."""
+    """Plays `scripts`, one per Generate, Chat or Resume call, the last one for every call after
+    it."""
 
     address: str = ""
     scripts: list[list[Step]] = field(default_factory=lambda: [answer("Hel", "lo")])
-    requests: list[pb.GenerateRequest | pb.ChatRequest] = field(default_factory=list)
+    requests: list[pb.GenerateRequest | pb.ChatRequest | pb.ResumeRequest] = field(
+        default_factory=list
+    )
     stop: Callable[[], object] = lambda: None  # hangs up on everybody
     refusal: Refusal | None = None  # of Tokenize and ListModels
     held: threading.Event = field(default_factory=threading.Event)
@@ -96,6 +102,11 @@ class ScriptedServer(InferenceServicer):
 
     def Chat(
         self, request: pb.ChatRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GenerateResponse]:
+        return self._play(request, context)
+
+    def Resume(
+        self, request: pb.ResumeRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
         return self._play(request, context)
 
@@ -117,7 +128,9 @@ class ScriptedServer(InferenceServicer):
             context.abort(self.refusal.code, self.refusal.details)
 
     def _play(
-        self, request: pb.GenerateRequest | pb.ChatRequest, context: grpc.ServicerContext
+        self,
+        request: pb.GenerateRequest | pb.ChatRequest | pb.ResumeRequest,
+        context: grpc.ServicerContext,
     ) -> Iterator[pb.GenerateResponse]:
         script = self.scripts[min(len(self.requests), len(self.scripts) - 1)]
         self.requests.append(request)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from kv_fixtures import DEADLINE_S, LAYOUT, decode_end, key, prefill_end
 from links import begun_by_hand, connected, greeting, hand_over, link_of, raw, sum_of
 
-from decode_worker.reservation import ReservationState
+from decode_worker.reservation import ReservationEvent, ReservationState
 from kvrelay.transport import frames as frames_module
 from kvrelay.transport.frames import FRAME_BYTES_MAX, FrameSocket
 from kvrelay.wire.transfer_pb2 import (
@@ -231,7 +231,7 @@ async def one_case(end, log, stage, checksums, pieces):
             end.handoff.finish(reservation.key)
         else:
             assert reservation.state is ReservationState.RESERVED, "its writer is gone"
-            end.handoff.abort(reservation.key)
+            end.handoff.abort(reservation.key, ReservationEvent.CANCEL)
     end.book.events.clear()
     end.check_all_free()
 

@@ -1,0 +1,185 @@
+"""The steps of a decode worker: one after another, for whoever is in the batch and for prompts.
+
+Made and run by decode_worker/service.py, which brings it who is to be computed; requests end here,
+or leave when they are let go of. What each step computes is decided by Batch and LocalPrompts.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from decode_worker import messages
+from decode_worker.batch import Batch, Ending, Output, Running
+from decode_worker.handoff import HandOff
+from decode_worker.kept import Kept
+from decode_worker.prompts import LocalPrompt, LocalPrompts
+from decode_worker.reservation import Key, ReservationEvent
+from decode_worker.step import DecodeStep
+from kvrelay.engine.host import EngineHost
+from kvrelay.engine.sampling import NOT_A_NUMBER
+from kvrelay.engine.step import CancelFlag, StepCancelledError
+from kvrelay.engine.turns import Chunk
+from kvrelay.sessions import Sessions
+from kvrelay.wire.worker_pb2 import DecodeEvent, FailureCode
+
+log = logging.getLogger(__name__)
+
+
+class StepLoop:
+    """freed: called when there may be more blocks than before."""
+
+    def __init__(
+        self,
+        engine: EngineHost,
+        handoff: HandOff,
+        batch: Batch,
+        prompts: LocalPrompts,
+        kept: Kept,
+        sessions: Sessions[DecodeEvent],
+        *,
+        now_ms: Callable[[], float],
+        freed: Callable[[], None],
+    ) -> None:
+        self.decoding: dict[Key, Running] = {}
+        self.cancelled = CancelFlag()  # of the step that runs
+        self._engine = engine
+        self._handoff = handoff
+        self._batch = batch
+        self._prompts = prompts
+        self._kept = kept
+        self._sessions = sessions
+        self._now_ms = now_ms
+        self._freed = freed
+        self._in_step: set[Key] = set()
+        self._work = asyncio.Event()
+
+    async def run(self) -> None:
+        """Never returns."""
+        while True:
+            running = self._batch.next_step()
+            step = DecodeStep(running, self._prompts.next_chunks(len(running), self._engine.fit))
+            if not step:
+                self._work.clear()
+                await self._work.wait()
+                continue
+            self._begins(step)
+            try:
+                tokens = await self._engine.step(
+                    step.slices(),
+                    step.params(),
+                    step.positions(),
+                    step.histories(),
+                    self.cancelled,
+                )
+            except StepCancelledError:
+                self._engine_idle(step)
+                self._freed()
+            except Exception as error:
+                log.exception("a decode step failed")
+                self._failed(step, error)
+            else:
+                self._done(step, tokens)
+
+    def add(self, prompt: LocalPrompt) -> None:
+        """A prompt to be computed here; raises PromptsFullError."""
+        self._prompts.add(prompt)
+        self._work.set()
+
+    def join(self, sequence: Running, first_token: int) -> None:
+        """A sequence whose prompt has come as a whole."""
+        self._publish([self._join(sequence, first_token)])
+        self._work.set()
+
+    def let_go(self, key: Key, why: ReservationEvent) -> int | None:
+        """Computes no more for this request, and aborts its reservation (HandOff.abort). Returns
+        the transfer whose writer must be told, if there is one."""
+        self._batch.leave(key)
+        self._prompts.leave(key)
+        sequence = self.decoding.pop(key, None)
+        answer = sequence.answer if sequence else ()
+        self._kept.let_go(key)
+        transfer_id = self._handoff.abort(key, why, answer, in_step=key in self._in_step)
+        if all(map(self._handoff.is_aborting, self._in_step)):
+            self.cancelled.set()  # or its blocks would wait for a step nobody wants
+        self._freed()
+        return transfer_id
+
+    def _begins(self, step: DecodeStep) -> None:
+        self._in_step |= set(step.keys)
+        self.cancelled = CancelFlag()
+        for chunk in step.chunks:
+            if chunk.is_first:
+                chunk.job.started_s = time.perf_counter()
+                self._sessions.send(chunk.job.key[0], messages.started(chunk.job))
+
+    def _done(self, step: DecodeStep, tokens: Sequence[int | None]) -> None:
+        self._engine_idle(step)
+        whole = []
+        for sequence, token in zip(step.running, step.tokens_of_running(tokens), strict=True):
+            if token is None:
+                self._spoilt(sequence.key)
+            else:
+                whole.append((sequence, token))
+        outputs = self._batch.apply([s for s, _ in whole], [token for _, token in whole])
+        for chunk, token in zip(step.chunks, step.tokens_of_chunks(tokens), strict=True):
+            if self._prompts.computed(chunk):
+                outputs += self._chunk_done(chunk, token)
+        self._publish(outputs)
+        self._freed()
+
+    def _chunk_done(self, chunk: Chunk[LocalPrompt], token: int | None) -> list[Output]:
+        prompt = chunk.job
+        self._handoff.share_prompt(prompt.key, prompt.computed)
+        if not chunk.is_last:
+            return []
+        if token is None:
+            self._spoilt(prompt.key)
+            return []
+        self._handoff.computed(prompt.key)
+        prefill_ms = (time.perf_counter() - prompt.started_s) * 1000
+        self._sessions.send(prompt.key[0], messages.first_token(prompt, token, prefill_ms))
+        sequence = Running(
+            key=prompt.key,
+            prompt_tokens=len(prompt.prompt),
+            sampling=prompt.sampling,
+            blocks=prompt.blocks,
+            history=prompt.history,
+        )
+        return [self._join(sequence, token)]
+
+    def _join(self, sequence: Running, first_token: int) -> Output:
+        self.decoding[sequence.key] = sequence
+        self._kept.begun(sequence.key, sequence.answer)
+        return self._batch.join(sequence, first_token)
+
+    def _spoilt(self, key: Key) -> None:
+        self._handoff.distrust(key)
+        self._end(key, NOT_A_NUMBER)
+
+    def _failed(self, step: DecodeStep, error: Exception) -> None:
+        self._engine_idle(step)
+        for key in step.keys:
+            self._end(key, f"decode step: {error}")
+
+    def _end(self, key: Key, why: str) -> None:
+        holder = self._kept.holder(key)
+        self.let_go(key, ReservationEvent.FAIL)
+        if holder is not None:
+            self._sessions.fail(holder, FailureCode.FAILURE_CODE_INTERNAL, why)
+
+    def _engine_idle(self, step: DecodeStep) -> None:
+        """Frees what was aborted while the step ran."""
+        self._handoff.engine_moved(self._now_ms())
+        for key in step.keys:
+            self._in_step.discard(key)
+            if self._handoff.is_aborting(key):
+                self._handoff.engine_idle(key)
+
+    def _publish(self, outputs: Sequence[Output]) -> None:
+        for output in outputs:
+            if output.ending is not Ending.NONE:
+                self._handoff.finish(output.key, self.decoding.pop(output.key).answer)
+                self._kept.ended(output.key, output.ending)
+        for session, event in messages.step_outputs(outputs, self._kept.holder).items():
+            self._sessions.send(session, event)

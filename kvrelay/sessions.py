@@ -1,0 +1,62 @@
+"""The routers that have a session with a worker, and what all of them are told.
+
+Made by both worker services, one each, and touched from the worker's event loop alone. Every event
+carries the worker's load as it is at that moment.
+"""
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from kvrelay.announcer import Announcer
+from kvrelay.config import WorkerConfig
+from kvrelay.kv.block_journal import BlockJournal
+from kvrelay.rpc import RouterSession
+from kvrelay.wire.worker_pb2 import BlockChanges, Failed, FailureCode, WorkerInfo
+
+Event = TypeVar("Event")
+
+
+class Sessions(Generic[Event]):
+    """event: the type of the worker's events; load: writes what the worker's load is into one."""
+
+    def __init__(
+        self,
+        config: WorkerConfig,
+        journal: BlockJournal,
+        event: Callable[..., Event],
+        load: Callable[[Any], None],
+    ) -> None:
+        self.announcer: Announcer[Event] = Announcer(config, journal, self._announce)
+        self._events_max = config.session_events_max
+        self._event = event
+        self._load = load
+        self._open: set[RouterSession[Event]] = set()
+
+    def open(self, info: WorkerInfo) -> RouterSession[Event]:
+        """A new one, which hears first who we are, then all that is cached."""
+        session: RouterSession[Event] = RouterSession(self._events_max)
+        self._open.add(session)
+        self.send(session, self._event(info=info))
+        self.announcer.open(session)
+        return session
+
+    def close(self, session: RouterSession[Event]) -> None:
+        self.announcer.close(session)
+        self._open.discard(session)
+
+    def send(self, session: Any, event: Any) -> None:
+        self._load(event.load)
+        session.send(event)
+
+    def fail(self, key: tuple[Any, int], code: FailureCode, message: str) -> None:
+        """Tells the router of this request attempt that it has failed here."""
+        session, number = key
+        self.send(session, self._event(failed=Failed(key=number, code=code, message=message)))
+
+    def tell_load(self) -> None:
+        """An event with nothing but the load, to all."""
+        for session in self._open:
+            self.send(session, self._event())
+
+    def _announce(self, session: RouterSession[Event], blocks: BlockChanges | None) -> None:
+        self.send(session, self._event(blocks=blocks))
