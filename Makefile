@@ -15,11 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q install
 .DELETE_ON_ERROR:
 # Targets run one after another under -j too: each uses every core by itself.
 .NOTPARALLEL:
-<<<<<<< HEAD
-.PHONY: help install demo test chaos check proto clean
-=======
-.PHONY: help install demo test check proto docs clean
->>>>>>> resume
+.PHONY: help install demo test chaos check proto docs clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -32,7 +28,6 @@ demo: $(STAMP) ## Serve a small model with prefill and decode apart, and ask it 
 test: $(STAMP) ## Run the tests
 	@$(BIN)/pytest
 
-<<<<<<< HEAD
 chaos: $(STAMP) ## Kill and stop real processes for an hour, and simulate it; see CONTRIBUTING.md
 	@mkdir -p $(RESULTS)
 	@failed=; \
@@ -46,10 +41,7 @@ chaos: $(STAMP) ## Kill and stop real processes for an hour, and simulate it; se
 	echo "reports: $$(ls $(RESULTS)/*.html | tr '\n' ' ')"; \
 	test -z "$$failed"
 
-check: $(STAMP) ## Run the linter, format, type, import-direction and generated-code checks
-=======
 check: $(STAMP) ## Run the linter, format, type, import-direction and generated-file checks
->>>>>>> resume
 	@echo "ruff check";          $(BIN)/ruff check
 	@echo "ruff format --check"; $(BIN)/ruff format --check
 	@echo "mypy";                $(BIN)/mypy
