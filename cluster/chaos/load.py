@@ -14,6 +14,7 @@ answered with one:
 import asyncio
 import json
 import random
+import signal
 import sys
 from array import array
 from dataclasses import asdict
@@ -172,4 +173,5 @@ async def _serve() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: it ends with its stdin
     asyncio.run(_serve())
