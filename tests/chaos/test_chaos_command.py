@@ -32,20 +32,19 @@ def run_chaos(*options: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_few_faults_lose_nothing(tmp_path):
     page = tmp_path / "chaos.html"
-    ended = run_chaos(
-        *("--minutes", "0.2", "--kill-every", "3", "--rate", "5", "--report", str(page))
-    )
+    faults = ("--fault", "kill-decode", "--fault", "kill-router")
+    ended = run_chaos("--minutes", "0.15", "--kill-every", "3", *faults, "--report", str(page))
     assert ended.stdout, ended.stderr
     told = json.loads(ended.stdout)
     assert told["failures"] == []
     assert told["passed"] is True
     assert ended.returncode == 0, ended.stderr
     figures = {row["name"]: row["value"] for row in told["rows"]}
-    assert figures["requests/answered"] > 20
+    assert figures["requests/answered"] > 10
     assert {figures[f"requests/{bad}"] for bad in ("lost", "wrong", "repeated")} == {0}
     assert figures["leaked/blocks"] == 0
     assert len(told["blocks"]) == 4
-    assert len(told["faults"]) >= 2
+    assert told["faults"]
     assert "<span class='passed'>" in page.read_text()
 
 
