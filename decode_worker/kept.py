@@ -59,8 +59,6 @@ TRANSITIONS: dict[tuple[KeptState, KeptEvent], KeptState] = {
     (_S.LEFT, _E.LET_GO): _S.GONE,
 }
 
-_NAMES_OF_BLOCKS = ("block_hashes", "hash_root", "tail_token_ids")
-
 
 @dataclass(eq=False)
 class KeptAnswer:
@@ -68,7 +66,7 @@ class KeptAnswer:
 
     key: Key
     holder: Key | None  # what its router calls it; None: it has none
-    reserve: worker_pb2.Reserve  # without the names of blocks
+    reserve: worker_pb2.Reserve
     state: KeptState = KeptState.PENDING
     token_ids: list[int] = field(default_factory=list)  # grows with the answer
     ending: Ending = Ending.NONE
@@ -108,11 +106,7 @@ class Kept:
     # ---- what happens to attempts
 
     def reserved(self, key: Key, reserve: worker_pb2.Reserve) -> None:
-        bare = worker_pb2.Reserve()
-        bare.CopyFrom(reserve)
-        for names in _NAMES_OF_BLOCKS:
-            bare.ClearField(names)
-        answer = KeptAnswer(key, key, bare)
+        answer = KeptAnswer(key, key, reserve)
         self._by_key[key] = self._by_holder[key] = answer
         self._by_name.setdefault(answer.name, []).append(answer)
 

@@ -108,6 +108,8 @@ def adopted(number: int, answer: KeptAnswer) -> DecodeEvent:
         token_ids=answer.token_ids,
         ending=_ENDINGS[answer.ending],
     )
+    for names_of_blocks in ("block_hashes", "hash_root", "tail_token_ids"):
+        event.reserve.ClearField(names_of_blocks)
     return DecodeEvent(adopted=event)
 
 

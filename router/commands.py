@@ -136,7 +136,7 @@ def reserve(request: Request) -> ToDecode:
         block_hashes=join_hashes(request.chain.hashes),
         hash_root=request.chain.root,
         tail_token_ids=request.chain.tail,
-        prompt_token_ids=request.prompt_now,
+        prompt_token_ids=request.prompt_on_wire,
         answered=len(request.answer),
         prefill_here=request.prefill_here,
         tenant=request.tenant,
@@ -152,7 +152,7 @@ def prefill(request: Request, ticket: transfer_pb2.Ticket) -> ToPrefill:
     assert request.prefill_id is not None, "its decode worker computes the prompt"
     message = worker_pb2.Prefill(
         key=request.key,
-        prompt_token_ids=request.prompt_now,
+        prompt_token_ids=request.prompt_on_wire,
         sampling=_sampling(request),
         ticket=ticket,
         block_hashes=join_hashes(request.chain.hashes),

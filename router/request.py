@@ -171,6 +171,7 @@ class Request:
     queued_at_ms: float = 0.0
     placed_at_ms: float = 0.0
     prefill_settled: bool = False  # P has no more to say of it, or there is none
+    _wire: worker_pb2.Prefill = field(default_factory=worker_pb2.Prefill)  # has prompt_on_wire
     _named: tuple[str, int, int] | None = None  # what `chain` is over
 
     @property
@@ -212,6 +213,14 @@ class Request:
     def prompt_now(self) -> list[int]:
         """What a new attempt must prefill: the prompt and the answer so far."""
         return [*self.prompt, *self.answer]
+
+    @property
+    def prompt_on_wire(self) -> Sequence[int]:
+        """prompt_now as messages take it in microseconds; each token is turned into it once."""
+        tokens = self._wire.prompt_token_ids
+        if len(tokens) < self.prompt_tokens_now:
+            tokens.extend(self.prompt_now[len(tokens) :])
+        return tokens
 
     @property
     def prompt_tokens_now(self) -> int:

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp
 
 from kvrelay.config import RouterConfig
 from router.frontdoor import FrontDoor
-from router.http.errors import INVALID, HttpError, internal, of_refusal
+from router.http.errors import INVALID, HttpError, internal, of_refusal, unknown_url
 from router.http.gate import Gate
 from router.http.routes import Routes
 from router.metrics import Metrics
@@ -54,8 +54,7 @@ async def _not_here(request: Request, error: Exception) -> Response:
             HTTPStatus.METHOD_NOT_ALLOWED, message, INVALID, None, "method_not_allowed", headers
         )
     else:
-        message = f"there is no {path} here; /openapi.json lists what there is"
-        told = HttpError(HTTPStatus(error.status_code), message, code="unknown_url")
+        told = unknown_url(path)
     return told.response()
 
 

@@ -80,6 +80,11 @@ def invalid(message: str, code: str | None = None) -> HttpError:
     return HttpError(HTTPStatus.BAD_REQUEST, message, param=_param(message), code=code)
 
 
+def unknown_url(path: str) -> HttpError:
+    message = f"there is no {path!r} here; /openapi.json lists what there is"
+    return HttpError(HTTPStatus.NOT_FOUND, message, code="unknown_url")
+
+
 def unavailable(message: str, code: str, retry_ms: int) -> HttpError:
     """It may be served later."""
     headers = _retry_headers(retry_ms)

@@ -15,7 +15,7 @@ from kvrelay.config import RouterConfig
 from router.admission import InvalidRequest, check_request_id
 from router.callers import Caller
 from router.frontdoor import SHUTTING_DOWN, FrontDoor
-from router.http.errors import HttpError, of_refusal, overloaded
+from router.http.errors import HttpError, of_refusal, overloaded, unknown_url
 from router.metrics import Metrics
 from router.refusals import RETRY_HINT_MS, Reason, Refusal
 
@@ -71,6 +71,9 @@ class Gate:
                 state["request_id"] = request_id
                 if scope["path"] not in OPEN_PATHS:
                     state["caller"] = self._caller(scope["path"], headers)
+                if not scope["path"].isprintable():
+                    # To Starlette, a path with a line break at its end is the one without.
+                    raise unknown_url(scope["path"])
                 if echoed_id != request_id:
                     log.info("request %s: its client calls it %s", request_id, echoed_id)
                 await self._app(scope, receive, answer)

@@ -367,7 +367,7 @@ async def test_to_look_for_an_answer_is_a_request_of_the_quota(cluster, keys):
     codes = []
     async with grpc.aio.insecure_channel(cluster.router.address) as channel:
         for number in range(3):
-            wish = pb.ResumeRequest(request_id=f"nobody's {number}")
+            wish = pb.ResumeRequest(request_id=f"nobody-{number}")
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await InferenceStub(channel).Resume(wish, metadata=metadata).read()
             codes.append(caught.value.code())

@@ -139,6 +139,7 @@ async def test_a_decode_worker_that_gives_up_is_a_cause(model):
 async def test_an_engine_that_makes_no_step_is_a_cause(model):
     settings = {"worker": {"lease_ms": 300}, "router": {"attempts_max": 1}}
     async with cluster_of(model, **settings) as (cluster, client):
+        cluster.decode[0]._handoff.expired = lambda now_ms: []  # its lease is as long
         gate = EngineGate(cluster.prefill[0])
         reader = asyncio.create_task(client.generate(PROMPT, max_tokens=8).result())
         await gate.entered.wait()

@@ -161,3 +161,16 @@ async def test_a_link_that_ends_between_two_frames_is_nothing_to_count(decode, t
         await begun_by_hand(frames, decode.ticket(2))
     await decode.book.until(lambda: decode.book.lost_transfers() == [1])
     assert not decode.listener.rejected
+
+
+async def test_the_log_has_the_counts_when_there_are_more(decode, transport, caplog):
+    caplog.set_level("INFO", logger="kvrelay.transport.listener")
+    decode.listener.log_rejected()
+    assert not caplog.messages
+    for words in (hello(codec="zip"), Frame(begin=Begin()), raw(FRAME_BYTES_MAX + 1)):
+        async with by_hand(decode, transport, hello=False) as frames:
+            await say(frames, words)
+    caplog.clear()
+    for _ in range(2):
+        decode.listener.log_rejected()
+    assert caplog.messages == ["rejected on KV links so far: handshake 2, oversized 1"]

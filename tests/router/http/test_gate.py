@@ -34,6 +34,16 @@ async def test_every_path_but_two_needs_a_key(path, headers):
         assert (refused in router.fleet.metrics.text()) == (path not in OPEN_PATHS)
 
 
+@pytest.mark.parametrize("path", [*sorted(PATHS), "/v1/models/", "/v1/models/tiny"])
+async def test_a_line_break_makes_another_path(path):
+    async with http_router(callers=Keyed()) as router:
+        reply = await router.client.get(f"{path}%0A")
+        assert reply.status_code == 401
+        router.client.headers["authorization"] = "Bearer watcher"
+        reply = await router.client.get(f"{path}%0A")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "unknown_url")
+
+
 async def test_who_calls_salts_the_prefixes():
     async with http_router(lambda _: says("a"), callers=Keyed()) as router:
         router.client.headers["authorization"] = "Bearer right"
