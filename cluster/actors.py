@@ -1,9 +1,10 @@
 """The Ray actors: one prefill or decode worker each, and nothing but its life in Ray's hands.
 
-Ray places, starts and supervises them. Requests, tokens and KV never pass through here: an actor
-method takes and returns short strings only.
+Ray places and starts them, cluster/pools.py watches them. Requests, tokens and KV never pass
+through here: an actor method takes and returns a string or a number.
 """
 
+import asyncio
 import importlib
 import logging
 import os
@@ -40,7 +41,8 @@ class WorkerActor:
     async def start(self) -> str:
         """Loads the model and serves; returns the address routers connect to."""
         module, name = SERVICES[self._role]
-        service = getattr(importlib.import_module(module), name)
+        # Beside the loop, which is to say that the worker lives: torch takes its time.
+        service = getattr(await asyncio.to_thread(importlib.import_module, module), name)
         self._service = await service.start(self._config)
         return self._service.address
 
@@ -56,6 +58,10 @@ class WorkerActor:
     async def wait_for_end(self) -> None:
         """Ends when the worker does; whoever waits for it learns at once when the process dies."""
         await self._service.wait_for_end()
+
+    async def alive(self) -> int:
+        """The process id. Whoever gets no answer knows that the worker's loop does not run."""
+        return os.getpid()
 
     def _pin(self) -> None:
         cores, threads = shown(self._config.cores), self._config.threads

@@ -1,251 +1,216 @@
-"""The two Ray actor pools, prefill and decode: start, watch, replace, stop.
+"""The two pools of workers, prefill and decode: start, watch, replace, restart one by one, stop.
 
-cluster/serving.py owns one Pools. Ray runs on this host alone, on loopback, with a token, without
-dashboard or usage report.
+cluster/serving.py owns one Pools and calls `keep` again and again. Each worker is a Ray actor
+(cluster/ray_worker.py); what Ray itself runs on is cluster/ray_head.py's.
 """
 
-import contextlib
 import logging
-import os
-import secrets
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvrelay.config import WorkerConfig
-
-# Read by Ray when it is imported, so set before.
-os.environ.update(
-    RAY_AUTH_MODE="token",
-    RAY_AUTH_TOKEN=os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
-    RAY_USAGE_STATS_ENABLED="0",
-    # Ray's own name for "listen on loopback only".
-    RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
-    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-)
-
-import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-
-from cluster.actors import WorkerActor
 from cluster.cores import Slot
 from cluster.options import ServeError
+from cluster.place import OPEN_STATES, Place, PlaceEvent, PlaceState
+from cluster.ray_head import RayHead  # before what else imports Ray: it sets what Ray reads then
+from cluster.ray_worker import HANG_S, START_S, RayWorker, ready
+from kvrelay.config import WorkerConfig
 
 log = logging.getLogger(__name__)
 
-_OBJECT_STORE_BYTES = 80 << 20  # the least Ray takes: nothing of ours goes through it
-_START_S = 600.0  # large models load for minutes
 _WAIT_S = 0.5
 _STOP_S = 5.0
-_RESTART_BACKOFF_S = (0.0, 1.0, 5.0, 15.0, 30.0)
-_STEADY_S = 60.0  # a worker that lived this long starts with no backoff again
+_DRAIN_GRACE_S = 5.0  # a worker's own word that its time to drain is over comes a little later
 
 
 @dataclass(eq=False)
-class _Member:
-    slot: Slot
-    actor: Any
-    address: str
-    end: Any  # Ray's reference to wait_for_end
-    started_s: float
-
-
-@dataclass(eq=False)
-class _Starting:
-    """A worker that loads the model."""
+class _Seat:
+    """A slot, and the worker that has it."""
 
     slot: Slot
-    actor: Any
-    address: Any  # Ray's reference to start
-    failures: int  # of those it replaces, in a row
-    deadline_s: float
+    place: Place = field(default_factory=Place)
+    worker: RayWorker | None = None
 
 
-@dataclass(eq=False)
-class _Vacancy:
-    """A worker that died and is to be replaced."""
-
-    slot: Slot
-    failures: int
-    due_s: float
-
-
-@dataclass
 class Pools:
     """`config` is for every worker, but for its cores and what `of_role` says of its role;
-    `slots` has one place for each.
-
-    A slot has one owner at any time: a member, a start or a vacancy.
+    `slots` has one place for each. `drain_s` is what a worker that is restarted gets to finish
+    what it runs.
     """
 
-    config: WorkerConfig
-    slots: list[Slot]
-    ray_dir: Path
-    of_role: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
-    _members: list[_Member] = field(default_factory=list)
-    _starting: list[_Starting] = field(default_factory=list)
-    _vacancies: list[_Vacancy] = field(default_factory=list)
-    _failures: dict[str, int] = field(default_factory=dict)
+    def __init__(
+        self,
+        config: WorkerConfig,
+        slots: list[Slot],
+        ray_dir: Path,
+        of_role: Mapping[str, Mapping[str, object]] | None = None,
+        drain_s: float = 30.0,
+    ) -> None:
+        self.config = config
+        self._seats = [_Seat(slot) for slot in slots]
+        self._head = RayHead(ray_dir)
+        self._of_role = of_role or {}
+        self._drain_s = drain_s
+        self._restarting = False
+        self._to_restart: list[RayWorker] = []  # those whose turn is still to come
 
     def start_ray(self) -> None:
         """Raises ServeError when Ray does not start, or has not the GPUs that are needed."""
-        # Inherited by the workers; torch makes this folder when it is imported.
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.ray_dir / "inductor")
-        workers = len(self.slots)
-        try:
-            with _signals_deferred():
-                ray.init(
-                    address="local",  # whatever RAY_ADDRESS says: never somebody else's cluster
-                    num_cpus=self.config.threads * workers,
-                    include_dashboard=False,
-                    log_to_driver=True,  # warnings and tracebacks; Ray puts them on stderr
-                    configure_logging=False,
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    _temp_dir=str(self.ray_dir),
-                    _node_ip_address="127.0.0.1",
-                )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ServeError(f"Ray did not start: {_one_line(error)}") from error
-        gpus = int(ray.cluster_resources().get("GPU", 0))
+        workers = len(self._seats)
+        self._head.start(self.config.threads * workers)
+        gpus = self._head.gpus
         if self.config.device == "cuda" and gpus < workers:
             raise ServeError(f"--device cuda: {workers} workers need a GPU each, {gpus} found here")
 
     def start_workers(self) -> Iterator[int]:
         """Yields how many have started, from 0 up; raises ServeError when one cannot."""
-        for slot in self.slots:
-            self._launch(slot, failures=0)
+        for seat in self._seats:
+            self._launch(seat)
         yield 0
-        while self._starting:
-            for starting in self._settled(self._wait(_WAIT_S)):
-                self._add(starting)
-                yield len(self.slots) - len(self._starting)
+        while starting := self._in(PlaceState.STARTING):
+            done = self._wait(_WAIT_S)
+            for seat, worker in starting:
+                if self._is_settled(seat, worker, done):
+                    self._add(seat, worker)
+                    yield len(self._seats) - len(self._in(PlaceState.STARTING))
 
     def addresses(self, role: str) -> list[str]:
-        return [member.address for member in self._members if member.slot.role == role]
+        """Of the workers that requests may be placed on."""
+        return [
+            seat.worker.address
+            for seat in self._seats
+            if seat.slot.role == role and seat.worker and seat.place.state in OPEN_STATES
+        ]
 
-    def replace_dead(self, wait_s: float) -> bool:
-        """Waits up to wait_s for a death, or for a replacement to start. True if `addresses`
-        changed."""
-        self._fill_vacancies()
+    def keep(self, wait_s: float) -> None:
+        """Waits up to wait_s for something to happen to a worker; replaces those that died or hang,
+        and takes the next step of a restart. `addresses` may be others afterwards.
+
+        Raises:
+            ServeError: Ray itself has ended.
+        """
+        self._head.keep()
+        now_s = time.monotonic()
+        for seat in self._seats:
+            if seat.place.is_due(now_s):
+                self._launch(seat)
         done = self._wait(wait_s)
-        before = list(self._members)
-        for member in [member for member in before if member.end in done]:
-            self._bury(member)
-        for starting in self._settled(done):
-            try:
-                self._add(starting)
-            except ServeError as error:
-                log.error("%s", error)
-                self._vacate(starting.slot, starting.failures + 1)
-        return self._members != before
+        for seat in self._seats:
+            if seat.worker is not None:
+                self._look(seat, seat.worker, done)
+        self._restart_next()
+
+    def restart(self) -> None:
+        """Every worker that is here now is replaced, one after another, each once it has finished
+        what it runs. None begins while another one is missing."""
+        log.warning("restarting the workers, one after another")
+        self._restarting = True
+        self._to_restart = [seat.worker for seat in self._seats if seat.worker is not None]
+
+    def routers_know(self) -> None:
+        """Every router has been told of `addresses` as they are now: nobody needs those workers
+        any more that have left them."""
+        for seat, worker in self._in(PlaceState.RETIRED):
+            worker.begin_stop()
+            seat.place.on(PlaceEvent.TOLD, time.monotonic())
 
     def stop(self) -> None:
-        for starting in self._starting:
-            ray.kill(starting.actor)
-        stopping = [member.actor.stop.remote() for member in self._members]
-        if stopping:
-            ray.wait(stopping, num_returns=len(stopping), timeout=_STOP_S)
-        ray.shutdown()
+        for seat, worker in self._in(PlaceState.STARTING):
+            worker.kill()
+            seat.worker = None
+        workers = [seat.worker for seat in self._seats if seat.worker is not None]
+        for worker in workers:
+            if worker.stop is None:
+                worker.begin_stop()
+        stopping = [worker.stop for worker in workers]
+        ready(stopping, _STOP_S, all_of_them=True)
+        self._head.stop()
 
-    def _wait(self, wait_s: float) -> list[Any]:
-        """Ray's references of the next worker that dies or ends its start, if one does."""
-        refs = [member.end for member in self._members]
-        refs += [starting.address for starting in self._starting]
+    def _in(self, state: PlaceState) -> list[tuple[_Seat, RayWorker]]:
+        return [(s, s.worker) for s in self._seats if s.worker and s.place.state is state]
+
+    def _wait(self, wait_s: float) -> set[Any]:
+        refs = [ref for seat in self._seats if seat.worker for ref in seat.worker.awaited]
         if not refs:
             time.sleep(wait_s)
-            return []
-        done, _ = ray.wait(refs, num_returns=1, timeout=wait_s)
-        return done
+        return ready(refs, wait_s)
 
-    def _settled(self, done: list[Any]) -> list[_Starting]:
-        """Those that have started, failed to, or used up their time."""
-        now = time.monotonic()
-        return [s for s in self._starting if s.address in done or s.deadline_s <= now]
+    def _launch(self, seat: _Seat) -> None:
+        slot = seat.slot
+        own = {"cores": slot.cores, **self._of_role.get(slot.role, {})}
+        seat.worker = RayWorker(slot, self.config.model_copy(update=own))
+        seat.place.on(PlaceEvent.LAUNCH, time.monotonic())
 
-    def _launch(self, slot: Slot, failures: int) -> None:
-        actor = self._create(slot)
-        deadline_s = time.monotonic() + _START_S
-        starting = _Starting(slot, actor, actor.start.remote(), failures, deadline_s)
-        self._starting.append(starting)
+    def _look(self, seat: _Seat, worker: RayWorker, done: set[Any]) -> None:
+        state, role = seat.place.state, seat.slot.role
+        if state is PlaceState.STARTING:
+            if self._is_settled(seat, worker, done):
+                try:
+                    self._add(seat, worker)
+                except ServeError as error:
+                    log.error("%s", error)
+        elif state is PlaceState.STOPPING:
+            if worker.stop in done:
+                worker.dismiss()
+                self._vacate(seat)
+            elif time.monotonic() - seat.place.since_s > _STOP_S:
+                self._end(seat, worker)
+        elif worker.end in done:
+            log.error("a %s worker died; it will be replaced%s", role, self._more())
+            self._end(seat, worker)
+        elif worker.is_hung(time.monotonic()):
+            said = "a %s worker gave no sign of life for %g s; it will be replaced%s"
+            log.error(said, role, HANG_S, self._more())
+            self._end(seat, worker)
+        elif state is PlaceState.DRAINING:
+            self._look_at_drain(seat, worker, done)
 
-    def _create(self, slot: Slot) -> Any:
-        gpus = 1 if self.config.device == "cuda" else 0
-        options = WorkerActor.options(  # type: ignore[attr-defined]
-            num_cpus=self.config.threads, num_gpus=gpus, max_restarts=0
-        )
-        own = {"cores": slot.cores, **self.of_role.get(slot.role, {})}
-        config = self.config.model_copy(update=own)
-        return options.remote(slot.role, config.model_dump_json())
+    def _is_settled(self, seat: _Seat, worker: RayWorker, done: set[Any]) -> bool:
+        """It has started, failed to, or used up its time."""
+        now_s = time.monotonic()
+        overdue = now_s - seat.place.since_s >= START_S
+        return worker.start in done or worker.is_hung(now_s) or overdue
 
-    def _add(self, starting: _Starting) -> None:
-        """Makes a settled start a member, or raises ServeError."""
-        self._starting.remove(starting)
-        slot, actor = starting.slot, starting.actor
+    def _add(self, seat: _Seat, worker: RayWorker) -> None:
+        """Takes a start that is settled, or raises ServeError."""
         try:
-            address = ray.get(starting.address, timeout=0)
-        except RayError as error:
-            ray.kill(actor)
-            raise ServeError(f"{slot.role} worker {_why(error)}{self._more()}") from None
-        end = actor.wait_for_end.remote()
-        self._members.append(_Member(slot, actor, address, end, time.monotonic()))
+            worker.started()
+        except ServeError as error:
+            self._end(seat, worker)
+            raise ServeError(f"{error}{self._more()}") from None
+        seat.place.on(PlaceEvent.STARTED, time.monotonic())
 
-    def _bury(self, member: _Member) -> None:
-        role = member.slot.role
-        log.error("a %s worker died; it will be replaced%s", role, self._more())
-        self._members.remove(member)
-        ray.kill(member.actor)  # in case the process lives and only its loop has failed
-        lived_s = time.monotonic() - member.started_s
-        failures = 0 if lived_s > _STEADY_S else self._failures.get(role, 0)
-        self._vacate(member.slot, failures)
+    def _end(self, seat: _Seat, worker: RayWorker) -> None:
+        """The process may live, and only its loop have failed, or its end be late."""
+        worker.kill()
+        self._vacate(seat)
 
-    def _vacate(self, slot: Slot, failures: int) -> None:
-        self._failures[slot.role] = failures + 1
-        backoff_s = _RESTART_BACKOFF_S[min(failures, len(_RESTART_BACKOFF_S) - 1)]
-        self._vacancies.append(_Vacancy(slot, failures, time.monotonic() + backoff_s))
+    def _vacate(self, seat: _Seat) -> None:
+        seat.worker = None
+        seat.place.on(PlaceEvent.ENDED, time.monotonic())
 
-    def _fill_vacancies(self) -> None:
-        for vacancy in [v for v in self._vacancies if v.due_s <= time.monotonic()]:
-            self._vacancies.remove(vacancy)
-            self._launch(vacancy.slot, vacancy.failures)
+    def _restart_next(self) -> None:
+        if not self._restarting or len(self._in(PlaceState.SERVING)) < len(self._seats):
+            return
+        while self._to_restart:
+            worker = self._to_restart.pop(0)
+            for seat in self._seats:
+                if seat.worker is worker:  # not replaced since for another reason
+                    worker.begin_drain(self._drain_s)
+                    seat.place.on(PlaceEvent.DRAIN, time.monotonic())
+                    return
+        self._restarting = False
+        log.warning("all workers have been restarted")
+
+    def _look_at_drain(self, seat: _Seat, worker: RayWorker, done: set[Any]) -> None:
+        """What still runs there when its time is over goes on elsewhere, from the token log."""
+        now_s = time.monotonic()
+        overdue = now_s - seat.place.since_s > self._drain_s + _DRAIN_GRACE_S
+        if worker.drain in done or overdue:
+            worker.drain = None
+            seat.place.on(PlaceEvent.DRAINED, now_s)
 
     def _more(self) -> str:
         return " (--verbose shows more)" if self.config.log_level == "WARNING" else ""
-
-
-@contextlib.contextmanager
-def _signals_deferred() -> Iterator[None]:
-    """Ray that is half started ends badly, so a signal is for after. Ray also puts a handler of
-    its own on SIGTERM; what signals do is for the command to say."""
-    arrived: list[int] = []
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if callable(handler):  # neither ignored nor left to the system
-            signal.signal(number, lambda number, frame: arrived.append(number))
-    # Inherited by Ray's processes: a terminal that is closed would end them before us. Ray itself
-    # does so with SIGINT.
-    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    try:
-        yield
-    except SystemExit:  # what Ray makes of SIGTERM
-        arrived.append(signal.SIGTERM)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for missed in arrived:
-            signal.raise_signal(missed)
-
-
-def _why(error: RayError) -> str:
-    if isinstance(error, RayTaskError):
-        return f"cannot start: {_one_line(error.cause)}"
-    if isinstance(error, GetTimeoutError):
-        return f"did not start within {_START_S:g} s"
-    return f"died while starting: {_one_line(error)}"
-
-
-def _one_line(error: Any) -> str:
-    return " ".join(str(error).split())

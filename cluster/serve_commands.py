@@ -164,7 +164,7 @@ class _Finite(click.FloatRange):
     "--drain-s",
     type=_Finite(0, 86_400),
     default=30.0,
-    help="How long running requests may take to finish at shutdown.",
+    help="How long running requests may take to finish at shutdown, or where a worker restarts.",
 )
 @click.option("--verbose", is_flag=True, help="Log what the cluster does, on stderr.")
 def serve(model: str, **options: Any) -> None:
@@ -172,7 +172,8 @@ def serve(model: str, **options: Any) -> None:
 
     Prints one line `ready grpc=HOST:PORT http=HOST:PORT` when requests can be served, and with
     --routers a line `router grpc=HOST:PORT http=HOST:PORT` for each further one. Ctrl-C finishes
-    what is running; a second Ctrl-C does not wait for it.
+    what is running; a second Ctrl-C does not wait for it. SIGUSR1 restarts the workers one after
+    another, each when it has finished what it runs or --drain-s has passed; no request is lost.
     """
     try:
         chosen = ServeOptions(**options)
@@ -188,7 +189,8 @@ def serve(model: str, **options: Any) -> None:
         lines = [f"ready {first}", *(f"router {router}" for router in further)]
         print("\n".join(lines), file=sys.__stdout__, flush=True)
         stop.polite = True
-        cluster.watch(stop.stopping)
+        with _restarting_on_signal(cluster):
+            cluster.watch(stop.stopping)
         with contextlib.suppress(OSError):  # the terminal may be gone
             console.print("finishing what is running ...")
 
@@ -245,6 +247,15 @@ class _Interrupts:
             report(stage, fraction)
 
         return report_unless_stopping
+
+
+@contextlib.contextmanager
+def _restarting_on_signal(cluster: "Serving") -> Iterator[None]:
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: cluster.restart_workers())
+    try:
+        yield
+    finally:  # a late one does not end a process that is about to
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN if before is signal.SIG_DFL else before)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from cluster.model_store import PreparedModel
 from cluster.options import ServeError, ServeOptions
 from cluster.pools import Pools
 from cluster.preparation import Progress
-from cluster.routers import READY_S, Routers
+from cluster.routers import Routers
 from kvrelay.cache import default_cache
 from kvrelay.config import RouterConfig, WorkerConfig
 from kvrelay.membership import new_cluster_key
@@ -33,7 +33,6 @@ from kvrelay.wire import control_pb2
 log = logging.getLogger(__name__)
 
 _WATCH_S = 0.5
-_TELL_S = 2.0
 _END_S = 5.0
 _RUN_DIR_PREFIX = "kvr-"
 _OWNER_LOCK = "owner.lock"
@@ -61,8 +60,11 @@ class Serving:
             raise ServeError(f"kv_gib or drain_s: {error}") from None
         decode = {"kv_dtype": options.decode_kv_dtype} if options.decode_kv_dtype else {}
         ray_dir = self._run_dir / "ray"
-        self._pools = Pools(worker_config, slots(options), ray_dir, {"decode": decode})
+        self._pools = Pools(
+            worker_config, slots(options), ray_dir, {"decode": decode}, options.drain_s
+        )
         self.routers = Routers(router_configs, router_module)
+        self._restart_asked = threading.Event()
 
     @property
     def address(self) -> str:
@@ -99,21 +101,26 @@ class Serving:
         for loaded in self._pools.start_workers():
             report(f"loading the model into {total} workers", loaded / total)
         report("connecting router and workers", None)
-        self.routers.tell(self._workers(), READY_S, ready_s=READY_S)
+        self.routers.connect(self._workers())
 
     def watch(self, stopping: threading.Event) -> None:
-        """Replaces workers that die; returns when `stopping` is set.
+        """Replaces workers and routers that die or hang; returns when `stopping` is set.
 
         Raises:
-            ServeError: a router died.
+            ServeError: a router does not start again, or Ray has ended.
         """
-        told = True
         while not stopping.is_set():
-            if self._pools.replace_dead(_WATCH_S):
-                told = False
-            self.routers.check()
-            if not told:
-                told = self._told_routers()
+            if self._restart_asked.is_set():
+                self._restart_asked.clear()
+                self._pools.restart()
+            self._pools.keep(_WATCH_S)
+            if self.routers.keep(self._workers()):
+                self._pools.routers_know()
+
+    def restart_workers(self) -> None:
+        """Has `watch` restart every worker, one after another, with nothing lost. Returns at once;
+        for any thread, and for a signal's handler."""
+        self._restart_asked.set()
 
     def stop(self, hurry: threading.Event | None = None) -> None:
         """Finishes running requests, at most drain_s (or until `hurry` is set), and ends all."""
@@ -124,15 +131,6 @@ class Serving:
             self._pools.stop()
         _end(processes | set(psutil.Process().children(recursive=True)))
         shutil.rmtree(self._run_dir, ignore_errors=True)
-
-    def _told_routers(self) -> bool:
-        """False when a router could not be told now, which may pass."""
-        try:
-            self.routers.tell(self._workers(), _TELL_S)
-        except ServeError as error:
-            log.error("%s; trying again", error)
-            return False
-        return True
 
     def _workers(self) -> control_pb2.WorkerSet:
         return control_pb2.WorkerSet(
