@@ -16,14 +16,14 @@ from cluster.chaos.leaks import Leaks
 from cluster.chaos.load import percentile
 from cluster.chaos.processes import ROLES
 from cluster.chaos.samples import OURS, Growth
-from cluster.chaos.streams import Stream, is_struck, stall_beyond_s, stall_s
+from cluster.chaos.streams import Stream, Window, is_struck, stall_beyond_s, stall_s
 
 STALL_GOAL_S = 3.0
 _WRONG = ("lost", "wrong", "repeated")
 _SHOWN_MAX = 20  # failures that are told one by one
 _NOTES = (
     "stall: the longest time in which a client got nothing: until its first token, between two, or"
-    " until the end; of streams that ran when a fault came.",
+    " until the end; of streams that ran between a fault and the end of its restart.",
     "stall-beyond: of that, what lies outside of restarts, each from a fault until every process"
     " ran and every router was connected to all workers.",
     "asked-again: HTTP requests that lost their router; over gRPC the client resumes by itself.",
@@ -117,13 +117,15 @@ class Outcome:
         yield Row("leaked/blocks", sum(self.leaks.blocks.values()), "blocks")
         yield from self._growth_rows()
 
+    def _restarts(self) -> list[Window]:
+        return windows(self.strikes, max((s.ended_s for s in self.streams), default=0.0))
+
     def _struck(self) -> list[Stream]:
-        moments_s = [strike.at_s for strike in self.strikes]
-        return [stream for stream in self.streams if is_struck(stream, moments_s)]
+        restarts = self._restarts()
+        return [stream for stream in self.streams if is_struck(stream, restarts)]
 
     def _stalls_beyond(self) -> list[float]:
-        end_s = max((stream.ended_s for stream in self.streams), default=0.0)
-        restarts = windows(self.strikes, end_s)
+        restarts = self._restarts()
         return sorted(stall_beyond_s(stream, restarts) for stream in self._struck())
 
     def _stall_rows(self) -> Iterator[Row]:

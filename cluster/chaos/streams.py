@@ -72,9 +72,9 @@ def stall_beyond_s(stream: Stream, windows: Sequence[Window]) -> float:
     return max((_outside(silence, windows) for silence in stream.silences), default=0.0)
 
 
-def is_struck(stream: Stream, moments_s: Iterable[float]) -> bool:
-    """It ran at one of these moments."""
-    return any(stream.asked_s <= moment <= stream.ended_s for moment in moments_s)
+def is_struck(stream: Stream, windows: Iterable[Window]) -> bool:
+    """It ran in one of these."""
+    return any(stream.asked_s <= to and since <= stream.ended_s for since, to in windows)
 
 
 def _outside(silence: Window, windows: Sequence[Window]) -> float:

@@ -96,5 +96,6 @@ def test_the_gap_before_each_token_but_the_first():
 
 def test_a_stream_is_struck_when_it_runs():
     stream = stream_of(2.0, asked_s=1.0)
-    assert is_struck(stream, [0.0, 1.5])
-    assert not is_struck(stream, [0.5, 2.5])
+    assert is_struck(stream, [(0.0, 0.5), (1.5, 1.6)])
+    assert is_struck(stream, [(0.0, 1.0)])
+    assert not is_struck(stream, [(0.0, 0.5), (2.5, 9.0)])
