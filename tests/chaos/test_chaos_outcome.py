@@ -141,6 +141,10 @@ def test_growth_beyond_the_goal_fails_the_run():
     assert list(outcome(growth=[GROWN]).failures()) == [
         "decode 7 grows by 0.30 MB/min, 0.2 at most"
     ]
+    more = {"MB": 0.1, "fds": 0.15, "threads": 0.25}
+    assert list(outcome(growth=[replace(GROWN, per_minute=more)]).failures()) == [
+        "decode 7 grows by 0.25 threads/min, 0.2 at most"
+    ]
     assert outcome(growth=[replace(GROWN, minutes=1.0)]).passed  # too short to say
     assert outcome(growth=[replace(GROWN, name="raylet")]).passed  # Ray's own
 
