@@ -24,6 +24,7 @@ from grpc import StatusCode
 
 from kvrelay.client import (
     DEFAULT_ADDRESS,
+    DEFAULT_RESUME_S,
     Client,
     Completion,
     KvrelayError,
@@ -59,6 +60,15 @@ _REQUEST_OPTIONS: tuple[_Decorator, ...] = (
         envvar="KVRELAY_CERTIFICATES",
         show_envvar=True,
         help="Folder with ca.pem, and cert.pem and key.pem if the server asks for them: TLS.",
+    ),
+    click.option(
+        "--resume-for",
+        "resume_for_s",
+        type=click.FloatRange(0),
+        default=DEFAULT_RESUME_S,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long an answer may take to go on when its server is lost; 0: it ends.",
     ),
     click.option("--max-tokens", type=click.IntRange(1, 2**31 - 1), help="Answer length limit."),
     click.option("--temperature", type=click.FloatRange(0, 2), help="0 is greedy."),
@@ -113,13 +123,19 @@ def generate(
     address: str,
     api_key: str | None,
     certificates: Path | None,
+    resume_for_s: float,
     raw: bool,
     as_json: bool,
     timings: bool,
     **options: Unpack[RequestOptions],
 ) -> None:
     """Answer PROMPT, streaming to standard output; - reads it from standard input, as it is."""
-    with _exit_codes(), Client(address, api_key=api_key, certificates=certificates) as client:
+    with (
+        _exit_codes(),
+        Client(
+            address, api_key=api_key, certificates=certificates, resume_for_s=resume_for_s
+        ) as client,
+    ):
         text = _standard_input() if prompt == "-" else prompt
         with client.generate(text, **options) if raw else client.chat(text, **options) as stream:
             if not as_json:
@@ -138,6 +154,7 @@ def chat(
     address: str,
     api_key: str | None,
     certificates: Path | None,
+    resume_for_s: float,
     system: str | None,
     **options: Unpack[RequestOptions],
 ) -> None:
@@ -149,7 +166,12 @@ def chat(
         import readline  # noqa: F401  # its import gives input() line editing
     start = [{"role": "system", "content": system}] if system else []
     history = list(start)
-    with _exit_codes(), Client(address, api_key=api_key, certificates=certificates) as client:
+    with (
+        _exit_codes(),
+        Client(
+            address, api_key=api_key, certificates=certificates, resume_for_s=resume_for_s
+        ) as client,
+    ):
         while (line := _read_line()) is not None:
             if line == "/exit":
                 break

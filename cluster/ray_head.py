@@ -73,7 +73,7 @@ class RayHead:
                         "gcs_rpc_server_reconnect_timeout_s": _HEADLESS_S,
                     },
                 )
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises what it likes, Exception itself too
             reason = " ".join(str(error).split())
             raise ServeError(f"Ray did not start: {reason}") from error
         self._place.on(PlaceEvent.STARTED, time.monotonic())

@@ -40,6 +40,7 @@ PLACES = (
     ("Reservation of a decode worker", "decode_worker.reservation", "TRANSITIONS"),
     ("Kept answer of a decode worker", "decode_worker.kept", "TRANSITIONS"),
     ("KV block", "kvrelay.kv.ledger", "MOVES"),
+    ("Place of a worker or router", "cluster.place", "TRANSITIONS"),
 )
 
 

@@ -232,7 +232,7 @@ def test_a_closed_pipe_is_quiet_and_cancels(server: ScriptedServer) -> None:
 def test_a_server_that_goes_away_is_one_line_too() -> None:
     with scripted_server() as server:
         server.scripts = [[accepted(), delta(0, [1], "a"), Hold()]]
-        with process("generate", server, "hi") as child:
+        with process("generate", server, "hi", "--resume-for", "0.2") as child:
             assert child.stdout.read(1) == "a"
             server.stop()
             stdout, stderr = child.communicate(timeout=DEADLINE_S)
@@ -313,3 +313,22 @@ def test_ctrl_c_at_the_prompt_stays(
     result = run(chat, server)
     assert result.exit_code == 0
     assert result.stdout == "\n(/exit or Ctrl-D leaves)\nmodel> Hello\n\n"
+
+
+# ---- several addresses
+
+
+@pytest.mark.parametrize("command", [generate, chat])
+def test_an_answer_goes_on_at_the_next_address(
+    server: ScriptedServer, command: click.Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = Refusal(grpc.StatusCode.UNAVAILABLE, "Socket closed")
+    with scripted_server() as other:
+        server.scripts = [[accepted(), delta(0, [1], "one "), lost]]
+        other.scripts = [[accepted(), delta(1, [2], "two"), finished(2)]]
+        monkeypatch.setenv("KVRELAY_ADDRESS", f"{server.address},{other.address}")
+        arguments = ["hi"] if command is generate else []
+        result = CliRunner().invoke(command, arguments, input=b"hi\n/exit\n")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "one two\n" in result.stdout
+    assert len(other.requests) == 1

@@ -73,6 +73,16 @@ def head(tmp_path, node, clock, answers) -> RayHead:
     return made
 
 
+def test_a_start_that_fails_is_told_in_one_line(tmp_path, monkeypatch):
+    def fail(**options: object) -> None:
+        raise Exception("The current node\ntimed out")  # as Ray does it
+
+    monkeypatch.setattr(ray_head.ray, "init", fail)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # what the start sets is gone afterwards
+    with pytest.raises(ServeError, match="Ray did not start: The current node timed out"):
+        RayHead(tmp_path).start(2)
+
+
 def test_a_head_that_has_ended_is_started_again_at_once(head, node, answers, caplog):
     node.status = -9
     answers += [False, True]
