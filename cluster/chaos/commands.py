@@ -21,6 +21,7 @@ from cluster.progress import console, errors_in_one_line, reporting
 from kvrelay.config import Transport
 
 _RATE, _SOAK_RATE = 4.0, 20.0
+_ASKS = 64
 
 
 @click.command()
@@ -107,7 +108,9 @@ def _completed(choice: dict[str, Any]) -> dict[str, Any]:
     }
     unset = {name: value for name, value in defaults.items() if choice[name] is None}
     survivable = [kind for kind in KINDS if choice["routers"] > 1 or not kind.endswith("router")]
-    return {**choice, **unset, "kinds": choice["kinds"] or tuple(survivable)}
+    minutes = unset.get("minutes", choice["minutes"])
+    asks = _ASKS if minutes >= 1 else _ASKS // 4  # their right answers take their time, too
+    return {**choice, **unset, "asks": asks, "kinds": choice["kinds"] or tuple(survivable)}
 
 
 @contextlib.contextmanager
