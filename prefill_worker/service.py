@@ -306,6 +306,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         load.queued_prompts = self._schedule.queued_prompts
         load.cost.CopyFrom(self._engine.cost())
         load.draining = self._schedule.draining
+        load.blocks_free = self.ledger.available
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:

@@ -104,7 +104,7 @@ def engine(
                 profile=profile,
             )
             report = bench_engine(prepared, asked, on_progress)
-        _show(report, as_json, lambda: report.table(BASELINE))
+        show(report, as_json, lambda: report.table(BASELINE))
         if plot:
             draw(report, plot, BASELINE)
             console.print(f"plot: {plot}")
@@ -130,7 +130,7 @@ def perplexity(model: str, *, text: Path | None, as_json: bool, **choice: Any) -
             from cluster.bench.perplexity import bench_perplexity, comparison_table
 
             report = bench_perplexity(prepared, content, EngineChoice(**choice), on_progress)
-        _show(report, as_json, lambda: comparison_table(report))
+        show(report, as_json, lambda: comparison_table(report))
 
 
 @bench.command()
@@ -165,7 +165,7 @@ def transport(
 
         asked = TransportBench(sizes_mb, prepared, quantize, quick)
         report = bench_transport(asked, on_progress)
-    _show(report, as_json, lambda: report.table("gloo"))
+    show(report, as_json, lambda: report.table("gloo"))
 
 
 @bench.command()
@@ -207,7 +207,7 @@ def prefix(model: str, *, requests: int | None, quick: bool, as_json: bool, **ch
 
         asked = PrefixBench(requests=requests or (20 if quick else 100), **choice)
         report = bench_prefix(prepared, asked, on_progress)
-    _show(report, as_json, lambda: report.table(NO_CACHE))
+    show(report, as_json, lambda: report.table(NO_CACHE))
 
 
 @bench.command()
@@ -219,7 +219,7 @@ def placement(*, quick: bool, as_json: bool) -> None:
         from cluster.bench.placement import PlacementBench, bench_placement
 
         report = bench_placement(PlacementBench(quick=quick), on_progress)
-    _show(report, as_json, lambda: report.table("smallest"))
+    show(report, as_json, lambda: report.table("smallest"))
 
 
 @bench.command()
@@ -236,7 +236,7 @@ def router(*, quick: bool, as_json: bool) -> None:
         from cluster.bench.router import RouterBench, bench_router
 
         report = bench_router(RouterBench.of(quick=quick), on_progress)
-    _show(report, as_json, lambda: report.table(BARE))
+    show(report, as_json, lambda: report.table(BARE))
 
 
 @contextlib.contextmanager
@@ -252,7 +252,8 @@ def _measuring(model: str, choice: dict[str, Any]) -> Iterator[tuple[PreparedMod
         yield prepared, report
 
 
-def _show(report: Report, as_json: bool, table: "Callable[[], Table]") -> None:
+def show(report: Report, as_json: bool, table: "Callable[[], Table]") -> None:
+    """On stdout: one JSON object, or the machine, the table and the notes."""
     if as_json:
         print(report.to_json())
         for note in report.notes:

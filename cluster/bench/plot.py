@@ -18,14 +18,14 @@ _TEXT_WIDTH = 0.13  # of the panel's, at most
 _LIMIT_LABEL = "limit measured in the same run"
 
 
-def check_plot(file: Path) -> None:
+def check_plot(file: Path, *, option: str = "--plot", suffix: str = ".png") -> None:
     """Raises BenchError if a plot could not be drawn: said before minutes are spent measuring."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise BenchError("--plot needs matplotlib: pip install 'kvrelay[bench]'")
-    if file.suffix != ".png":
-        raise BenchError(f"--plot {file}: the name of a plot ends in .png")
+        raise BenchError(f"{option} needs matplotlib: pip install 'kvrelay[bench]'")
+    if file.suffix != suffix:
+        raise BenchError(f"{option} {file}: its name has to end in {suffix}")
     if not file.parent.is_dir():
-        raise BenchError(f"--plot {file}: there is no folder {file.parent}")
+        raise BenchError(f"{option} {file}: there is no folder {file.parent}")
 
 
 def draw(report: Report, file: Path, baseline_name: str) -> None:

@@ -87,9 +87,11 @@ class Report:
 
 
 def number(value: float | None) -> str:
-    """Four digits, or all that stand before the point."""
+    """Four digits, or all that stand before the point; of a count all."""
     if value is None:
         return MISSING
+    if isinstance(value, int):
+        return f"{value:,}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:#.4g}"

@@ -167,16 +167,18 @@ class PrefillEvent(_message.Message):
     def __init__(self, info: _Optional[_Union[WorkerInfo, _Mapping]] = ..., started: _Optional[_Union[PrefillStarted, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., handed_off: _Optional[_Union[HandedOff, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., load: _Optional[_Union[PrefillLoad, _Mapping]] = ..., blocks: _Optional[_Union[BlockChanges, _Mapping]] = ...) -> None: ...
 
 class PrefillLoad(_message.Message):
-    __slots__ = ("queued_tokens", "cost", "queued_prompts", "draining")
+    __slots__ = ("queued_tokens", "cost", "queued_prompts", "draining", "blocks_free")
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COST_FIELD_NUMBER: _ClassVar[int]
     QUEUED_PROMPTS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
     queued_tokens: int
     cost: StepCost
     queued_prompts: int
     draining: bool
-    def __init__(self, queued_tokens: _Optional[int] = ..., cost: _Optional[_Union[StepCost, _Mapping]] = ..., queued_prompts: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    blocks_free: int
+    def __init__(self, queued_tokens: _Optional[int] = ..., cost: _Optional[_Union[StepCost, _Mapping]] = ..., queued_prompts: _Optional[int] = ..., draining: _Optional[bool] = ..., blocks_free: _Optional[int] = ...) -> None: ...
 
 class PrefillStarted(_message.Message):
     __slots__ = ("key", "cached_tokens")
