@@ -112,6 +112,7 @@ class RouterConfig(_Frozen):
     silence_ms: int = Field(default=1_500, ge=1)  # a worker that says nothing for longer is lost
     resume_ms: int = Field(default=2_000, ge=1)  # the workers' answers to Adopt
     strikes_max: int = Field(default=2, ge=1)  # workers that died under one request
+    acquit_ms: int = Field(default=1_000, ge=0)  # who goes on elsewhere for so long has no strikes
     reserve_ms: int = 10_000  # a decode worker's answer to Reserve
     attempts_max: int = 3  # placements of one request that failed; no room is no failure
     shun_ms: int = Field(default=500, ge=1)  # a worker that failed comes last; doubled each time

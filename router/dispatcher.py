@@ -51,7 +51,6 @@ class Dispatcher:
             config, self._requests, self._queue, self._workers, self._attempts, self._strikes
         )
         self._adoptions = Adoptions(config, self._requests, self._workers, self._attempts)
-        self._arrivals = 0
 
     # ---- what clients do
 
@@ -65,10 +64,9 @@ class Dispatcher:
             raise DuplicateRequestError(f"request id {request.request_id!r} is running already")
         if self._queue.full:
             raise QueueFullError(f"{len(self._queue)} requests are waiting", self._queue.all_ms())
-        request.number = self._arrivals + 1
+        request.number = self._requests.next_number
         if request.ttft_deadline_ms:
             check_deadline(request, self._queue, self._workers)
-        self._arrivals += 1
         self._requests.add(request)
         request.queued_at_ms = now_ms
         self._queue.push(request)

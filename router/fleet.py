@@ -5,6 +5,7 @@ worker has one task that keeps a session to it and reconnects when it breaks.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
@@ -296,7 +297,8 @@ class _Worker:
     def end_session(self) -> None:
         """The worker says nothing: its requests go elsewhere at once, and it is dialed again."""
         self._fleet.worker_down(self)
-        self._limit.reschedule(asyncio.get_running_loop().time())
+        with contextlib.suppress(RuntimeError):  # the session is ending already
+            self._limit.reschedule(asyncio.get_running_loop().time())
 
     async def _keep_up(self) -> None:
         failures = 0

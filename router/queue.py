@@ -45,6 +45,7 @@ class WaitingQueue:
 
     def push(self, request: Request) -> None:
         key = self._key(request)
+        assert key not in self._order, "two requests of one number"
         self._keys[request] = key
         self._order[key] = request
         self.changed = True

@@ -87,7 +87,7 @@ class Recovery:
                     weight = STRUCK
             if weight and request.complete() is None:
                 struck[request] = weight
-        cause = self._strikes.died(worker_id, struck) if died else None
+        cause = self._strikes.died(worker_id, struck, now_ms) if died else None
         if cause is not None:
             commands += self._condemn(cause)
         for request in lost:
@@ -193,6 +193,8 @@ class Recovery:
 
     def expire(self, now_ms: float) -> list[Command]:
         """Ends the waits whose time is up."""
+        if self._strikes.acquit(self._requests, now_ms):
+            self._queue.changed = True  # others may have waited for their workers
         self._strikes.forget()
         commands: list[Command] = []
         for request in self._requests:

@@ -18,6 +18,7 @@ class Requests:
         self._workers = workers
         self._attempts = attempts
         self._by_name: dict[tuple[str, str], Request] = {}
+        self._arrivals = 0
 
     def __len__(self) -> int:
         return len(self._by_name)
@@ -37,7 +38,13 @@ class Requests:
         """Whether this very one is here."""
         return self._by_name.get(request.name) is request
 
+    @property
+    def next_number(self) -> int:
+        """Of the request that is added next."""
+        return self._arrivals + 1
+
     def add(self, request: Request) -> None:
+        request.number = self._arrivals = self.next_number
         self._by_name[request.name] = request
 
     # ---- their ends
@@ -69,10 +76,9 @@ class Requests:
         return [Failed(request, trouble)]
 
     def end(self, request: Request, event: RequestEvent) -> None:
-        waits = request.state is RequestState.QUEUED
-        request.on(event)
-        if waits:
+        if request.state is RequestState.QUEUED:
             self._queue.remove(request)
+        request.on(event)
         self._attempts.release(request)
         del self._by_name[request.name]
         self._let_suspects_pass(request)

@@ -198,6 +198,23 @@ def test_its_new_decode_worker_dies_too_and_it_is_placed_again():
     assert request.state is RequestState.RESERVING
 
 
+def test_many_that_lose_their_second_worker_too_are_all_placed_again():
+    bench = Bench("d1", "d2")
+    for name in ("one", "other"):
+        wish = Resumption(name, TENANT, "d1", 0, 0.0)
+        bench.take(bench.dispatcher.resume(wish))
+        asked = reserve()
+        asked.request_id = name
+        key = next(iter(wish.asked))
+        bench.event("d1", adopted=pb.Adopted(key=key, reserve=asked, token_ids=[3]))
+    bench.sent.clear()
+    bench.take(bench.dispatcher.worker_down("d1", 1.0))
+    bench.take(bench.dispatcher.pump(1.0))
+    placed = [sent.command.reserve.request_id for sent in bench.sent]
+    assert (placed, bench.dispatcher.queued) == (["one", "other"], 0)
+    bench.dispatcher.check()
+
+
 def test_its_client_goes_away():
     bench = Bench()
     request = bench.running()

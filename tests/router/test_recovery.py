@@ -522,6 +522,51 @@ def test_suspects_of_workers_that_come_back_are_no_suspects():
     finish(bench, one, other)
 
 
+def test_who_goes_on_after_a_death_has_not_caused_it():
+    bench = Bench("p1", "d1")
+    request = bench.submit(max_tokens=50)
+    for n in range(1, 6):
+        bench.bring(request, S.DECODING)
+        bench.step(request, len(request.answer) - request.base, 11, 12)
+        bench.now += bench.config.acquit_ms
+        bench.up(f"d{n + 1}")
+        bench.down(f"d{n}")
+        assert (bench.end(request), strikes_of(request)) == (None, 1)
+
+
+@pytest.mark.parametrize(("state", "share"), [(S.PREFILLING, 1.0), (S.DECODING, 0.9)])
+def test_who_has_not_gone_on_for_long_or_far_is_no_less_suspect(state, share):
+    bench = Bench("p1", "d1")
+    request = bench.submit(max_tokens=50)
+    for n in (1, 2):
+        bench.bring(request, state)
+        bench.now += bench.config.acquit_ms * share
+        bench.up(f"d{n + 1}")
+        bench.down(f"d{n}")
+    assert isinstance(bench.end(request), PoisonTrouble)
+
+
+def test_suspects_that_go_on_let_the_others_pass():
+    bench, (one, other) = both_struck_twice("d3")
+    bench.bring(one, S.DECODING)
+    bench.step(one, len(one.answer) - one.base, 11, 12)
+    bench.expire(bench.now + bench.config.acquit_ms - 1)
+    assert (other.state, strikes_of(one)) == (S.QUEUED, 2)
+    bench.expire(bench.now + 1)
+    assert (other.state, one.strikes) == (S.RESERVING, {})
+
+
+def test_workers_that_vanish_before_they_answer_prove_nothing():
+    """As when a router is cut off from its workers, and finds one silent after the other."""
+    bench = Bench("p1", "d1")
+    request = bench.bring(bench.submit(max_tokens=TOKENS), S.DECODING)
+    for n in range(1, 7):
+        bench.up(f"d{n + 1}")
+        bench.down(f"d{n}")
+        assert (request.state, request.decode_id) == (S.RESERVING, f"d{n + 1}")
+    finish(bench, request)
+
+
 def test_both_workers_of_a_request_dying_at_once_is_no_proof():
     """As when a host is gone: it is placed again before the other death is known."""
     bench = Bench("p1", "p2", "d1", "d2")

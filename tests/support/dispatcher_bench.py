@@ -42,15 +42,14 @@ class Bench:
     def __init__(self, *workers: str, blocks: int = 100, **config: Any) -> None:
         settings_ = {"attempts_max": 3, "queue_max": 4, "prefill_backlog_tokens": 50}
         settings_ |= {"local_prefill": "never", **config}
-        self.dispatcher = Dispatcher(
-            RouterConfig(
-                model_path=Path("none"),
-                model_name="tiny",
-                cluster_key="k" * 16,
-                control_socket=Path("none"),
-                **settings_,
-            )
+        self.config = RouterConfig(
+            model_path=Path("none"),
+            model_name="tiny",
+            cluster_key="k" * 16,
+            control_socket=Path("none"),
+            **settings_,
         )
+        self.dispatcher = Dispatcher(self.config)
         self.blocks = blocks
         self.now = 0.0
         self.sent: list[ToPrefill | ToDecode] = []
