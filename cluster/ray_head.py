@@ -41,10 +41,20 @@ _STOP_S = 20.0
 _ANSWER_S = 0.5
 _HANG_S = 10.0  # a head that gives no answer for longer is killed
 _GCS, _RAYLET = "gcs_server", "raylet"  # as Ray names its processes
+_MEMORY = Path("/dev/shm")
+
+
+def storage_of(folder: Path) -> Path:
+    """Where the head of the run in `folder` keeps its record. In memory, for it has to outlive
+    a process and not the host, and a start would wait for a disk that is busy writing."""
+    if os.access(_MEMORY, os.W_OK):
+        return _MEMORY / f"{folder.parent.name}-{folder.name}-gcs"
+    return folder / "gcs"
 
 
 class RayHead:
-    """Call start, then keep again and again, then stop. Everything of it is in `folder`."""
+    """Call start, then keep again and again, then stop. Everything of it is in `folder`, and in
+    `storage_of(folder)`, both for the owner to remove."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -56,7 +66,9 @@ class RayHead:
         # Inherited by the workers; torch makes this folder when it is imported.
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self._folder / "inductor")
         self._place.on(PlaceEvent.LAUNCH, time.monotonic())
+        storage = storage_of(self._folder)
         try:
+            storage.mkdir(mode=0o700, parents=True)  # no other user's, nor for others to read
             with _signals_deferred():
                 ray.init(
                     address="local",  # whatever RAY_ADDRESS says: never somebody else's cluster
@@ -69,7 +81,7 @@ class RayHead:
                     _node_ip_address="127.0.0.1",
                     _system_config={
                         "gcs_storage": "rocksdb",
-                        "gcs_storage_path": str(self._folder / "gcs"),
+                        "gcs_storage_path": str(storage),
                         "gcs_rpc_server_reconnect_timeout_s": _HEADLESS_S,
                     },
                 )

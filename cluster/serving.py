@@ -24,6 +24,7 @@ from cluster.model_store import PreparedModel
 from cluster.options import ServeError, ServeOptions
 from cluster.pools import Pools
 from cluster.preparation import Progress
+from cluster.ray_head import storage_of
 from cluster.routers import Routers
 from kvrelay.cache import default_cache
 from kvrelay.config import RouterConfig, WorkerConfig
@@ -36,6 +37,7 @@ _WATCH_S = 0.5
 _END_S = 5.0
 _RUN_DIR_PREFIX = "kvr-"
 _OWNER_LOCK = "owner.lock"
+_RAY_DIR = "ray"
 # A unix socket's path may have 107 bytes; the run folder and Ray's names in it take some 84.
 _TEMP_DIR_CHARS_MAX = 20
 
@@ -59,7 +61,7 @@ class Serving:
         except (OverflowError, ValueError) as error:  # infinities and NaN have no int
             raise ServeError(f"kv_gib or drain_s: {error}") from None
         decode = {"kv_dtype": options.decode_kv_dtype} if options.decode_kv_dtype else {}
-        ray_dir = self._run_dir / "ray"
+        ray_dir = self._run_dir / _RAY_DIR
         self._pools = Pools(
             worker_config, slots(options), ray_dir, {"decode": decode}, options.drain_s
         )
@@ -130,7 +132,7 @@ class Serving:
         with contextlib.suppress(Exception):
             self._pools.stop()
         _end(processes | set(psutil.Process().children(recursive=True)))
-        shutil.rmtree(self._run_dir, ignore_errors=True)
+        _remove(self._run_dir)
 
     def _workers(self) -> control_pb2.WorkerSet:
         return control_pb2.WorkerSet(
@@ -204,7 +206,12 @@ def _remove_abandoned(folder: Path) -> None:
     for lock in folder.glob(f"{_RUN_DIR_PREFIX}*/{_OWNER_LOCK}"):
         with contextlib.suppress(OSError):  # held: its run is alive
             os.close(_lock(lock))
-            shutil.rmtree(lock.parent)
+            _remove(lock.parent)
+
+
+def _remove(run_dir: Path) -> None:
+    for folder in (storage_of(run_dir / _RAY_DIR), run_dir):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _make_run_dir(run_dir: Path) -> None:

@@ -78,6 +78,7 @@ def test_a_start_that_fails_is_told_in_one_line(tmp_path, monkeypatch):
         raise Exception("The current node\ntimed out")  # as Ray does it
 
     monkeypatch.setattr(ray_head.ray, "init", fail)
+    monkeypatch.setattr(ray_head, "_MEMORY", tmp_path)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # what the start sets is gone afterwards
     with pytest.raises(ServeError, match="Ray did not start: The current node timed out"):
         RayHead(tmp_path).start(2)

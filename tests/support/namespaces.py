@@ -9,6 +9,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 _CLONE_NEWNET = 0x40000000
 _DEVICE = "kv0"  # in each of the two
 _ADDRESSES = ("198.18.0.1", "198.18.0.2")  # of the range for tests of networks (RFC 2544)
+_CARRIER_S = 10.0  # only a broken test waits so long
 
 
 def why_not() -> str:
@@ -47,7 +49,12 @@ class Wire:
         self._set("down")
 
     def up(self) -> None:
+        """Returns when P sees the carrier, and has forgotten that D was out of reach."""
         self._set("up")
+        deadline_s = time.monotonic() + _CARRIER_S
+        while "state UP" not in _run("-n", self.prefill.netns, "link", "show", _DEVICE).stdout:
+            assert time.monotonic() < deadline_s, "no carrier"
+        _ip("-n", self.prefill.netns, "neigh", "flush", "dev", _DEVICE)
 
     def _set(self, state: str) -> None:
         """At D's end: P's sees no carrier any more, as when a cable is pulled."""
