@@ -102,6 +102,8 @@ async def test_a_wire_cut_in_the_middle_of_a_push_ends_it_on_both_sides(hosts):
     assert await hosts.all_free()
 
     hosts.wire.up()
+    async with asyncio.timeout(REPLY_S + CONNECT_S + SLACK_S):
+        await hosts.prefill.ask("unlinked")  # D has ended the link; P hears of it now
     await hosts.hand_over()
 
 
@@ -119,6 +121,8 @@ async def test_a_wire_cut_between_pushes_ends_the_transfer(hosts):
         await hosts.decode.ask("settled", transfer=reserved["transfer"])
 
     hosts.wire.up()
+    async with asyncio.timeout(REPLY_S + CONNECT_S + SLACK_S):
+        await hosts.prefill.ask("unlinked")  # D has ended the link; P hears of it now
     await hosts.hand_over()
 
 
