@@ -80,6 +80,10 @@ class UnavailableTrouble(Trouble):
     """Workers failed it too often."""
 
 
+class LeavingTrouble(Trouble):
+    """This router ends, the request's workers go on: another router may have it."""
+
+
 class InvalidTrouble(Trouble):
     """No worker here can ever serve it."""
 

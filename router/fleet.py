@@ -100,7 +100,8 @@ class Fleet:
             self.carry_out(self.dispatcher.let_go(request))
 
     def shut_down(self, trouble: Trouble) -> None:
-        """Ends all answers that are not whole, and begins none any more."""
+        """Ends all answers that are not whole, and begins none any more. Workers are told nothing
+        from here on: D keeps what it answers, for the routers that these clients ask next."""
         self._shut_down = trouble
         self._readers.shut_down(trouble)
 
@@ -224,6 +225,8 @@ class Fleet:
         match command:
             case Deliver(request, _, tokens):
                 self._readers.put(request, tokens)
+            case ToPrefill() | ToDecode() if self._shut_down is not None:
+                pass
             case ToPrefill(worker_id, message):
                 self._connected[worker_id].send(message)
             case ToDecode(worker_id, message):

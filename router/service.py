@@ -30,6 +30,7 @@ STATUSES = {
     Reason.TAKEN_OVER: grpc.StatusCode.ABORTED,
     Reason.EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    Reason.LEAVING: grpc.StatusCode.UNAVAILABLE,
     Reason.POISON: grpc.StatusCode.INTERNAL,
 }
 
@@ -118,6 +119,6 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
 async def _abort(context: Any, refusal: Refusal) -> None:
     """Ends the call with the status that fits; always raises."""
     hint: tuple[tuple[str, str], ...] = ()
-    if refusal.retry_ms is not None:
+    if refusal.retry_ms is not None and refusal.reason is not Reason.LEAVING:  # that is a loss
         hint = (("grpc-retry-pushback-ms", str(refusal.retry_ms)),)
     await context.abort(STATUSES[refusal.reason], str(refusal), hint)

@@ -359,7 +359,7 @@ async def test_what_runs_when_the_drain_is_over_is_told_so(cluster, caplog):
         async with (
             asyncio.timeout(DEADLINE_S),
             openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as asking,
-            small.client(timeout_s=DEADLINE_S) as grpc_client,
+            small.client(timeout_s=DEADLINE_S, resume_for_s=0) as grpc_client,
         ):
             options = {"model": "endless", "prompt": TEXT, "max_tokens": 2000}
             stream = await asking.completions.create(stream=True, **options)

@@ -58,12 +58,12 @@ class Bench:
         return self.cluster.router.address
 
     @contextlib.asynccontextmanager
-    async def victim(self) -> AsyncIterator[RouterProcess]:
+    async def victim(self, **settings: Any) -> AsyncIterator[RouterProcess]:
         cluster = self.cluster
         self.pace.step_s = STEP_S
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             config = cluster.router._config
-            async with router_process(config, Path(folder)) as router:
+            async with router_process(config, Path(folder), **settings) as router:
                 await router.tell(
                     [p.address for p in cluster.prefill], [d.address for d in cluster.decode]
                 )
@@ -161,6 +161,20 @@ async def test_answers_go_on_when_their_router_is_killed(bench):
             assert answer.resumed == 1
         assert adopted() == len(ASKED)  # none was computed again
         assert client._servers.first == 1  # who works is asked first from now on
+    await bench.settled()
+
+
+async def test_answers_go_on_when_their_router_ends_in_order_before_they_do(bench):
+    asked = ("generate", TEXT, {"max_tokens": 400, "temperature": 1.0, "stop": ["zzzz"]})
+    async with bench.victim(drain_ms=100) as victim, bench.client(victim) as client:
+        adopted = count_adopted(bench)
+        stream = ask(client, asked)
+        begun = await some_of(stream, 3)
+        await victim.end()
+        bench.pace.hurry()
+        rest, answer = await rest_of(stream)
+        await check(bench, answer, begun + rest, asked)
+        assert (answer.resumed, adopted()) == (1, 1)
     await bench.settled()
 
 
