@@ -64,7 +64,7 @@ class Router:
         if config.api_keys is not None:
             self.key_watch = KeyWatch(config.api_keys, self._callers, config.keys_check_ms)
         limits = TemplateLimits(template_ms=config.template_ms)
-        self._door = FrontDoor(files, self.fleet, self._callers, limits)
+        self._door = FrontDoor(files, self.fleet, self._callers, limits, config.resume_looks_max)
         self._health = Health(config.health_watches_max)
         guard = KeyGuard(self._callers, self.fleet.metrics, config.health_read_ms)
         self._public = make_server(
