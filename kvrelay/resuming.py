@@ -49,6 +49,7 @@ class Resuming:
         self._accepted = False  # once, by whatever server
         self._answering = False  # accepted in the newest call
         self._kept_at = ""
+        self._nonce = 0  # that it was accepted with
         self._lost_at_s: float | None = None  # since then nothing new has come
         self._tries = 0  # at other servers since then, or before it was accepted
         self._not_before_s: dict[int, float] = {}  # when servers said to ask them again
@@ -125,6 +126,7 @@ class Resuming:
             request_id=self._again.request.request_id,
             next_offset=next_offset,
             kept_at=self._kept_at,
+            nonce=self._nonce,
         )
         return Ask("Resume", request, server, wait_s, anew=False)
 
@@ -146,6 +148,7 @@ class Resuming:
     def _note(self, accepted: pb.Accepted) -> None:
         """What makes the same request give the same tokens, and be found."""
         self._accepted = self._answering = True
+        self._nonce = accepted.nonce
         request = type(self._again.request)()
         request.CopyFrom(self._again.request)
         request.request_id = accepted.request_id

@@ -39,13 +39,13 @@ class Adoptions:
         than its connection."""
         running = self._requests.get(wish.name)
         if running is not None:
-            return [self._known(wish, running) or Resumed(wish, running)]
+            return [self._found_here(wish, running)]
         asked = [d for d in self._workers.decode if not wish.kept_at or d == wish.kept_at]
         if not asked:
             return [_not_kept(wish)]
         wish.asked = dict(zip(self._attempts.take_keys(len(asked)), asked, strict=True))
         self._by_key |= dict.fromkeys(wish.asked, wish)
-        return [adopt(worker_id, key, *wish.name) for key, worker_id in wish.asked.items()]
+        return [adopt(worker_id, key, wish) for key, worker_id in wish.asked.items()]
 
     def withdraw(self, wish: Resumption) -> None:
         """Nobody waits for it any more: whoever still says that it has it is told to let go."""
@@ -61,8 +61,7 @@ class Adoptions:
         self.withdraw(wish)
         running = self._requests.get(wish.name)
         if running is not None:  # asked for again here, meanwhile
-            taken = self._known(wish, running) or Resumed(wish, running)
-            return [cancel_adopted(worker_id, adopted.key), taken]
+            return [cancel_adopted(worker_id, adopted.key), self._found_here(wish, running)]
         request = _request_of(adopted, now_ms)
         self._requests.add(request)
         self._attempts.adopt(request, adopted, worker_id, now_ms)
@@ -96,6 +95,12 @@ class Adoptions:
         for wish in over:
             self.withdraw(wish)
         return [_not_kept(wish) for wish in over]
+
+    def _found_here(self, wish: Resumption, running: Request) -> Resumed | NotKept:
+        """running: the one of its name."""
+        if running.nonce != wish.nonce:
+            return _not_kept(wish, f"another request {wish.request_id!r} runs here")
+        return self._known(wish, running) or Resumed(wish, running)
 
     def _known(self, wish: Resumption, request: Request) -> NotKept | None:
         """None when what the client has is known here, too."""
@@ -141,4 +146,5 @@ def _request_of(adopted: worker_pb2.Adopted, now_ms: float) -> Request:
         answer=tokens[split:],
         tenant=reserve.tenant,
         priority=reserve.priority,
+        nonce=reserve.nonce,
     )

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kvrelay.clock import now_ms
-from kvrelay.wire.inference_pb2 import Finished
+from kvrelay.wire.inference_pb2 import Finished, ResumeRequest
 from router.admission import DEFAULT_LIMITS, check_request_id, check_sampling, check_urgency
 from router.answer import Answer
 from router.ask import Ask, choice_seed
@@ -107,9 +107,9 @@ class FrontDoor:
 
     @contextlib.asynccontextmanager
     async def resume(
-        self, request_id: str, next_offset: int, kept_at: str, caller: Caller
+        self, asked: ResumeRequest, caller: Caller
     ) -> AsyncIterator[Served]:
-        """What is left, from next_offset on, of an answer whose client has lost its router; leaving
+        """What is left, from asked.next_offset on, of an answer whose client has lost its router; leaving
         the context takes it back from the workers.
 
         It counts as a request of the caller's quota, by which it was let in where it began. One
@@ -123,16 +123,23 @@ class FrontDoor:
             with self._refusals_counted("grpc"):
                 if self.not_ready:
                     raise Refusal(Reason.UNAVAILABLE, self.not_ready)
-                if not request_id:
+                if not asked.request_id:
                     raise Refusal(Reason.INVALID, "request_id is needed: that of its Accepted")
-                check_request_id(request_id)
-                wish = Resumption(request_id, caller.tenant, kept_at, next_offset, arrived_at_ms)
+                check_request_id(asked.request_id)
+                wish = Resumption(
+                    request_id=asked.request_id,
+                    tenant=caller.tenant,
+                    kept_at=asked.kept_at,
+                    nonce=asked.nonce,
+                    next_offset=asked.next_offset,
+                    asked_at_ms=arrived_at_ms,
+                )
                 with looking(self._quotas, caller):
                     request, answer = await self._fleet.resume(wish)
             before = self._leases.get(request)
             lease = before.move() if before else of_begun(self._quotas, caller, request)
             resumed = Admitted(request, lease, "grpc")
-            with self._to_its_end(resumed, lambda: answer, next_offset) as served:
+            with self._to_its_end(resumed, lambda: answer, asked.next_offset) as served:
                 yield served
 
     @contextlib.contextmanager
@@ -201,6 +208,7 @@ class FrontDoor:
                 tenant=caller.tenant,
                 priority=ask.priority,
                 ttft_deadline_ms=ask.ttft_deadline_ms,
+                nonce=secrets.randbits(64),
             )
             for index in range(ask.answers)
         ]

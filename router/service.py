@@ -56,8 +56,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         await self._serve(request, prompt, context)
 
     async def Resume(self, request: inference_pb2.ResumeRequest, context: Any) -> None:
-        wish = request.request_id, request.next_offset, request.kept_at
-        await self._answer(self._door.resume(*wish, CALLER.get()), context)
+        await self._answer(self._door.resume(request, CALLER.get()), context)
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Any
@@ -113,6 +112,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             model=self._door.files.name,
             prompt_tokens=len(request.prompt),
             seed=request.sampling.seed,
+            nonce=request.nonce,
         )
 
 

@@ -271,15 +271,20 @@ async def test_a_request_that_runs_here_goes_on_in_the_call_that_resumes_it(benc
     async with grpc.aio.insecure_channel(bench.survivor) as channel:
         call = InferenceStub(channel).Generate(request, timeout=WAIT_S)
         seen: list[int] = []
+        mine: dict[str, Any] = {"request_id": "mine"}
         async for event in call:
             seen += event.delta.token_ids
+            if event.HasField("accepted"):
+                mine["nonce"] = event.accepted.nonce
             if len(seen) >= 5:
                 break
+        with pytest.raises(grpc.aio.AioRpcError, match="another request 'mine' runs here"):
+            await resume(bench, request_id="mine")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await resume(bench, request_id="mine", next_offset=500)
+            await resume(bench, **mine, next_offset=500)
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         assert "tokens of request 'mine' are known here" in caught.value.details()
-        accepted, *deltas, finished = await resume(bench, request_id="mine", next_offset=3)
+        accepted, *deltas, finished = await resume(bench, **mine, next_offset=3)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await read_on(call, seen)
         assert caught.value.code() is grpc.StatusCode.ABORTED

@@ -37,11 +37,13 @@ class Context:
         self.accepted = asyncio.Event()
         self.code: grpc.StatusCode | None = None
         self.details = ""
+        self.nonce = 0
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         return ()
 
     async def write(self, message: pb.GenerateResponse) -> None:
+        self.nonce = message.accepted.nonce or self.nonce
         self.accepted.set()
 
     async def abort(self, code: grpc.StatusCode, details: str, *_: Any) -> None:
@@ -114,7 +116,8 @@ async def test_a_call_that_takes_over_a_request_takes_over_its_quota(monkeypatch
         await first.accepted.wait()
         [account] = door._quotas._accounts.values()
         held = account.running, account.kv_tokens, account.tokens.level
-        resumed = asyncio.create_task(service.Resume(pb.ResumeRequest(request_id="mine"), second))
+        wish = pb.ResumeRequest(request_id="mine", nonce=first.nonce)
+        resumed = asyncio.create_task(service.Resume(wish, second))
         await second.accepted.wait()
         with pytest.raises(Aborted):
             await waits
