@@ -16,7 +16,6 @@ from decode_worker.reservation import Key
 from kvrelay.lifecycle import advance
 from kvrelay.wire import worker_pb2
 
-
 # Tenant, request id and nonce. The first two may be those of another request at another router.
 Name = tuple[str, str, int]
 

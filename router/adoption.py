@@ -18,7 +18,7 @@ from router.commands import (
     adopt,
     cancel_adopted,
 )
-from router.request import ENDINGS, Request, RequestEvent, Times
+from router.request import ENDINGS, Request, Times
 from router.requests import Requests
 from router.resumption import Resumption
 from router.workers import Workers
@@ -54,10 +54,14 @@ class Adoptions:
         wish.asked.clear()
 
     def adopted(self, worker_id: str, adopted: worker_pb2.Adopted, now_ms: float) -> list[Command]:
-        """A worker has it. The first one keeps it, all others let go."""
+        """A worker has it. The first that knows what the client has keeps it, all others let go."""
         wish = self._by_key.get(adopted.key)
         if wish is None:
             return [cancel_adopted(worker_id, adopted.key)]
+        known = adopted.reserve.answered + len(adopted.token_ids)
+        if known < wish.next_offset:  # an old attempt's: a newer one may be elsewhere
+            wish.known = max(wish.known or 0, known)
+            return [cancel_adopted(worker_id, adopted.key), *self._without(adopted.key)]
         self.withdraw(wish)
         running = self._requests.get(wish.name)
         if running is not None:  # asked for again here, meanwhile
@@ -65,20 +69,17 @@ class Adoptions:
         request = _request_of(adopted, now_ms)
         self._requests.add(request)
         self._attempts.adopt(request, adopted, worker_id, now_ms)
-        unknown = self._known(wish, request)
-        if unknown is not None:
-            commands = self._attempts.withdraw(request)
-            self._requests.end(request, RequestEvent.CANCEL)
-            return [*commands, unknown]
         request.ending = ENDINGS.get(adopted.ending)
         return [Resumed(wish, request), *self._requests.finish_if_complete(request)]
 
     def refused(self, failed: worker_pb2.Failed) -> list[Command]:
         """A worker does not have it. Nothing for a key that is no Adopt's."""
-        wish = self._by_key.pop(failed.key, None)
-        if wish is None:
-            return []
-        del wish.asked[failed.key]
+        return self._without(failed.key) if failed.key in self._by_key else []
+
+    def _without(self, key: int) -> list[Command]:
+        """Who was asked by this key does not have it; perhaps another does."""
+        wish = self._by_key.pop(key)
+        del wish.asked[key]
         return [] if wish.asked else [_not_kept(wish)]
 
     def worker_down(self, worker_id: str) -> list[Command]:
@@ -100,14 +101,10 @@ class Adoptions:
         """running: the one of its name."""
         if running.nonce != wish.nonce:
             return _not_kept(wish, f"another request {wish.request_id!r} runs here")
-        return self._known(wish, running) or Resumed(wish, running)
-
-    def _known(self, wish: Resumption, request: Request) -> NotKept | None:
-        """None when what the client has is known here, too."""
-        known = len(request.answer)
-        if wish.next_offset <= known:
-            return None
-        return _not_kept(wish, f"only {known} tokens of request {wish.request_id!r} are known here")
+        if len(running.answer) >= wish.next_offset:
+            return Resumed(wish, running)
+        wish.known = len(running.answer)
+        return _not_kept(wish)
 
     def check(self) -> None:
         """Asserts that both directions agree. For tests."""
@@ -115,6 +112,8 @@ class Adoptions:
 
 
 def _not_kept(wish: Resumption, why: str = "") -> NotKept:
+    if not why and wish.known is not None:
+        why = f"only {wish.known} tokens of request {wish.request_id!r} are known here"
     why = why or f"no worker keeps request {wish.request_id!r}"
     return NotKept(wish, NotKeptTrouble(f"{why}: ask again, with the seed it was accepted with"))
 

@@ -106,11 +106,9 @@ class FrontDoor:
             yield served
 
     @contextlib.asynccontextmanager
-    async def resume(
-        self, asked: ResumeRequest, caller: Caller
-    ) -> AsyncIterator[Served]:
-        """What is left, from asked.next_offset on, of an answer whose client has lost its router; leaving
-        the context takes it back from the workers.
+    async def resume(self, asked: ResumeRequest, caller: Caller) -> AsyncIterator[Served]:
+        """What is left of an answer whose client has lost its router; leaving the context takes it
+        back from the workers.
 
         It counts as a request of the caller's quota, by which it was let in where it began. One
         that runs here goes on in the lease of the call that it is taken from.

@@ -294,6 +294,28 @@ def test_a_client_that_has_more_than_anybody_is_told_so():
     assert [w for w, _ in bench.told_to("cancel")] == ["d2"]
 
 
+def test_a_worker_that_knows_less_than_the_client_does_not_keep_it_from_one_that_knows_more():
+    bench = Bench()
+    bench.resume(next_offset=5)
+    bench.refused("d1")
+    bench.adopted("d2", [10, 11])
+    assert bench.told == []
+    assert [(w, c.key) for w, c in bench.told_to("cancel")] == [("d2", bench.asked()["d2"].key)]
+    bench.adopted("d3", [10, 11, 12])
+    [resumed] = bench.told
+    assert (resumed.request.decode_id, len(bench.told_to("cancel"))) == ("d3", 1)
+
+
+def test_all_workers_know_less_than_the_client():
+    bench = Bench()
+    bench.resume(next_offset=5)
+    bench.adopted("d3", [10, 11])
+    bench.adopted("d2", [10])
+    bench.refused("d1")
+    assert "only 4 tokens of request 'r1' are known here" in not_kept(bench)
+    assert [w for w, _ in bench.told_to("cancel")] == ["d3", "d2"]
+
+
 # ---- who takes over
 
 
