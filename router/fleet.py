@@ -94,14 +94,16 @@ class Fleet:
             self._readers.forget(wish)
             self.dispatcher.withdraw(wish)
 
-    def let_go(self, request: Request, answer: Answer) -> None:
-        """Nobody reads this answer any more. The request ends, unless another call reads it."""
-        if self._readers.close(request, answer):
+    def let_go(self, request: Request, answer: Answer, *, resumable: bool = False) -> None:
+        """Nobody reads this answer any more. The request ends, unless another call reads it; or,
+        where it is resumable, this router shuts down: D keeps it for whoever its client asks."""
+        if not self._readers.close(request, answer):
+            return
+        if not resumable or self._shut_down is None:
             self.carry_out(self.dispatcher.let_go(request))
 
     def shut_down(self, trouble: Trouble) -> None:
-        """Ends all answers that are not whole, and begins none any more. Workers are told nothing
-        from here on: D keeps what it answers, for the routers that these clients ask next."""
+        """Ends all answers that are not whole, and begins none any more."""
         self._shut_down = trouble
         self._readers.shut_down(trouble)
 
@@ -225,8 +227,6 @@ class Fleet:
         match command:
             case Deliver(request, _, tokens):
                 self._readers.put(request, tokens)
-            case ToPrefill() | ToDecode() if self._shut_down is not None:
-                pass
             case ToPrefill(worker_id, message):
                 self._connected[worker_id].send(message)
             case ToDecode(worker_id, message):

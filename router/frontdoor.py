@@ -159,7 +159,8 @@ class FrontDoor:
             raise
         finally:
             if answer is not None:
-                self._fleet.let_go(request, answer)
+                resumable = admitted.protocol == "grpc"
+                self._fleet.let_go(request, answer, resumable=resumable)
             admitted.lease.end()
             if self._leases.get(request) is admitted.lease:
                 del self._leases[request]
