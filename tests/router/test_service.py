@@ -134,7 +134,7 @@ async def test_a_failure_while_letting_go_does_not_hold_up_the_drain(monkeypatch
         waits = asyncio.create_task(service.Generate(pb.GenerateRequest(text="a"), context))
         await context.accepted.wait()
 
-        def broken(*_: Any) -> None:
+        def broken(*_: Any, **__: Any) -> None:
             raise RuntimeError("broken")
 
         monkeypatch.setattr(door._fleet, "let_go", broken)
