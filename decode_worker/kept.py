@@ -16,6 +16,9 @@ from decode_worker.reservation import Key
 from kvrelay.lifecycle import advance
 from kvrelay.wire import worker_pb2
 
+# Tenant, request id and nonce. The first two may be those of another request at another router.
+Name = tuple[str, str, int]
+
 
 class KeptState(Enum):
     PENDING = "pending"  # its prompt is not here yet: nothing to adopt
@@ -73,8 +76,13 @@ class KeptAnswer:
     ends_ms: float = inf
 
     @property
-    def name(self) -> tuple[str, str]:
-        return self.reserve.tenant, self.reserve.request_id
+    def name(self) -> Name:
+        return self.reserve.tenant, self.reserve.request_id, self.reserve.nonce
+
+    @property
+    def known(self) -> int:
+        """Tokens of the whole answer, those of earlier attempts included."""
+        return self.reserve.answered + len(self.token_ids)
 
     @property
     def may_be_adopted(self) -> bool:
@@ -97,7 +105,7 @@ class Kept:
         self._kept_max = kept_max
         self._by_key: dict[Key, KeptAnswer] = {}
         self._by_holder: dict[Key, KeptAnswer] = {}
-        self._by_name: dict[tuple[str, str], list[KeptAnswer]] = {}  # the newest last
+        self._by_name: dict[Name, list[KeptAnswer]] = {}  # the newest last
         self._whole: dict[Key, KeptAnswer] = {}  # in the order of their ends
 
     def __len__(self) -> int:
@@ -164,13 +172,15 @@ class Kept:
         answer = self._by_key.get(key)
         return answer is not None and answer.may_be_adopted
 
-    def adopt(self, name: tuple[str, str], holder: Key) -> tuple[KeptAnswer, Key | None] | None:
-        """The newest attempt of this tenant and request id, from now on the holder's; and whose it
-        was until now, to be told, if that router may still be there. None: there is none."""
+    def adopt(self, name: Name, holder: Key) -> tuple[KeptAnswer, Key | None] | None:
+        """The attempt of this request that has come farthest, the newest of several, from now on
+        the holder's; and whose it was until now, to be told, if that router may still be there.
+        None: there is none."""
         found = [a for a in self._by_name.get(name, ()) if a.may_be_adopted]
         if not found:
             return None
-        answer, before = found[-1], found[-1].holder
+        answer = max(reversed(found), key=lambda a: a.known)
+        before = answer.holder
         answer.on(KeptEvent.ADOPT)
         answer.ends_ms = inf
         self._held_by(answer, holder)

@@ -256,7 +256,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     def _adopt(self, session: RouterSession[DecodeEvent], adopt: worker_pb2.Adopt) -> None:
         holder = (session, adopt.key)
-        found = self._kept.adopt((adopt.tenant, adopt.request_id), holder)
+        found = self._kept.adopt((adopt.tenant, adopt.request_id, adopt.nonce), holder)
         if found is None:
             self._sessions.fail(holder, FailureCode.FAILURE_CODE_NOT_KEPT, "it is not kept here")
             return

@@ -111,6 +111,7 @@ class RouterConfig(_Frozen):
     worker_proof_ms: int = 10_000  # a worker's answer that it holds the cluster's key
     silence_ms: int = Field(default=1_500, ge=1)  # a worker that says nothing for longer is lost
     resume_ms: int = Field(default=2_000, ge=1)  # the workers' answers to Adopt
+    resume_looks_max: int = Field(default=64, ge=1)  # Resumes of one API key that wait for these
     strikes_max: int = Field(default=2, ge=1)  # workers that died under one request
     acquit_ms: int = Field(default=1_000, ge=0)  # who goes on elsewhere for so long has no strikes
     reserve_ms: int = 10_000  # a decode worker's answer to Reserve

@@ -49,8 +49,10 @@ class Resuming:
         self._accepted = False  # once, by whatever server
         self._answering = False  # accepted in the newest call
         self._kept_at = ""
+        self._nonce = 0  # that it was accepted with
         self._lost_at_s: float | None = None  # since then nothing new has come
         self._tries = 0  # at other servers since then, or before it was accepted
+        self._not_before_s: dict[int, float] = {}  # when servers said to ask them again
 
     @property
     def now(self) -> Ask:
@@ -80,7 +82,7 @@ class Resuming:
             return None
         if now_s - self._lost_at_s >= self._resume_for_s:
             return None
-        return self._say(self._next(error, next_offset))
+        return self._say(self._next(error, next_offset, now_s))
 
     def _is_loss(self, error: KvrelayError) -> bool:
         """Of a server that has accepted, this code is said by others, unless it says when to try
@@ -102,30 +104,43 @@ class Resuming:
             self._now, self._answering = ask, False
         return ask
 
-    def _next(self, error: KvrelayError, next_offset: int) -> Ask | None:
+    def _next(self, error: KvrelayError, next_offset: int, now_s: float) -> Ask | None:
         now = self._now
         if now.method == "Resume" and error.code in _NOT_KEPT:
             return self._ask_again(now.server, 0.0)
         if error.code is grpc.StatusCode.ALREADY_EXISTS and self._accepted:
             self._rename()
             return self._ask_again(now.server, 0.0)
-        if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_ms is not None:
-            wait_s = error.retry_ms / 1000
-            return Ask(now.method, now.request, now.server, wait_s, now.anew)
-        if not (error.lost or error.code is grpc.StatusCode.UNAVAILABLE):
+        full = error.code is grpc.StatusCode.RESOURCE_EXHAUSTED and error.retry_ms is not None
+        if not (full or error.lost or error.code is grpc.StatusCode.UNAVAILABLE):
             return None
         self._tries += 1
-        server = (now.server + 1) % self._servers
-        rounds = self._tries // self._servers
-        wait_s = _BACKOFF_S[min(rounds, len(_BACKOFF_S)) - 1] if rounds else 0.0
+        if error.retry_ms is not None:
+            self._not_before_s[now.server] = now_s + error.retry_ms / 1000
+        server, wait_s = self._whom(now_s)
+        if full:
+            return Ask(now.method, now.request, server, wait_s, now.anew)
         if not self._accepted:
             return self._ask_again(server, wait_s)
         request = pb.ResumeRequest(
             request_id=self._again.request.request_id,
             next_offset=next_offset,
             kept_at=self._kept_at,
+            nonce=self._nonce,
         )
         return Ask("Resume", request, server, wait_s, anew=False)
+
+    def _whom(self, now_s: float) -> tuple[int, float]:
+        """The next server that may be asked now, or else the first that may; and the wait before
+        it, at most what is left of resume_for_s."""
+        assert self._lost_at_s is not None, "nothing is lost"
+        turns = [(self._now.server + n) % self._servers for n in range(1, self._servers + 1)]
+        wait_s = {turn: max(0.0, self._not_before_s.get(turn, now_s) - now_s) for turn in turns}
+        server = min(turns, key=wait_s.__getitem__)  # of several the one whose turn is next
+        rounds = self._tries // self._servers
+        backoff_s = _BACKOFF_S[min(rounds, len(_BACKOFF_S)) - 1] if rounds else 0.0
+        left_s = self._lost_at_s + self._resume_for_s - now_s
+        return server, min(max(backoff_s, wait_s[server]), left_s)
 
     def _ask_again(self, server: int, wait_s: float) -> Ask:
         return Ask(self._again.method, self._again.request, server, wait_s)
@@ -133,6 +148,7 @@ class Resuming:
     def _note(self, accepted: pb.Accepted) -> None:
         """What makes the same request give the same tokens, and be found."""
         self._accepted = self._answering = True
+        self._nonce = accepted.nonce
         request = type(self._again.request)()
         request.CopyFrom(self._again.request)
         request.request_id = accepted.request_id

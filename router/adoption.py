@@ -18,7 +18,7 @@ from router.commands import (
     adopt,
     cancel_adopted,
 )
-from router.request import ENDINGS, Request, RequestEvent, Times
+from router.request import ENDINGS, Request, Times
 from router.requests import Requests
 from router.resumption import Resumption
 from router.workers import Workers
@@ -39,13 +39,13 @@ class Adoptions:
         than its connection."""
         running = self._requests.get(wish.name)
         if running is not None:
-            return [self._known(wish, running) or Resumed(wish, running)]
+            return [self._found_here(wish, running)]
         asked = [d for d in self._workers.decode if not wish.kept_at or d == wish.kept_at]
         if not asked:
             return [_not_kept(wish)]
         wish.asked = dict(zip(self._attempts.take_keys(len(asked)), asked, strict=True))
         self._by_key |= dict.fromkeys(wish.asked, wish)
-        return [adopt(worker_id, key, *wish.name) for key, worker_id in wish.asked.items()]
+        return [adopt(worker_id, key, wish) for key, worker_id in wish.asked.items()]
 
     def withdraw(self, wish: Resumption) -> None:
         """Nobody waits for it any more: whoever still says that it has it is told to let go."""
@@ -54,32 +54,32 @@ class Adoptions:
         wish.asked.clear()
 
     def adopted(self, worker_id: str, adopted: worker_pb2.Adopted, now_ms: float) -> list[Command]:
-        """A worker has it. The first one keeps it, all others let go."""
+        """A worker has it. The first that knows what the client has keeps it, all others let go."""
         wish = self._by_key.get(adopted.key)
         if wish is None:
             return [cancel_adopted(worker_id, adopted.key)]
+        known = adopted.reserve.answered + len(adopted.token_ids)
+        if known < wish.next_offset:  # an old attempt's: a newer one may be elsewhere
+            wish.known = max(wish.known or 0, known)
+            return [cancel_adopted(worker_id, adopted.key), *self._without(adopted.key)]
         self.withdraw(wish)
         running = self._requests.get(wish.name)
         if running is not None:  # asked for again here, meanwhile
-            taken = self._known(wish, running) or Resumed(wish, running)
-            return [cancel_adopted(worker_id, adopted.key), taken]
+            return [cancel_adopted(worker_id, adopted.key), self._found_here(wish, running)]
         request = _request_of(adopted, now_ms)
         self._requests.add(request)
         self._attempts.adopt(request, adopted, worker_id, now_ms)
-        unknown = self._known(wish, request)
-        if unknown is not None:
-            commands = self._attempts.withdraw(request)
-            self._requests.end(request, RequestEvent.CANCEL)
-            return [*commands, unknown]
         request.ending = ENDINGS.get(adopted.ending)
         return [Resumed(wish, request), *self._requests.finish_if_complete(request)]
 
     def refused(self, failed: worker_pb2.Failed) -> list[Command]:
         """A worker does not have it. Nothing for a key that is no Adopt's."""
-        wish = self._by_key.pop(failed.key, None)
-        if wish is None:
-            return []
-        del wish.asked[failed.key]
+        return self._without(failed.key) if failed.key in self._by_key else []
+
+    def _without(self, key: int) -> list[Command]:
+        """Who was asked by this key does not have it; perhaps another does."""
+        wish = self._by_key.pop(key)
+        del wish.asked[key]
         return [] if wish.asked else [_not_kept(wish)]
 
     def worker_down(self, worker_id: str) -> list[Command]:
@@ -97,12 +97,14 @@ class Adoptions:
             self.withdraw(wish)
         return [_not_kept(wish) for wish in over]
 
-    def _known(self, wish: Resumption, request: Request) -> NotKept | None:
-        """None when what the client has is known here, too."""
-        known = len(request.answer)
-        if wish.next_offset <= known:
-            return None
-        return _not_kept(wish, f"only {known} tokens of request {wish.request_id!r} are known here")
+    def _found_here(self, wish: Resumption, running: Request) -> Resumed | NotKept:
+        """running: the one of its name."""
+        if running.nonce != wish.nonce:
+            return _not_kept(wish, f"another request {wish.request_id!r} runs here")
+        if len(running.answer) >= wish.next_offset:
+            return Resumed(wish, running)
+        wish.known = len(running.answer)
+        return _not_kept(wish)
 
     def check(self) -> None:
         """Asserts that both directions agree. For tests."""
@@ -110,6 +112,8 @@ class Adoptions:
 
 
 def _not_kept(wish: Resumption, why: str = "") -> NotKept:
+    if not why and wish.known is not None:
+        why = f"only {wish.known} tokens of request {wish.request_id!r} are known here"
     why = why or f"no worker keeps request {wish.request_id!r}"
     return NotKept(wish, NotKeptTrouble(f"{why}: ask again, with the seed it was accepted with"))
 
@@ -141,4 +145,5 @@ def _request_of(adopted: worker_pb2.Adopted, now_ms: float) -> Request:
         answer=tokens[split:],
         tenant=reserve.tenant,
         priority=reserve.priority,
+        nonce=reserve.nonce,
     )

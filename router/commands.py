@@ -80,6 +80,10 @@ class UnavailableTrouble(Trouble):
     """Workers failed it too often."""
 
 
+class LeavingTrouble(Trouble):
+    """This router ends, the request's workers go on: another router may have it."""
+
+
 class InvalidTrouble(Trouble):
     """No worker here can ever serve it."""
 
@@ -143,6 +147,7 @@ def reserve(request: Request) -> ToDecode:
         stop=request.sampling.stop,
         priority=request.priority,
         min_tokens=request.sampling.min_tokens,
+        nonce=request.nonce,
     )
     return ToDecode(request.decode_id, DecodeCommand(reserve=message))
 
@@ -165,8 +170,10 @@ def cancel_decode(request: Request) -> ToDecode:
     return cancel_adopted(request.decode_id, request.key)
 
 
-def adopt(worker_id: str, key: int, tenant: str, request_id: str) -> ToDecode:
-    message = worker_pb2.Adopt(key=key, tenant=tenant, request_id=request_id)
+def adopt(worker_id: str, key: int, wish: Resumption) -> ToDecode:
+    message = worker_pb2.Adopt(
+        key=key, tenant=wish.tenant, request_id=wish.request_id, nonce=wish.nonce
+    )
     return ToDecode(worker_id, DecodeCommand(adopt=message))
 
 

@@ -95,9 +95,12 @@ class Fleet:
             self._readers.forget(wish)
             self.dispatcher.withdraw(wish)
 
-    def let_go(self, request: Request, answer: Answer) -> None:
-        """Nobody reads this answer any more. The request ends, unless another call reads it."""
-        if self._readers.close(request, answer):
+    def let_go(self, request: Request, answer: Answer, *, resumable: bool = False) -> None:
+        """Nobody reads this answer any more. The request ends, unless another call reads it; or,
+        where it is resumable, this router shuts down: D keeps it for whoever its client asks."""
+        if not self._readers.close(request, answer):
+            return
+        if not resumable or self._shut_down is None:
             self.carry_out(self.dispatcher.let_go(request))
 
     def shut_down(self, trouble: Trouble) -> None:

@@ -12,14 +12,14 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kvrelay.clock import now_ms
-from kvrelay.wire.inference_pb2 import Finished
+from kvrelay.wire.inference_pb2 import Finished, ResumeRequest
 from router.admission import DEFAULT_LIMITS, check_request_id, check_sampling, check_urgency
 from router.answer import Answer
 from router.ask import Ask, choice_seed
 from router.callers import ANYBODY, Caller, Callers
 from router.detokenize import Detokenizer
 from router.fleet import Fleet
-from router.leases import RequestLease, leased, reserve_all
+from router.leases import RequestLease, leased, looking, of_begun, reserve_all
 from router.model_files import ModelFiles
 from router.prompts import Prompts
 from router.quotas import Quotas
@@ -50,12 +50,14 @@ class FrontDoor:
         fleet: Fleet,
         callers: Callers,
         template_limits: TemplateLimits = TemplateLimits(),  # noqa: B008  # frozen
+        looks_max: int = 64,
     ) -> None:
         self.files = files
         self.callers = callers
         self.metrics = fleet.metrics
         self._fleet = fleet
-        self._quotas = Quotas()
+        self._quotas = Quotas(looks_max)
+        self._leases: dict[Request, RequestLease] = {}  # of those that are read
         self._detokenizer = Detokenizer(files.tokenizer)
         self._prompts = Prompts(files, lambda: self.max_model_tokens, template_limits)
         self._draining = False
@@ -104,31 +106,38 @@ class FrontDoor:
             yield served
 
     @contextlib.asynccontextmanager
-    async def resume(
-        self, request_id: str, next_offset: int, kept_at: str, caller: Caller
-    ) -> AsyncIterator[Served]:
-        """What is left, from next_offset on, of an answer whose client has lost its router; leaving
-        the context takes it back from the workers.
+    async def resume(self, asked: ResumeRequest, caller: Caller) -> AsyncIterator[Served]:
+        """What is left of an answer whose client has lost its router; leaving the context takes it
+        back from the workers.
 
-        It counts as a request of the caller's quota.
+        It counts as a request of the caller's quota, by which it was let in where it began. One
+        that runs here goes on in the lease of the call that it is taken from.
 
         Raises:
             Refusal: it is not served; NOT_FOUND when nobody has it.
         """
         arrived_at_ms = now_ms()
-        with self._counted(), contextlib.ExitStack() as stack:
+        with self._counted():
             with self._refusals_counted("grpc"):
                 if self.not_ready:
                     raise Refusal(Reason.UNAVAILABLE, self.not_ready)
-                if not request_id:
+                if not asked.request_id:
                     raise Refusal(Reason.INVALID, "request_id is needed: that of its Accepted")
-                check_request_id(request_id)
-                [lease] = stack.enter_context(leased(self._quotas, caller, 1))
-                wish = Resumption(request_id, caller.tenant, kept_at, next_offset, arrived_at_ms)
-                request, answer = await self._fleet.resume(wish)
-            lease.charge(request)
+                check_request_id(asked.request_id)
+                wish = Resumption(
+                    request_id=asked.request_id,
+                    tenant=caller.tenant,
+                    kept_at=asked.kept_at,
+                    nonce=asked.nonce,
+                    next_offset=asked.next_offset,
+                    asked_at_ms=arrived_at_ms,
+                )
+                with looking(self._quotas, caller):
+                    request, answer = await self._fleet.resume(wish)
+            before = self._leases.get(request)
+            lease = before.move() if before else of_begun(self._quotas, caller, request)
             resumed = Admitted(request, lease, "grpc")
-            with self._to_its_end(resumed, lambda: answer, next_offset) as served:
+            with self._to_its_end(resumed, lambda: answer, asked.next_offset) as served:
                 yield served
 
     @contextlib.contextmanager
@@ -137,6 +146,7 @@ class FrontDoor:
     ) -> Iterator[Served]:
         """What is begun in here is let go of at the end, and counted."""
         request, answer = admitted.request, None
+        self._leases[request] = admitted.lease
         outcome: Reason | Finished | None = None
         try:
             with refusals():
@@ -149,8 +159,11 @@ class FrontDoor:
             raise
         finally:
             if answer is not None:
-                self._fleet.let_go(request, answer)
+                resumable = admitted.protocol == "grpc"
+                self._fleet.let_go(request, answer, resumable=resumable)
             admitted.lease.end()
+            if self._leases.get(request) is admitted.lease:
+                del self._leases[request]
             self.metrics.ended(admitted.protocol, outcome, request)
 
     async def _all_checked(
@@ -194,6 +207,7 @@ class FrontDoor:
                 tenant=caller.tenant,
                 priority=ask.priority,
                 ttft_deadline_ms=ask.ttft_deadline_ms,
+                nonce=secrets.randbits(64),
             )
             for index in range(ask.answers)
         ]

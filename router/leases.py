@@ -13,13 +13,19 @@ from router.request import Request
 
 
 class RequestLease:
-    """A lease, and the request whose tokens are reserved in it."""
+    """A lease, and the request whose tokens are reserved in it.
 
-    def __init__(self, quotas: Quotas, lease: Lease) -> None:
+    before: tokens of the request that are no part of it.
+    """
+
+    def __init__(
+        self, quotas: Quotas, lease: Lease, request: Request | None = None, before: int = 0
+    ) -> None:
         self._quotas = quotas
         self._lease = lease
-        self._request: Request | None = None
-        self._before = 0  # tokens of the request that were there when it was charged
+        self._request = request
+        self._before = before
+        self._moved = False
 
     def reserve(self, request: Request) -> None:
         """Raises QuotaExceededError or BeyondQuotaError."""
@@ -27,15 +33,15 @@ class RequestLease:
         self._quotas.reserve(self._lease, *tokens, now_ms())
         self._request = request
 
-    def charge(self, request: Request) -> None:
-        """What is left of a request that another router has begun. Never refused: it was let in
-        once, and must not be lost for want of quota."""
-        self._before = request.prompt_tokens_now
-        self._quotas.charge(self._lease, request.max_tokens_now)
-        self._request = request
+    def move(self) -> "RequestLease":
+        """What it holds, for another call with this request; it holds nothing itself any more."""
+        self._moved = True
+        return RequestLease(self._quotas, self._lease, self._request, self._before)
 
     def end(self) -> None:
         """Gives back what was not used; a second time changes nothing."""
+        if self._moved:
+            return
         self._quotas.end(self._lease, self._used_tokens, now_ms())
 
     @property
@@ -47,6 +53,12 @@ class RequestLease:
         if self._before:
             return request.prompt_tokens_now - self._before
         return 0 if request.times.prefill_began_at_ms is None else request.prompt_tokens_now
+
+
+def of_begun(quotas: Quotas, caller: Caller, request: Request) -> RequestLease:
+    """For what is left of a request that another router has begun. Never refused."""
+    lease = quotas.go_on(caller.name, caller.quota, request.max_tokens_now, now_ms())
+    return RequestLease(quotas, lease, request, request.prompt_tokens_now)
 
 
 @contextlib.contextmanager
@@ -66,6 +78,22 @@ def leased(quotas: Quotas, caller: Caller, count: int) -> Iterator[list[RequestL
     finally:
         for lease in leases:
             lease.end()
+
+
+@contextlib.contextmanager
+def looking(quotas: Quotas, caller: Caller) -> Iterator[None]:
+    """While a request of another router is looked for; an exception means that it is not found.
+
+    Raises:
+        QuotaExceededError: not now.
+    """
+    quotas.look(caller.name, caller.quota, now_ms())
+    found = False
+    try:
+        yield
+        found = True
+    finally:
+        quotas.looked(caller.name, caller.quota, found=found)
 
 
 def reserve_all(

@@ -26,7 +26,7 @@ from kvrelay.tls import server_context
 from kvrelay.wire import control_pb2_grpc, inference_pb2, inference_pb2_grpc
 from router.admission import DEFAULT_LIMITS
 from router.callers import Callers
-from router.commands import UnavailableTrouble
+from router.commands import LeavingTrouble
 from router.control import ControlService
 from router.exposure import bind_host, check_exposure, client_certificates_needed, listen_address
 from router.fleet import Fleet
@@ -64,7 +64,7 @@ class Router:
         if config.api_keys is not None:
             self.key_watch = KeyWatch(config.api_keys, self._callers, config.keys_check_ms)
         limits = TemplateLimits(template_ms=config.template_ms)
-        self._door = FrontDoor(files, self.fleet, self._callers, limits)
+        self._door = FrontDoor(files, self.fleet, self._callers, limits, config.resume_looks_max)
         self._health = Health(config.health_watches_max)
         guard = KeyGuard(self._callers, self.fleet.metrics, config.health_read_ms)
         self._public = make_server(
@@ -134,14 +134,15 @@ class Router:
             self._tasks.append(asyncio.create_task(self.key_watch.run()))
 
     async def stop(self) -> None:
-        """Finishes what runs, at most drain_ms, and closes."""
+        """Finishes what runs, at most drain_ms, and closes. What still runs then is a loss like any
+        other: its client goes on at another router, which finds it at its workers."""
         for task in self._tasks:
             task.cancel()
         await self._set_health(_NOT_SERVING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.drain_ms / 1000):
                 await self._door.drain()
-        self.fleet.shut_down(UnavailableTrouble(SHUTTING_DOWN))  # what runs is told so
+        self.fleet.shut_down(LeavingTrouble(SHUTTING_DOWN))  # what runs is told so
         # What is open now, a health watch for one, would stay open for ever.
         await asyncio.gather(self._public.stop(grace=_GOODBYE_S), self._http.stop())
         await self._door.close()

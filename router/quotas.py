@@ -78,7 +78,9 @@ class _Account:
 
     running: int = 0
     kv_tokens: int = 0
+    looks: int = 0  # requests of other routers that are looked for now
     requests: _Bucket | None = None  # made, full, by the first request that has a limit
+    misses: _Bucket | None = None  # the same, of those looked for in vain
     tokens: _Bucket | None = None
 
 
@@ -93,7 +95,10 @@ class Lease:
 
 
 class Quotas:
-    def __init__(self) -> None:
+    """looks_max: requests of one key that are looked for at once."""
+
+    def __init__(self, looks_max: int = 64) -> None:
+        self._looks_max = looks_max
         self._accounts: dict[str, _Account] = {}  # by the key's name; as many as there are keys
 
     def enter(self, name: str, quota: Quota, now_ms: float) -> Lease:
@@ -149,6 +154,47 @@ class Quotas:
             raise
         return leases
 
+    def look(self, name: str, quota: Quota, now_ms: float) -> None:
+        """Counts one request of another router that is looked for; `looked` ends it. What the key
+        runs does not matter: one that is found was let in where it began.
+
+        Raises:
+            QuotaExceededError: too many are looked for, or too many have been in vain.
+        """
+        if quota == UNLIMITED:
+            return
+        account = self._accounts.setdefault(name, _Account())
+        if account.looks >= self._looks_max:
+            raise QuotaExceededError(
+                f"{account.looks} requests of this API key are being looked for, the most at once",
+                None,
+            )
+        if quota.requests_per_minute is not None:
+            account.misses = _filled(account.misses, quota.requests_per_minute, now_ms)
+            account.misses.ask(1, "requests")
+        account.looks += 1
+
+    def looked(self, name: str, quota: Quota, *, found: bool) -> None:
+        if quota == UNLIMITED:
+            return
+        account = self._accounts[name]
+        account.looks -= 1
+        if not found and account.misses is not None:
+            account.misses.level -= 1
+
+    def go_on(self, name: str, quota: Quota, tokens: int, now_ms: float) -> Lease:
+        """The lease of a request that has begun at another router, for the tokens left to come.
+        Counted like any other, but never refused: it must not be lost for want of quota."""
+        if quota == UNLIMITED:
+            return Lease(quota, _Account())
+        account = self._accounts.setdefault(name, _Account())
+        account.running += 1
+        account.kv_tokens += tokens
+        if quota.tokens_per_minute is not None:
+            account.tokens = _filled(account.tokens, quota.tokens_per_minute, now_ms)
+            account.tokens.level -= tokens
+        return Lease(quota, account, tokens)
+
     def reserve(self, lease: Lease, prompt_tokens: int, max_tokens: int, now_ms: float) -> None:
         """Takes the tokens that the request may use at most: so no number of requests at once
         can use more than the quota, whatever their answers turn out to be. Once a lease.
@@ -180,17 +226,6 @@ class Quotas:
             account.tokens.level -= wanted
         account.kv_tokens += wanted
         lease.tokens = wanted
-
-    def charge(self, lease: Lease, tokens: int) -> None:
-        """Takes tokens as `reserve` does, but without asking: of a request that has begun where
-        its tokens were there."""
-        assert not lease.ended, "the lease has ended"
-        assert not lease.tokens, "a second reserve"
-        account = lease.account
-        if lease.quota.tokens_per_minute is not None and account.tokens is not None:
-            account.tokens.level -= tokens
-        account.kv_tokens += tokens
-        lease.tokens = tokens
 
     def end(self, lease: Lease, used_tokens: int, now_ms: float) -> None:
         """used_tokens: of prompt and answer. What was reserved beyond them is given back; a second

@@ -12,6 +12,7 @@ from router.commands import (
     DuplicateRequestError,
     ExhaustedTrouble,
     InvalidTrouble,
+    LeavingTrouble,
     NotKeptTrouble,
     OverloadError,
     PoisonTrouble,
@@ -39,6 +40,7 @@ class Reason(Enum):
     TAKEN_OVER = "taken_over"  # its client goes on with it in another call
     EXHAUSTED = "exhausted"  # later it may be served
     UNAVAILABLE = "unavailable"
+    LEAVING = "leaving"  # at another router it may go on, at once
     POISON = "poison"  # workers die of it: not to be tried again
 
 
@@ -54,7 +56,7 @@ class Refusal(Exception):
         if len(message) > _START_CHARS + _END_CHARS:
             message = f"{message[:_START_CHARS]} ... {message[-_END_CHARS:]}"
         super().__init__(message)
-        if retry_ms is None and reason is Reason.UNAVAILABLE:
+        if retry_ms is None and reason in (Reason.UNAVAILABLE, Reason.LEAVING):
             retry_ms = RETRY_HINT_MS
         self.reason = reason
         self.retry_ms = retry_ms
@@ -82,6 +84,8 @@ def refusal(error: Exception) -> Refusal | None:
             return _exhausted(error, RETRY_HINT_MS)
         case QuotaExceededError():
             return _exhausted(error, RETRY_HINT_MS if error.retry_ms is None else error.retry_ms)
+        case LeavingTrouble():
+            return Refusal(Reason.LEAVING, str(error))
         case PoisonTrouble():
             return Refusal(Reason.POISON, str(error))
         case TemplateDownError() | Trouble():

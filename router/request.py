@@ -150,6 +150,7 @@ class Request:
     chain: PrefixChain | None = None  # over the prompt of the newest attempt
     priority: int = 0  # lower goes first
     ttft_deadline_ms: int = 0  # after arrival; 0: none
+    nonce: int = 0  # tells it from another router's of the same name
 
     number: int = 0  # in the order of arrival
     compute_ms: float = 0.0  # of its prompt, at least, as predicted at arrival; 0: nobody knows

@@ -11,8 +11,10 @@ class Resumption:
     request_id: str
     tenant: str  # the salt of who was authenticated
     kept_at: str  # the decode worker that the client was told; "": it was told none
+    nonce: int  # that it was accepted with
     next_offset: int  # so many tokens of the answer the client has
     asked_at_ms: float
+    known: int | None = None  # tokens of it where there are fewer than the client has
     asked: dict[int, str] = field(default_factory=dict)  # workers that have not answered, by key
 
     @property

@@ -30,6 +30,7 @@ STATUSES = {
     Reason.TAKEN_OVER: grpc.StatusCode.ABORTED,
     Reason.EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    Reason.LEAVING: grpc.StatusCode.UNAVAILABLE,
     Reason.POISON: grpc.StatusCode.INTERNAL,
 }
 
@@ -55,8 +56,7 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
         await self._serve(request, prompt, context)
 
     async def Resume(self, request: inference_pb2.ResumeRequest, context: Any) -> None:
-        wish = request.request_id, request.next_offset, request.kept_at
-        await self._answer(self._door.resume(*wish, CALLER.get()), context)
+        await self._answer(self._door.resume(request, CALLER.get()), context)
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Any
@@ -112,12 +112,13 @@ class InferenceService(inference_pb2_grpc.InferenceServicer):
             model=self._door.files.name,
             prompt_tokens=len(request.prompt),
             seed=request.sampling.seed,
+            nonce=request.nonce,
         )
 
 
 async def _abort(context: Any, refusal: Refusal) -> None:
     """Ends the call with the status that fits; always raises."""
     hint: tuple[tuple[str, str], ...] = ()
-    if refusal.retry_ms is not None:
+    if refusal.retry_ms is not None and refusal.reason is not Reason.LEAVING:  # that is a loss
         hint = (("grpc-retry-pushback-ms", str(refusal.retry_ms)),)
     await context.abort(STATUSES[refusal.reason], str(refusal), hint)

@@ -219,7 +219,7 @@ class SimRouter(SimProcess):
     async def _resume(self, end: End, name: tuple[str, str], seen: int, kept_at: str) -> None:
         assert self.fleet is not None
         tenant, request_id = name
-        wish = Resumption(request_id, tenant, kept_at, seen, now_ms())
+        wish = Resumption(request_id, tenant, kept_at, 0, seen, now_ms())
         request, answer = await self.fleet.resume(wish)
         await self._stream(end, request, answer, seen)
 

@@ -229,14 +229,16 @@ class DecodeCommand(_message.Message):
     def __init__(self, reserve: _Optional[_Union[Reserve, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., resync: _Optional[_Union[Resync, _Mapping]] = ..., adopt: _Optional[_Union[Adopt, _Mapping]] = ..., acknowledge: _Optional[_Union[Acknowledge, _Mapping]] = ...) -> None: ...
 
 class Adopt(_message.Message):
-    __slots__ = ("key", "tenant", "request_id")
+    __slots__ = ("key", "tenant", "request_id", "nonce")
     KEY_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
     key: int
     tenant: str
     request_id: str
-    def __init__(self, key: _Optional[int] = ..., tenant: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
+    nonce: int
+    def __init__(self, key: _Optional[int] = ..., tenant: _Optional[str] = ..., request_id: _Optional[str] = ..., nonce: _Optional[int] = ...) -> None: ...
 
 class Acknowledge(_message.Message):
     __slots__ = ("keys",)
@@ -245,7 +247,7 @@ class Acknowledge(_message.Message):
     def __init__(self, keys: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Reserve(_message.Message):
-    __slots__ = ("key", "request_id", "attempt", "prompt_tokens", "sampling", "block_hashes", "hash_root", "tail_token_ids", "prompt_token_ids", "answered", "prefill_here", "tenant", "stop", "priority", "min_tokens")
+    __slots__ = ("key", "request_id", "attempt", "prompt_tokens", "sampling", "block_hashes", "hash_root", "tail_token_ids", "prompt_token_ids", "answered", "prefill_here", "tenant", "stop", "priority", "min_tokens", "nonce")
     KEY_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -261,6 +263,7 @@ class Reserve(_message.Message):
     STOP_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
     key: int
     request_id: str
     attempt: int
@@ -276,7 +279,8 @@ class Reserve(_message.Message):
     stop: _containers.RepeatedScalarFieldContainer[str]
     priority: int
     min_tokens: int
-    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., block_hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., tail_token_ids: _Optional[_Iterable[int]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., answered: _Optional[int] = ..., prefill_here: _Optional[bool] = ..., tenant: _Optional[str] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[int] = ..., min_tokens: _Optional[int] = ...) -> None: ...
+    nonce: int
+    def __init__(self, key: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., block_hashes: _Optional[bytes] = ..., hash_root: _Optional[bytes] = ..., tail_token_ids: _Optional[_Iterable[int]] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., answered: _Optional[int] = ..., prefill_here: _Optional[bool] = ..., tenant: _Optional[str] = ..., stop: _Optional[_Iterable[str]] = ..., priority: _Optional[int] = ..., min_tokens: _Optional[int] = ..., nonce: _Optional[int] = ...) -> None: ...
 
 class DecodeEvent(_message.Message):
     __slots__ = ("info", "reserved", "step", "failed", "started", "first_token", "adopted", "load", "blocks")

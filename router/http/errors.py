@@ -44,6 +44,7 @@ KINDS = {
     Reason.TAKEN_OVER: _Kind(HTTPStatus.CONFLICT, INVALID, "taken_over"),
     Reason.EXHAUSTED: _Kind(HTTPStatus.TOO_MANY_REQUESTS, RATE_LIMIT, "rate_limit_exceeded"),
     Reason.UNAVAILABLE: _Kind(HTTPStatus.SERVICE_UNAVAILABLE, SERVER, "unavailable"),
+    Reason.LEAVING: _Kind(HTTPStatus.SERVICE_UNAVAILABLE, SERVER, "unavailable"),
     Reason.POISON: _Kind(HTTPStatus.INTERNAL_SERVER_ERROR, SERVER, "poison"),
 }
 

@@ -45,6 +45,10 @@ def addresses(*servers: ScriptedServer) -> str:
 Reader = Callable[..., tuple[str, Completion]]
 
 
+def full(retry_ms: int) -> Refusal:
+    return Refusal(Code.RESOURCE_EXHAUSTED, "full", (("grpc-retry-pushback-ms", str(retry_ms)),))
+
+
 def read(address: str, *, resume_for_s: float = 30.0, **options: Any) -> tuple[str, Completion]:
     with Client(address, timeout_s=DEADLINE_S, resume_for_s=resume_for_s) as client:
         stream = client.generate("hi", **options)
@@ -81,7 +85,8 @@ def test_another_server_goes_on_where_it_broke_off(servers, read: Reader):
     text, completion = read(addresses(one, other))
     assert text == completion.text == "abc"
     assert (completion.token_ids, completion.resumed) == ((100, 101, 102), 1)
-    assert other.requests == [pb.ResumeRequest(request_id="r-1", next_offset=2, kept_at="d1")]
+    [asked] = other.requests
+    assert asked == pb.ResumeRequest(request_id="r-1", next_offset=2, kept_at="d1", nonce=2**63)
 
 
 @both
@@ -93,7 +98,8 @@ def test_the_newest_place_where_it_is_kept_is_named(servers, read: Reader):
     text, completion = read(addresses(one, other))
     assert (text, completion.resumed) == ("abcd", 2)
     assert other.requests[0].kept_at == "d2"
-    assert one.requests[1] == pb.ResumeRequest(request_id="r-1", next_offset=4, kept_at="d3")
+    [_, asked] = one.requests
+    assert asked == pb.ResumeRequest(request_id="r-1", next_offset=4, kept_at="d3", nonce=2**63)
 
 
 @both
@@ -169,18 +175,39 @@ def test_a_connection_that_really_breaks(servers):
 
 
 @both
-def test_one_that_has_no_room_now_is_asked_again_when_it_says(servers, read: Reader):
+def test_one_that_has_no_room_now_is_asked_again_when_it_says(read: Reader):
+    with scripted_server() as one:
+        one.scripts = [begun("a"), [full(150)], [NOT_FOUND], [full(150)], answer("a", "b")]
+        started = time.monotonic()
+        assert read(one.address)[0] == "ab"
+        assert time.monotonic() - started >= 0.3
+        assert [type(r).__name__ for r in one.requests[1:]] == [
+            *("ResumeRequest", "ResumeRequest", "GenerateRequest", "GenerateRequest")
+        ]
+
+
+@both
+def test_one_that_has_no_room_is_passed_over_for_one_that_has(servers, read: Reader):
     one, other = servers
     one.scripts = [begun("a")]
-    hint = (("grpc-retry-pushback-ms", "30"),)
-    full = Refusal(Code.RESOURCE_EXHAUSTED, "full", hint)
-    other.scripts = [[full], [NOT_FOUND], [full], answer("a", "b")]
+    other.scripts = [[full(20_000)]]
+    with scripted_server() as third:
+        third.scripts = [[accepted(), delta(1, [101], "b"), finished(2)]]
+        started = time.monotonic()
+        assert read(addresses(one, other, third))[0] == "ab"
+    assert time.monotonic() - started < 20
+
+
+@both
+def test_its_waits_end_with_the_time_that_it_may_take(servers, read: Reader):
+    one, other = servers
+    one.scripts = [begun("a"), [full(20_000)], [full(20_000)]]
+    other.scripts = [[full(20_000)], [full(20_000)]]
     started = time.monotonic()
-    assert read(addresses(one, other))[0] == "ab"
-    assert time.monotonic() - started >= 0.06
-    assert [type(r).__name__ for r in other.requests] == [
-        *("ResumeRequest", "ResumeRequest", "GenerateRequest", "GenerateRequest")
-    ]
+    with pytest.raises(KvrelayError, match="full"):
+        read(addresses(one, other), resume_for_s=0.3)
+    assert 0.3 <= time.monotonic() - started < 20
+    assert len(one.requests) + len(other.requests) == 4  # once more at the end
 
 
 # ---- where it does not

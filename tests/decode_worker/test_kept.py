@@ -7,12 +7,12 @@ import pytest
 
 from decode_worker import messages
 from decode_worker.batch import Ending
-from decode_worker.kept import TRANSITIONS, Kept, KeptAnswer, KeptEvent, KeptState
+from decode_worker.kept import TRANSITIONS, Kept, KeptAnswer, KeptEvent, KeptState, Name
 from kvrelay.lifecycle import IllegalTransitionError
 from kvrelay.wire import worker_pb2
 
 KEPT_MS = 1000
-NAME = ("somebody", "r1")
+NAME = ("somebody", "r1", 7)
 
 
 def names(value: object) -> str:
@@ -37,14 +37,19 @@ def make(kept_max: int = 10) -> Kept:
     return Kept(kept_ms=KEPT_MS, kept_max=kept_max)
 
 
-def reserve(name: tuple[str, str] = NAME, **more: object) -> worker_pb2.Reserve:
-    tenant, request_id = name
+def reserve(name: Name = NAME, **more: object) -> worker_pb2.Reserve:
+    tenant, request_id, nonce = name
     return worker_pb2.Reserve(
-        tenant=tenant, request_id=request_id, prompt_tokens=2, prompt_token_ids=[5, 6], **more
+        tenant=tenant,
+        request_id=request_id,
+        nonce=nonce,
+        prompt_tokens=2,
+        prompt_token_ids=[5, 6],
+        **more,
     )
 
 
-def begin(kept: Kept, key: tuple[str, int], name: tuple[str, str] = NAME) -> list[int]:
+def begin(kept: Kept, key: tuple[str, int], name: Name = NAME) -> list[int]:
     """The answer's tokens, the first one there."""
     tokens = [10]
     kept.reserved(key, reserve(name))
@@ -85,11 +90,36 @@ def test_a_prompt_that_is_not_here_yet_is_not_adopted_and_ends_with_its_router()
     assert len(kept) == 0
 
 
+def test_another_client_that_chose_the_same_id_at_another_router_is_left_alone():
+    kept = make()
+    begin(kept, ("a", 1))
+    begin(kept, ("b", 1), ("somebody", "r1", 8))
+    kept.session_ended("a", 0.0)
+    answer, before = kept.adopt(NAME, ("c", 7))
+    assert (answer.key, before) == (("a", 1), None)
+    assert kept.holder(("b", 1)) == ("b", 1)
+    assert kept.adopt(("somebody", "r1", 9), ("c", 8)) is None
+    kept.check()
+
+
+def test_of_several_attempts_the_one_that_has_come_farthest_is_adopted():
+    kept = make()
+    begin(kept, ("a", 1)).append(11)
+    kept.session_ended("a", 0.0)
+    kept.reserved(("b", 1), reserve(answered=1))
+    tokens = [11]
+    kept.begun(("b", 1), tokens)
+    assert kept.adopt(NAME, ("c", 7))[0].key == ("b", 1)  # as far, and newer
+    kept.let_go(("b", 1))
+    begin(kept, ("b", 2))
+    assert kept.adopt(NAME, ("c", 8))[0].key == ("a", 1)
+
+
 def test_only_the_same_tenant_finds_it():
     kept = make()
     begin(kept, ("a", 1))
-    assert kept.adopt(("other", "r1"), ("b", 7)) is None
-    assert kept.adopt(("somebody", "r2"), ("b", 7)) is None
+    assert kept.adopt(("other", "r1", 7), ("b", 7)) is None
+    assert kept.adopt(("somebody", "r2", 7), ("b", 7)) is None
     assert kept.holder(("a", 1)) == ("a", 1)
 
 
@@ -122,7 +152,7 @@ def test_who_was_adopted_from_has_no_say_in_it_any_more():
 def test_nobody_comes_for_it():
     kept = make()
     begin(kept, ("a", 1))
-    begin(kept, ("a", 2), ("somebody", "r2"))
+    begin(kept, ("a", 2), ("somebody", "r2", 7))
     kept.session_ended("a", 100.0)
     kept.ended(("a", 2), Ending.EOS)
     assert kept.expired(99.0 + KEPT_MS) == []
@@ -150,11 +180,11 @@ def test_a_whole_answer_is_kept_until_it_is_acknowledged():
 def test_whole_answers_make_room_oldest_first():
     kept = make(kept_max=2)
     for number in (1, 2, 3):
-        begin(kept, ("a", number), ("somebody", f"r{number}"))
+        begin(kept, ("a", number), ("somebody", f"r{number}", 7))
     for number in (2, 1, 3):
         kept.ended(("a", number), Ending.EOS)
     assert kept.crowded_out == 1
-    assert kept.adopt(("somebody", "r2"), ("b", 7)) is None
+    assert kept.adopt(("somebody", "r2", 7), ("b", 7)) is None
     assert [kept.may_be_adopted(("a", n)) for n in (1, 2, 3)] == [True, False, True]
     kept.check()
 
@@ -178,7 +208,7 @@ def test_its_indexes_agree_whatever_happens(seed):
     for _ in range(300):
         now_ms += dice.randrange(100)
         session = dice.choice("abc")
-        name = ("somebody", f"r{dice.randrange(4)}")
+        name = ("somebody", f"r{dice.randrange(2)}", dice.randrange(2))
         match dice.randrange(8):
             case 0 | 1:
                 key = (session, next(numbers))

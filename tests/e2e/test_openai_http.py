@@ -354,12 +354,13 @@ async def test_a_stream_is_finished_before_the_router_ends(tmp_path):
 
 async def test_what_runs_when_the_drain_is_over_is_told_so(cluster, caplog):
     model = cluster.router._config.model_path
-    async with local_cluster(model, router={"drain_ms": 50}) as small:
+    settings = {"router": {"drain_ms": 50}, "decode_worker": {"kept_ms": 2000}}
+    async with local_cluster(model, **settings) as small:
         url = f"http://{small.router.http_address}/v1"
         async with (
             asyncio.timeout(DEADLINE_S),
             openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as asking,
-            small.client(timeout_s=DEADLINE_S) as grpc_client,
+            small.client(timeout_s=DEADLINE_S, resume_for_s=0) as grpc_client,
         ):
             options = {"model": "endless", "prompt": TEXT, "max_tokens": 2000}
             stream = await asking.completions.create(stream=True, **options)
@@ -378,4 +379,7 @@ async def test_what_runs_when_the_drain_is_over_is_told_so(cluster, caplog):
             with pytest.raises(KvrelayError, match="the router is shutting down"):
                 await by_grpc.result()
             await stopping
+            [worker] = small.decode
+            await until(lambda: len(worker._kept) == 1, within_s=DEADLINE_S)  # gRPC's alone
+            await until(small.all_free, within_s=DEADLINE_S)
     assert "Traceback" not in caplog.text

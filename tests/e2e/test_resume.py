@@ -58,12 +58,12 @@ class Bench:
         return self.cluster.router.address
 
     @contextlib.asynccontextmanager
-    async def victim(self) -> AsyncIterator[RouterProcess]:
+    async def victim(self, **settings: Any) -> AsyncIterator[RouterProcess]:
         cluster = self.cluster
         self.pace.step_s = STEP_S
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             config = cluster.router._config
-            async with router_process(config, Path(folder)) as router:
+            async with router_process(config, Path(folder), **settings) as router:
                 await router.tell(
                     [p.address for p in cluster.prefill], [d.address for d in cluster.decode]
                 )
@@ -164,6 +164,20 @@ async def test_answers_go_on_when_their_router_is_killed(bench):
     await bench.settled()
 
 
+async def test_answers_go_on_when_their_router_ends_in_order_before_they_do(bench):
+    asked = ("generate", TEXT, {"max_tokens": 400, "temperature": 1.0, "stop": ["zzzz"]})
+    async with bench.victim(drain_ms=100) as victim, bench.client(victim) as client:
+        adopted = count_adopted(bench)
+        stream = ask(client, asked)
+        begun = await some_of(stream, 3)
+        await victim.end()
+        bench.pace.hurry()
+        rest, answer = await rest_of(stream)
+        await check(bench, answer, begun + rest, asked)
+        assert (answer.resumed, adopted()) == (1, 1)
+    await bench.settled()
+
+
 async def test_an_answer_that_is_whole_when_its_router_dies_is_kept(bench):
     asked = ("generate", TEXT, {"max_tokens": 40, "temperature": 1.0})
     async with bench.victim() as victim, bench.client(victim) as client:
@@ -257,15 +271,20 @@ async def test_a_request_that_runs_here_goes_on_in_the_call_that_resumes_it(benc
     async with grpc.aio.insecure_channel(bench.survivor) as channel:
         call = InferenceStub(channel).Generate(request, timeout=WAIT_S)
         seen: list[int] = []
+        mine: dict[str, Any] = {"request_id": "mine"}
         async for event in call:
             seen += event.delta.token_ids
+            if event.HasField("accepted"):
+                mine["nonce"] = event.accepted.nonce
             if len(seen) >= 5:
                 break
+        with pytest.raises(grpc.aio.AioRpcError, match="another request 'mine' runs here"):
+            await resume(bench, request_id="mine")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await resume(bench, request_id="mine", next_offset=500)
+            await resume(bench, **mine, next_offset=500)
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
         assert "tokens of request 'mine' are known here" in caught.value.details()
-        accepted, *deltas, finished = await resume(bench, request_id="mine", next_offset=3)
+        accepted, *deltas, finished = await resume(bench, **mine, next_offset=3)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await read_on(call, seen)
         assert caught.value.code() is grpc.StatusCode.ABORTED

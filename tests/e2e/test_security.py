@@ -348,10 +348,12 @@ async def test_only_its_tenant_can_resume_an_answer(cluster, keys):
     async with grpc.aio.insecure_channel(cluster.router.address) as channel:
         stub = InferenceStub(channel)
         call = stub.Generate(request, metadata=metadata["bob"])
+        nonce = 0
         async for event in call:
+            nonce = nonce or event.accepted.nonce
             if event.delta.token_ids:
                 break
-        wish = pb.ResumeRequest(request_id="team's")
+        wish = pb.ResumeRequest(request_id="team's", nonce=nonce)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.Resume(wish, metadata=metadata["alice"]).read()
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND

@@ -26,6 +26,7 @@ from router.resumption import Resumption
 
 EOS = 999
 TENANT = "somebody"
+NONCE = 2**63 + 1
 SAMPLING = Sampling(
     temperature=0.5,
     top_k=4,
@@ -74,8 +75,10 @@ class Bench:
         message = pb.DecodeEvent(load=load, **event)
         self.take(self.dispatcher.on_decode_event(worker, message, 5.0))
 
-    def resume(self, kept_at: str = "", next_offset: int = 0, now: float = 0.0) -> Resumption:
-        wish = Resumption("r1", TENANT, kept_at, next_offset, now)
+    def resume(
+        self, kept_at: str = "", next_offset: int = 0, now: float = 0.0, nonce: int = NONCE
+    ) -> Resumption:
+        wish = Resumption("r1", TENANT, kept_at, nonce, next_offset, now)
         self.take(self.dispatcher.resume(wish))
         return wish
 
@@ -119,6 +122,7 @@ def reserve(answered: int = 2) -> pb.Reserve:
     """As another router sends it: prompt 1 to 5, then answered tokens, 8 and on."""
     dispatcher = Bench("other").dispatcher
     request = Request("r1", [1, 2, 3, 4, 5], SAMPLING, Times(0.0), tenant=TENANT, priority=-4)
+    request.nonce = NONCE
     request.answer = list(range(8, 8 + answered))
     [command] = dispatcher.submit(request)
     return command.command.reserve
@@ -130,7 +134,8 @@ def test_all_decode_workers_are_asked_when_the_client_does_not_know_which():
     asked = bench.asked()
     assert set(asked) == {"d1", "d2", "d3"}
     assert len({adopt.key for adopt in asked.values()}) == 3
-    assert all((a.tenant, a.request_id) == (TENANT, "r1") for a in asked.values())
+    named = {(adopt.tenant, adopt.request_id, adopt.nonce) for adopt in asked.values()}
+    assert named == {(TENANT, "r1", NONCE)}
 
 
 def test_only_the_one_that_the_client_was_told_is_asked():
@@ -151,7 +156,8 @@ def test_an_adopted_request_is_what_it_was(answered):
     assert request.prompt == [1, 2, 3, 4, 5]
     assert request.answer == [*range(8, 8 + answered), 20, 21]
     assert request.sampling == SAMPLING
-    assert (request.priority, request.state) == (-4, RequestState.DECODING)
+    assert (request.priority, request.nonce) == (-4, NONCE)
+    assert request.state is RequestState.DECODING
     assert request.decode_id == "d1"
 
 
@@ -305,6 +311,28 @@ def test_a_client_that_has_more_than_anybody_is_told_so():
     assert [w for w, _ in bench.told_to("cancel")] == ["d2"]
 
 
+def test_a_worker_that_knows_less_than_the_client_does_not_keep_it_from_one_that_knows_more():
+    bench = Bench()
+    bench.resume(next_offset=5)
+    bench.refused("d1")
+    bench.adopted("d2", [10, 11])
+    assert bench.told == []
+    assert [(w, c.key) for w, c in bench.told_to("cancel")] == [("d2", bench.asked()["d2"].key)]
+    bench.adopted("d3", [10, 11, 12])
+    [resumed] = bench.told
+    assert (resumed.request.decode_id, len(bench.told_to("cancel"))) == ("d3", 1)
+
+
+def test_all_workers_know_less_than_the_client():
+    bench = Bench()
+    bench.resume(next_offset=5)
+    bench.adopted("d3", [10, 11])
+    bench.adopted("d2", [10])
+    bench.refused("d1")
+    assert "only 4 tokens of request 'r1' are known here" in not_kept(bench)
+    assert [w for w, _ in bench.told_to("cancel")] == ["d3", "d2"]
+
+
 # ---- who takes over
 
 
@@ -358,8 +386,26 @@ def test_a_request_that_another_router_took_over_ends_and_is_not_placed_again():
 def test_asked_again_here_while_it_was_looked_for():
     bench = Bench("d1")
     wish = bench.resume()
-    request = Request("r1", [1, 2, 3, 4, 5], SAMPLING, Times(0.0), tenant=TENANT)
+    request = Request("r1", [1, 2, 3, 4, 5], SAMPLING, Times(0.0), tenant=TENANT, nonce=NONCE)
     bench.take(bench.dispatcher.submit(request))
     bench.adopted("d1", [10])
     assert bench.told == [Resumed(wish, request)]
     assert [c.key for _, c in bench.told_to("cancel")] == [bench.asked()["d1"].key]
+
+
+@pytest.mark.parametrize("looked_for", [False, True])
+def test_another_request_of_its_name_that_runs_here_is_left_alone(looked_for):
+    bench = Bench("d1")
+    if looked_for:
+        bench.resume()
+    other = Request("r1", [9, 9], SAMPLING, Times(0.0), tenant=TENANT, nonce=5)
+    bench.take(bench.dispatcher.submit(other))
+    if looked_for:
+        bench.adopted("d1", [10])
+        assert [c.key for _, c in bench.told_to("cancel")] == [bench.asked()["d1"].key]
+    else:
+        bench.resume()
+    [told] = bench.told
+    assert isinstance(told, NotKept)
+    assert "another request 'r1' runs here" in str(told.trouble)
+    assert other.state is RequestState.RESERVING

@@ -93,11 +93,20 @@ def test_a_request_that_never_fits_is_told_so(limit):
     quotas.reserve(lease, 60, 40, 0)
 
 
-def test_what_is_charged_is_taken_though_it_is_not_there():
+def test_what_goes_on_is_counted_though_there_is_no_room_for_it():
     """A request that another router has let in must not be lost for want of quota."""
-    quotas, quota = Quotas(), Quota(tokens_per_minute=60, kv_tokens_at_once=100)
-    lease = enter(quotas, quota, 0)
-    quotas.charge(lease, 120)
+    quotas = Quotas()
+    quota = Quota(
+        requests_per_minute=1, requests_at_once=1, tokens_per_minute=60, kv_tokens_at_once=100
+    )
+    quotas.end(quotas.go_on("alice", quota, 0, 0), 0, 0)
+    running = enter(quotas, quota, 0)  # the minute's only one
+    quotas.look("alice", quota, 0)
+    quotas.looked("alice", quota, found=True)
+    lease = quotas.go_on("alice", quota, 120, 0)
+    quotas.end(running, 0, 0)
+    assert "1 requests of this API key are running" in str(exceeded(enter, quotas, quota, 1e9))
+    quota = Quota(tokens_per_minute=60, kv_tokens_at_once=100)
     error = exceeded(enter, quotas, quota, 0)
     assert error.retry_ms is not None
     assert error.retry_ms > 60_000
@@ -105,6 +114,31 @@ def test_what_is_charged_is_taken_though_it_is_not_there():
     again = enter(quotas, quota, 0)
     quotas.reserve(again, 5, 5, 0)  # of 60, 50 are used
     quotas.end(again, 0, 0)
+
+
+def test_only_looking_in_vain_uses_up_what_may_be_looked_for():
+    quotas, quota = Quotas(looks_max=2), Quota(requests_per_minute=2)  # one in 30 s
+    for found in (True, True, True, False, False):
+        quotas.look("alice", quota, 0)
+        quotas.looked("alice", quota, found=found)
+    assert exceeded(quotas.look, "alice", quota, 0).retry_ms == 30_000
+    for _ in range(2):  # and is none of the requests that it may make
+        enter(quotas, quota, 0)
+
+
+def test_so_many_are_looked_for_at_once():
+    quotas, quota = Quotas(looks_max=2), Quota(requests_at_once=1)
+    for _ in range(2):
+        quotas.look("alice", quota, 0)
+    error = exceeded(quotas.look, "alice", quota, 0)
+    assert (error.retry_ms, str(error)) == (
+        None,
+        "2 requests of this API key are being looked for, the most at once",
+    )
+    quotas.looked("alice", quota, found=False)
+    quotas.look("alice", quota, 0)
+    for _ in range(9):
+        quotas.look("bob", UNLIMITED, 0)
 
 
 def test_keys_do_not_share_quotas():

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from router.fleet import Fleet
 from router.frontdoor import FrontDoor
 from router.guard import CALLER
 from router.model_files import ModelFiles
+from router.quotas import Quota
 from router.service import InferenceService
 
 DEADLINE_S = 10.0  # only a broken test waits this long
@@ -35,11 +37,13 @@ class Context:
         self.accepted = asyncio.Event()
         self.code: grpc.StatusCode | None = None
         self.details = ""
+        self.nonce = 0
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         return ()
 
     async def write(self, message: pb.GenerateResponse) -> None:
+        self.nonce = message.accepted.nonce or self.nonce
         self.accepted.set()
 
     async def abort(self, code: grpc.StatusCode, details: str, *_: Any) -> None:
@@ -102,13 +106,35 @@ async def test_a_request_that_was_not_accepted_does_not_outlive_its_refusal(refu
             await waits
 
 
+async def test_a_call_that_takes_over_a_request_takes_over_its_quota(monkeypatch):
+    monkeypatch.setattr(Fleet, "not_ready", "")
+    async with service_of() as (service, door), asyncio.timeout(DEADLINE_S):
+        CALLER.set(replace(ANYBODY, quota=Quota(requests_at_once=1, tokens_per_minute=1000)))
+        first, second = Context(), Context()
+        message = pb.GenerateRequest(text="a", request_id="mine")
+        waits = asyncio.create_task(service.Generate(message, first))
+        await first.accepted.wait()
+        [account] = door._quotas._accounts.values()
+        held = account.running, account.kv_tokens, account.tokens.level
+        wish = pb.ResumeRequest(request_id="mine", nonce=first.nonce)
+        resumed = asyncio.create_task(service.Resume(wish, second))
+        await second.accepted.wait()
+        with pytest.raises(Aborted):
+            await waits
+        assert first.code is grpc.StatusCode.ABORTED
+        assert (account.running, account.kv_tokens, account.tokens.level) == held
+        resumed.cancel()
+        await door.drain()
+        assert (account.running, account.kv_tokens, door._leases) == (0, 0, {})
+
+
 async def test_a_failure_while_letting_go_does_not_hold_up_the_drain(monkeypatch):
     async with service_of() as (service, door), asyncio.timeout(DEADLINE_S):
         context = Context()
         waits = asyncio.create_task(service.Generate(pb.GenerateRequest(text="a"), context))
         await context.accepted.wait()
 
-        def broken(*_: Any) -> None:
+        def broken(*_: Any, **__: Any) -> None:
             raise RuntimeError("broken")
 
         monkeypatch.setattr(door._fleet, "let_go", broken)

@@ -65,6 +65,12 @@ class RouterProcess:
     def go_on(self) -> None:
         self._process.send_signal(signal.SIGCONT)
 
+    async def end(self) -> None:
+        """Returns when it has ended in order."""
+        self._process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(_READY_S):
+            assert await self._process.wait() == 0
+
     async def kill(self) -> None:
         """Returns when it is gone, stopped or not."""
         with contextlib.suppress(ProcessLookupError):

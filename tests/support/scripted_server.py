@@ -39,7 +39,7 @@ Step = pb.GenerateResponse | Refusal | Hold | threading.Event
 
 
 def accepted(**fields: object) -> pb.GenerateResponse:
-    defaults = {"request_id": "r-1", "model": "tiny", "prompt_tokens": 5, "seed": 7}
+    defaults = {"request_id": "r-1", "model": "tiny", "prompt_tokens": 5, "seed": 7, "nonce": 2**63}
     return pb.GenerateResponse(accepted=pb.Accepted(**{**defaults, **fields}))
 
 
