@@ -191,7 +191,7 @@ class EngineHost:
         await asyncio.get_running_loop().run_in_executor(self._thread, lambda: None)
 
     def close(self) -> None:
-        """Waits for the step that runs. One that hangs keeps its thread, and the pool it writes to."""
+        """Waits for the step that runs. One that hangs keeps its thread and its pool."""
         self._closed.set()
         self._touching.join()
         self._thread.shutdown(wait=not self._hangs, cancel_futures=True)
