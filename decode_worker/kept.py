@@ -74,6 +74,7 @@ class KeptAnswer:
     token_ids: list[int] = field(default_factory=list)  # grows with the answer
     ending: Ending = Ending.NONE
     ends_ms: float = inf
+    router: str = ""  # that it has lost, if that one said who it is
 
     @property
     def name(self) -> Name:
@@ -138,14 +139,14 @@ class Kept:
         if answer := self._by_key.get(key):
             self._end(answer, KeptEvent.LET_GO)
 
-    def session_ended(self, session: object, now_ms: float) -> None:
+    def session_ended(self, session: object, now_ms: float, router: str = "") -> None:
         """From now on others have kept_ms to adopt what this router had."""
         for answer in [a for a in self._by_key.values() if a.holder and a.holder[0] is session]:
             if not answer.may_be_adopted:
                 self._end(answer, KeptEvent.ROUTER_LOST)
                 continue
             answer.on(KeptEvent.ROUTER_LOST)
-            answer.ends_ms = now_ms + self._kept_ms
+            answer.ends_ms, answer.router = now_ms + self._kept_ms, router
             self._held_by(answer, None)
 
     def expired(self, now_ms: float) -> list[Key]:
@@ -155,6 +156,13 @@ class Kept:
         for answer in over:
             self._end(answer, KeptEvent.TIMEOUT)
         return running
+
+    def orphans(self, router: str | None = None) -> list[Key]:
+        """Attempts that run without a router, of all routers or of one; who lost its router first
+        comes first."""
+        alone = [a for a in self._by_key.values() if a.state is KeptState.ORPHANED]
+        alone.sort(key=lambda answer: answer.ends_ms)
+        return [answer.key for answer in alone if router is None or answer.router == router]
 
     # ---- what routers say and are told
 

@@ -36,7 +36,7 @@ from kvrelay.failpoints import Failpoints, Point
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
 from kvrelay.kv.pool import KVPool
 from kvrelay.membership import MembershipDoor
-from kvrelay.rpc import RouterSession, listen, make_server, serve_session
+from kvrelay.rpc import RouterSession, listen, make_server, router_of, serve_session
 from kvrelay.sessions import Sessions
 from kvrelay.transport.listener import Listener
 from kvrelay.transport.nccl_link import find_nccl
@@ -140,6 +140,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             asyncio.create_task(self._reap()),
             asyncio.create_task(self._sessions.announcer.run()),
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._sessions.end)
 
     async def wait_for_end(self) -> None:
         """Does not return while the worker lives. Raises what ended its loops, which no request
@@ -174,13 +176,20 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     async def Session(self, request_iterator: AsyncIterator[DecodeCommand], context: Any) -> None:
         await self._door.admit(context)
-        await self.serve(request_iterator, context)
+        await self.serve(request_iterator, context, router_of(context))
 
-    async def serve(self, commands: AsyncIterator[DecodeCommand], context: Any) -> None:
-        """The session of a router that has been let in, to its end. Events go to context.write."""
+    async def serve(
+        self, commands: AsyncIterator[DecodeCommand], context: Any, router: str = ""
+    ) -> None:
+        """The session of a router that has been let in, to its end. Events go to context.write.
+
+        router: who it is, if it says so; only then it may find that it was here before.
+        """
+        if router:
+            self._placed_again(router)
         info = self._engine.info(self.instance_id, self._prompts.chunk_tokens)
         info.itl_target_ms = self._config.itl_target_ms
-        session = self._sessions.open(info)
+        session = self._sessions.open(info, router)
         await serve_session(session, commands, context, self._command, self._closed)
 
     def _command(self, session: RouterSession[DecodeEvent], command: DecodeCommand) -> None:
@@ -200,15 +209,22 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
 
     def _closed(self, session: RouterSession[DecodeEvent]) -> None:
         self._sessions.close(session)
-        self._kept.session_ended(session, now_ms())
+        self._kept.session_ended(session, now_ms(), session.router)
         to_abort, _ = self._handoff.session_ended(session)  # the others go on, and are kept
         for key in to_abort:
             self._abort(key, ReservationEvent.ROUTER_LOST, "the router's session ended")
+        if self._sessions.has(session.router):
+            self._placed_again(session.router)
+
+    def _placed_again(self, router: str) -> None:
+        """A router with a newer session lives, and gave up what it had in the one that ended."""
+        for key in self._kept.orphans(router):
+            self._abort(key, ReservationEvent.CANCEL, "its router has placed it again")
 
     def _reserve(self, session: RouterSession[DecodeEvent], reserve: worker_pb2.Reserve) -> None:
         key = (session, reserve.key)
         try:
-            reservation = self._reservation(key, reserve)
+            reservation = self._reservation_with_room(key, reserve)
         except (DrainingError, OutOfBlocksError, PromptsFullError) as error:
             self._sessions.fail(key, FailureCode.FAILURE_CODE_EXHAUSTED, str(error))
             return
@@ -233,6 +249,18 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             reserved.ticket.CopyFrom(self._handoff.sign(reservation, ticket))
         self._failpoints.hit(Point.DECODE_RESERVED)
         self._sessions.send(session, DecodeEvent(reserved=reserved))
+
+    def _reservation_with_room(self, key: Key, reserve: worker_pb2.Reserve) -> Reservation:
+        """Answers without a router make room. The room of one that is in a step is there only after
+        it: then the refused router asks again."""
+        for orphan in self._kept.orphans():
+            try:
+                return self._reservation(key, reserve)
+            except OutOfBlocksError:
+                self._abort(orphan, ReservationEvent.TIMEOUT, "others need its room")
+                if self._handoff.is_aborting(orphan):
+                    raise
+        return self._reservation(key, reserve)
 
     def _reservation(self, key: Key, reserve: worker_pb2.Reserve) -> Reservation:
         chain = None

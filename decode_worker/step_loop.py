@@ -16,7 +16,7 @@ from decode_worker.prompts import LocalPrompt, LocalPrompts
 from decode_worker.reservation import Key, ReservationEvent
 from decode_worker.step import DecodeStep
 from kvrelay.clock import now_s
-from kvrelay.engine.host import EngineHost
+from kvrelay.engine.host import EngineHangsError, EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER
 from kvrelay.engine.step import CancelFlag, StepCancelledError
 from kvrelay.engine.turns import Chunk
@@ -58,7 +58,7 @@ class StepLoop:
         self._work = asyncio.Event()
 
     async def run(self) -> None:
-        """Never returns."""
+        """Never returns. Raises EngineHangsError: the worker is lost."""
         while True:
             running = self._batch.next_step()
             step = DecodeStep(running, self._prompts.next_chunks(len(running), self._engine.fit))
@@ -80,6 +80,8 @@ class StepLoop:
             except StepCancelledError:
                 self._engine_idle(step)
                 self._freed()
+            except EngineHangsError:
+                raise
             except Exception as error:
                 log.exception("a decode step failed")
                 self._failed(step, error)

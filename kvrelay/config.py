@@ -68,6 +68,7 @@ class WorkerConfig(_Frozen):
     resends_max: int = 2  # of one block with a wrong checksum
 
     # Waits, each with its end
+    step_ms_max: int = Field(default=120_000, ge=1)  # of the engine: one that takes longer hangs
     lease_ms: int = 120_000  # a reservation that makes no progress
     claim_ms: int = 1_000  # a claim to blocks that its router does not ask for again
     claim_hold_ms: int = 5_000  # so long a claim keeps blocks from other routers

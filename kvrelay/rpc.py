@@ -31,6 +31,7 @@ SESSION_PINGS = Pings(1_000, 1_500)  # between router and workers
 # Clients may be far away, or slow. They may ping more often than they are pinged.
 PUBLIC_PINGS = Pings(5_000, 5_000)
 _PINGED_MS = 500  # a peer that pings more often is sent away
+_ROUTER = "kvrelay-router"
 
 Event = TypeVar("Event")
 Command = TypeVar("Command")
@@ -108,11 +109,25 @@ def _sizes(receive_bytes_max: int) -> list[tuple[str, int]]:
     ]
 
 
-class RouterSession(Generic[Event]):
-    """One router's stream at a worker, as the worker sees it. Compared by identity."""
+def named(router: str) -> tuple[str, str]:
+    """The metadata with which a router says who it is in a session, the same in all of its life."""
+    return _ROUTER, router
 
-    def __init__(self, events_max: int) -> None:
+
+def router_of(context: Any) -> str:
+    """Who it is, as it says; empty when it does not."""
+    return str(dict(context.invocation_metadata() or ()).get(_ROUTER, ""))
+
+
+class RouterSession(Generic[Event]):
+    """One router's stream at a worker, as the worker sees it. Compared by identity.
+
+    router: who it is (`router_of`).
+    """
+
+    def __init__(self, events_max: int, router: str = "") -> None:
         self.open = True
+        self.router = router
         self._events: asyncio.Queue[Event] = asyncio.Queue(events_max)
         self._writer: asyncio.Task[Any] | None = None
 

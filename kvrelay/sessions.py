@@ -31,10 +31,15 @@ class Sessions(Generic[Event]):
         self._event = event
         self._load = load
         self._open: dict[RouterSession[Event], None] = {}  # in order of coming
+        self._over = False
 
-    def open(self, info: WorkerInfo) -> RouterSession[Event]:
-        """A new one, which hears first who we are, then all that is cached."""
-        session: RouterSession[Event] = RouterSession(self._events_max)
+    def open(self, info: WorkerInfo, router: str = "") -> RouterSession[Event]:
+        """A new one, which hears first who we are, then all that is cached. After `end` it has
+        ended already."""
+        session: RouterSession[Event] = RouterSession(self._events_max, router)
+        if self._over:
+            session.end()
+            return session
         self._open[session] = None
         self.send(session, self._event(info=info))
         self.announcer.open(session)
@@ -43,6 +48,16 @@ class Sessions(Generic[Event]):
     def close(self, session: RouterSession[Event]) -> None:
         self.announcer.close(session)
         self._open.pop(session, None)
+
+    def has(self, router: str) -> bool:
+        """This router, which has said who it is, has a session."""
+        return router != "" and any(session.router == router for session in self._open)
+
+    def end(self, *_: object) -> None:
+        """The worker's loops have ended: its routers learn it at once, and none comes in again."""
+        self._over = True
+        for session in list(self._open):
+            session.end()
 
     def send(self, session: Any, event: Any) -> None:
         self._load(event.load)

@@ -15,7 +15,7 @@ import grpc
 
 from kvrelay.clock import now_s
 from kvrelay.config import WorkerConfig
-from kvrelay.engine.host import EngineHost
+from kvrelay.engine.host import EngineHangsError, EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams, history_of
 from kvrelay.engine.step import CancelFlag, StepCancelledError
 from kvrelay.engine.turns import Chunk
@@ -110,6 +110,8 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             asyncio.create_task(self._compute()),
             asyncio.create_task(self._sessions.announcer.run()),
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._sessions.end)
 
     async def wait_for_end(self) -> None:
         """Does not return while the worker lives. Raises what ended its loops, which no request
@@ -244,6 +246,8 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             except StepCancelledError:
                 for chunk in step:
                     self._running[chunk.job].step_ended()
+            except EngineHangsError:
+                raise  # the worker is lost
             except Exception as error:
                 log.exception("a prefill step failed")
                 self._step_failed(step, error)

@@ -7,6 +7,7 @@ worker has one task that keeps a session to it and reconnects when it breaks.
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
@@ -48,6 +49,7 @@ class Fleet:
         self, config: RouterConfig, metrics: Metrics | None = None, connect: Connect = over_grpc
     ) -> None:
         self.connect = connect
+        self.router_id = secrets.token_hex(16)
         self.dispatcher = Dispatcher(config)
         self.metrics = metrics or Metrics()
         self._config = config
@@ -330,7 +332,9 @@ class _Worker:
         connect, commands = self._fleet.connect, _drain(self._outbox)
         try:
             async with (
-                connect(self._config, self.role, self._address, commands) as events,
+                connect(
+                    self._config, self.role, self._address, commands, self._fleet.router_id
+                ) as events,
                 asyncio.timeout(None) as self._limit,
             ):
                 async for event in events:

@@ -145,6 +145,9 @@ class SimDecode(SimWorker):
         self._around.targets[self.name] = self._links.target = target
         return service
 
+    async def _session(self, end: End) -> None:
+        await self.service.serve(_commands(end), _Context(end), end.peer.place.name)
+
     def _listener(
         self, config: WorkerConfig, instance_id: str, pool: Any, book: Any
     ) -> SimListener:
@@ -183,9 +186,15 @@ class SimRouter(SimProcess):
 
     @contextlib.asynccontextmanager
     async def _connect(
-        self, config: RouterConfig, role: str, address: str, commands: AsyncIterator[Any]
+        self,
+        config: RouterConfig,
+        role: str,
+        address: str,
+        commands: AsyncIterator[Any],
+        router_id: str,
     ) -> AsyncIterator[AsyncIterator[Any]]:
-        """What goes wrong is a ValueError, as the fleet knows it from gRPC's own."""
+        """What goes wrong is a ValueError, as the fleet knows it from gRPC's own. Workers know this
+        router by its name, which is the same in every play."""
         try:
             end = await self._around.network.dial(self.place, address, "session")
         except ConnectionError as error:

@@ -24,9 +24,20 @@ from kvrelay.wire import worker_pb2
 
 log = logging.getLogger(__name__)
 
+_Stepped = tuple[list[int | None], float]  # the new tokens, and what the step took, in ms
+
+_LOOKS = 10  # at a step within its time: what holds up the whole process counts as one at most
+
+
+class EngineHangsError(Exception):
+    """A step does not end. Its thread may still write: only the end of the process helps."""
+
 
 class EngineHost:
-    """Owns the model, the pool and the engine thread. Made by `load`."""
+    """Owns the model, the pool and the engine thread. Made by `load`.
+
+    step_ms_max: a step that takes longer never ends.
+    """
 
     def __init__(
         self,
@@ -34,12 +45,15 @@ class EngineHost:
         pool: KVPool,
         thread: ThreadPoolExecutor,
         failpoints: Failpoints,
+        step_ms_max: int,
     ) -> None:
         self.pool = pool
         self.fit = StepFit()  # of the steps that were not cancelled
         self._runner = runner
         self._thread = thread
         self._failpoints = failpoints
+        self._step_s_max = step_ms_max / 1000
+        self._hangs = False
         self._closed = threading.Event()
         self._touching = threading.Thread(
             target=touch_pages, args=[pool.bytes, self._closed], name="touch pages", daemon=True
@@ -111,7 +125,7 @@ class EngineHost:
         runner.warm_up()
         log.info("model %s: %s", config.model_path.name, runner.description)
         log.info("%d KV blocks of %s", blocks, runner.layout)
-        return cls(runner, pool, thread, Failpoints(config.failpoints))
+        return cls(runner, pool, thread, Failpoints(config.failpoints), config.step_ms_max)
 
     async def step(
         self,
@@ -127,14 +141,16 @@ class EngineHost:
 
         Raises:
             StepCancelledError: `cancelled` was set meanwhile.
+            EngineHangsError: it has not ended in time. The worker is to be replaced.
         """
 
-        def timed() -> tuple[list[int | None], float]:
+        def timed() -> _Stepped:
             started_s = time.perf_counter()
             tokens = self._step(slices, params, positions, histories, cancelled)
             return tokens, (time.perf_counter() - started_s) * 1000
 
-        tokens, step_ms = await asyncio.get_running_loop().run_in_executor(self._thread, timed)
+        running = asyncio.get_running_loop().run_in_executor(self._thread, timed)
+        tokens, step_ms = await self._in_time(running)
         # One token costs the same whether it continues an answer or ends a prompt.
         sizes = [len(s.tokens) for s in slices]
         sequences = sizes.count(1)
@@ -157,15 +173,29 @@ class EngineHost:
             return []
         return sample(logits, *zip(*chosen, strict=True))
 
+    async def _in_time(self, step: "asyncio.Future[_Stepped]") -> _Stepped:
+        try:
+            for _ in range(_LOOKS):
+                await asyncio.wait([step], timeout=self._step_s_max / _LOOKS)
+                if step.done():
+                    return step.result()
+        finally:
+            step.cancel()  # nobody waits for one that goes on
+        self._hangs = True
+        raise EngineHangsError(f"the engine has not ended a step in {self._step_s_max:g} s")
+
     async def idle(self) -> None:
-        """Returns when the steps that were begun have ended."""
-        if self._closed.is_set():
+        """Returns when the steps that were begun have ended, or never will."""
+        if self._closed.is_set() or self._hangs:
             return
         await asyncio.get_running_loop().run_in_executor(self._thread, lambda: None)
 
     def close(self) -> None:
+        """Waits for the step that runs. One that hangs keeps its thread and its pool."""
         self._closed.set()
         self._touching.join()
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread.shutdown(wait=not self._hangs, cancel_futures=True)
+        if self._hangs:
+            return
         self._runner.close()
         self.pool.close()

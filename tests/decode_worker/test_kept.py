@@ -81,6 +81,20 @@ def test_an_orphan_goes_on_and_whoever_adopts_it_gets_what_it_has_by_then():
     kept.check()
 
 
+def test_orphans_are_those_that_run_and_who_lost_its_router_first_comes_first():
+    kept = make()
+    for number, session in enumerate(("a", "b", "c", "d")):
+        begin(kept, (session, number))
+    kept.ended(("d", 3), Ending.EOS)
+    for at_ms, (session, router) in enumerate((("c", "R"), ("a", ""), ("d", "R"), ("b", "R"))):
+        kept.session_ended(session, at_ms, router)
+    assert kept.orphans() == [("c", 2), ("a", 0), ("b", 1)]
+    assert kept.orphans("R") == [("c", 2), ("b", 1)]
+    kept.let_go(("c", 2))
+    assert kept.orphans("R") == [("b", 1)]
+    kept.check()
+
+
 def test_a_prompt_that_is_not_here_yet_is_not_adopted_and_ends_with_its_router():
     kept = make()
     kept.reserved(("a", 1), reserve())

@@ -18,7 +18,8 @@ from kvrelay.wire import inference_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"]
 METHODS = {method.name: method for method in SERVICE.methods}
-STREAMING = ("Generate", "Chat")
+STREAMING = ("Generate", "Chat", "Resume")
+_SHARES = {"Generate": 40, "Chat": 35, "Resume": 10, "Tokenize": 10, "ListModels": 4, "Teleport": 1}
 TOKENS_MAX = 4  # of an answer to a right one
 _HUGE_SHARE = 0.005  # of calls, with one field of up to megabytes
 _HUGE_BYTES = (1 << 16, 1 << 20, 5 << 20, 7 << 20, 9 << 20)
@@ -65,7 +66,7 @@ class GeneratedCall:
 
 def generated_call(seed: int, number: int) -> GeneratedCall:
     dice = random.Random(f"{seed} {number}")
-    method = dice.choices([*METHODS, "Teleport"], [45, 40, 10, 4, 1])[0]
+    method = dice.choices(list(_SHARES), list(_SHARES.values()))[0]
     known = METHODS.get(method)
     message: Any = _right(dice, known.input_type.name if known else "GenerateRequest")
     make = dice.choices([_slightly_wrong, _all_wrong, _broken, _unknown], [55, 15, 25, 5])[0]
@@ -97,6 +98,8 @@ def _right(dice: random.Random, name: str) -> Message:
         return pb.ChatRequest(messages=[message], sampling=sampling)
     if name == "TokenizeRequest":
         return pb.TokenizeRequest(text="once upon a time")
+    if name == "ResumeRequest":
+        return pb.ResumeRequest(request_id=f"req-{dice.randint(0, 9)}", next_offset=0)
     return pb.ListModelsRequest()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvrelay.kv.prefix import split_hashes
 from kvrelay.membership import prove
-from kvrelay.rpc import dial
+from kvrelay.rpc import dial, named
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
 
 
@@ -39,6 +39,7 @@ class Session:
     def __init__(self, commands: "asyncio.Queue[Any]", command_type: Callable[..., Any]) -> None:
         self.blocks = BlockListener()
         self.events: list[Any] = []
+        self.over = asyncio.Event()  # the worker has ended it
         self._commands = commands
         self._command_type = command_type
         self._changed = asyncio.Event()
@@ -72,11 +73,17 @@ class Session:
             else:
                 self.events.append(event)
             self._changed.set()
+        self.over.set()
 
 
 @contextlib.asynccontextmanager
-async def session_with(service: Any) -> AsyncIterator[Session]:
-    """A session with a PrefillService or DecodeService, until the context is left."""
+async def session_with(
+    service: Any, router: str = "", *, ends: bool = False
+) -> AsyncIterator[Session]:
+    """A session with a PrefillService or DecodeService, until the context is left.
+
+    router: who we say that we are; ends: the worker is to end it before.
+    """
     prefill = service.instance_id.startswith("prefill")
     stub = worker_pb2_grpc.PrefillWorkerStub if prefill else worker_pb2_grpc.DecodeWorkerStub
     queue: asyncio.Queue[Any] = asyncio.Queue()
@@ -89,13 +96,13 @@ async def session_with(service: Any) -> AsyncIterator[Session]:
     async with dial(service.address) as channel:
         dialed = stub(channel).Session
         proof = await prove(dialed, service.address, service._config.cluster_key, 30)
-        call = dialed(commands(), metadata=proof)
+        call = dialed(commands(), metadata=[*proof, named(router)])
         reader = asyncio.create_task(session.read(call))
         try:
             yield session
         finally:
             call.cancel()
-            failed = not isinstance(
-                (await asyncio.gather(reader, return_exceptions=True))[0], asyncio.CancelledError
-            )
+            await asyncio.gather(reader, return_exceptions=True)
+            failed = not reader.cancelled() and reader.exception() is not None
         assert not failed, reader.exception()
+        assert session.over.is_set() == ends
