@@ -31,17 +31,16 @@ class Refusals:
         return "which is never right"
 
     def _at_the_door(self, client: Client) -> str:
-        """Once it was accepted it is in: but for one that nobody has kept."""
-        began = client.seen and not client.asked_anew
-        return "at the door, though it was accepted" if began else ""
+        return "at the door, though it was accepted" if _has_begun(client) else ""
 
     def _exhausted(self, client: Client, refused: Refused) -> str:
-        """Its wait was over. One that has begun waits only when its workers failed it."""
+        """Its wait was over. One that has begun waits only when something has failed it, and has
+        met its deadline."""
         if client.seen and not self._faults.happened:
             return "and no fault has happened"
         if refused.waited_ms >= self._router.queue_wait_ms:
             return ""
-        return _without_deadline(client) or ("too soon" if client.seen else "")
+        return _without_deadline(client) or ("too soon" if _has_begun(client) else "")
 
     def _unavailable(self, refused: Refused) -> str:
         """Deaths do not count: it may lose any number of workers."""
@@ -53,6 +52,11 @@ class Refusals:
     def _poison(self) -> str:
         struck = len(self._faults.struck)
         return "" if struck >= self._router.strikes_max else f"{struck} workers were struck"
+
+
+def _has_begun(client: Client) -> bool:
+    """At the router that has it; one that nobody had kept is as new there."""
+    return bool(client.seen) and not client.asked_anew
 
 
 def _without_deadline(client: Client) -> str:

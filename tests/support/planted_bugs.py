@@ -296,23 +296,6 @@ def a_lost_request_ends_as_if_workers_died_of_it(patch: Any) -> None:
     patch.setattr(Recovery, "_again", _ending_with(lambda: commands.PoisonTrouble("lost")))
 
 
-def the_death_of_a_worker_is_counted_as_a_failure_of_the_request(patch: Any) -> None:
-    lost = Recovery._lost
-
-    def counted(self: Recovery, asked: Any, worker_id: str, now_ms: float) -> Any:
-        commands_ = lost(self, asked, worker_id, now_ms)
-        asked.spared -= 1
-        if asked.attempts_failed >= self._config.attempts_max and asked.state is _QUEUED:
-            trouble = commands.UnavailableTrouble("lost too often")
-            return commands_ + self._requests.fail(asked, trouble)
-        return commands_
-
-    patch.setattr(Recovery, "_lost", counted)
-
-
-_QUEUED = request.RequestState.QUEUED
-
-
 def an_acknowledgement_does_nothing(patch: Any) -> None:
     """Whole answers are kept for ever."""
     patch.setattr(Kept, "acknowledge", lambda self, session, numbers: None)
@@ -341,6 +324,5 @@ PLANTS: tuple[Plant, ...] = (
     a_lost_request_is_failed_and_not_placed_again,
     a_lost_request_ends_as_if_nobody_had_room,
     a_lost_request_ends_as_if_workers_died_of_it,
-    the_death_of_a_worker_is_counted_as_a_failure_of_the_request,
     an_acknowledgement_does_nothing,
 )
