@@ -12,12 +12,13 @@ A seed decides on cluster, limits, load and faults (settings.py, faults.py): pro
 and replaced, stopped and go on, cut apart; streams break; blocks arrive spoilt and frames twice;
 steps are slow or fail; clients leave. The same seed gives the same trace hash in every process.
 
-What must hold (checks.py, memory.py, clients.py, world.py):
+What must hold (checks.py, memory.py, clients.py, refusals.py, world.py):
 1. A client sees the tokens of the reference, each once, without a gap.
 2. Every write into a block is by whom the ledger gives leave at that moment, every read finds one
    whole prefix; the ledger's states sum up; at the end every block is free or cached.
-3. When faults are over every request ends, with its answer or a typed refusal. Queues keep to
-   their limits, and nobody works on what nobody wants.
+3. When faults are over every request ends, with its answer or a refusal that has a cause: no room
+   for as long as it had to wait, or faults enough of a kind that counts against it. Queues keep to
+   their limits, nobody works on what nobody wants, and no worker keeps an answer for ever.
 4. The objects' own checks; nothing is logged as an error that no fault has planned.
 5. No two tenants share prefixes.
 

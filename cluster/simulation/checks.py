@@ -6,7 +6,8 @@ Cheap checks are made after every message that a process has handled, deep ones 
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.simulation.processes import SimProcess, SimRouter, SimWorker
+from cluster.simulation.processes import SimProcess, SimWorker
+from cluster.simulation.routers import SimRouter
 from kvrelay.kv.ledger import BlockState
 from prefill_worker.schedule import JobState
 
@@ -63,7 +64,10 @@ def left(process: SimProcess) -> Iterator[str]:
     if process.role == "prefill":
         if len(service._schedule) or service._running:
             yield f"{process.name}: {len(service._schedule)} jobs are left"
-    elif len(service._handoff) or len(service._batch) or len(service._prompts):
+        return
+    if len(service._kept):
+        yield f"{process.name}: {len(service._kept)} answers are left"
+    if len(service._handoff) or len(service._batch) or len(service._prompts):
         yield f"{process.name}: {len(service._handoff)} reservations are left"
     elif service._listener._links:
         yield f"{process.name}: {len(service._listener._links)} transfers are left"

@@ -12,7 +12,8 @@ from typing import Any
 
 from cluster.simulation.loop import ProcessLoop
 from cluster.simulation.model import answer_to
-from cluster.simulation.processes import SimProcess, SimRouter, Surroundings
+from cluster.simulation.processes import SimProcess, Surroundings
+from cluster.simulation.routers import Refused, SimRouter
 from cluster.simulation.settings import Arrival
 
 _ASK_AGAIN_S = 0.2
@@ -28,6 +29,8 @@ class Client:
         self.outcome = ""  # none yet
         self.kept_at = ""  # the decode worker of its newest tokens
         self.may_resume = False  # it has lost a router that may have begun
+        self.asks = 0  # calls that have reached a router
+        self.asked_anew = False  # nobody had kept its answer
         self.seen: list[int] = []
         self._right = answer_to(arrival.ask)
         self._violated = violated
@@ -49,6 +52,19 @@ class Client:
                 f"{len(self._right)}"
             )
 
+    def refused(self, refused: Refused, wrong: str) -> None:
+        """wrong: why it should not have been."""
+        self.outcome = refused.kind
+        if wrong:
+            self._violated(
+                f"client {self.ask.request_id}: refused after {len(self.seen)} tokens, {wrong}: "
+                f"{refused}"
+            )
+
+    def not_served(self) -> None:
+        self.outcome = "no router"
+        self._violated(f"client {self.ask.request_id}: no router took it in {_ASKS_MAX} calls")
+
     @property
     def wants_no_more(self) -> bool:
         limit = self.arrival.cancel_after
@@ -67,7 +83,7 @@ def _wish(client: Client) -> tuple[Any, ...]:
 
 
 class SimClients(SimProcess):
-    """All clients, in one process that no fault meets."""
+    """All clients, in one process that no fault meets. judge: says what is wrong with a refusal."""
 
     role = "clients"
 
@@ -79,11 +95,13 @@ class SimClients(SimProcess):
         arrivals: Sequence[Arrival],
         routers: Callable[[], list[SimRouter]],
         rng: Random,
+        judge: Callable[[Client, Refused], str],
     ) -> None:
         super().__init__(name, loop, around)
         self.clients = [Client(arrival, self.violated) for arrival in arrivals]
         self._routers = routers
         self._rng = rng
+        self._judge = judge
         for client in self.clients:
             loop.spawn(self._live(client))
 
@@ -108,7 +126,7 @@ class SimClients(SimProcess):
             if client.outcome:
                 return
             await asyncio.sleep(_ASK_AGAIN_S)
-        client.outcome = "no router"
+        client.not_served()
 
     async def _asked(self, client: Client) -> None:
         """At one router, until the answer has ended or it has to be asked for again. Raises
@@ -117,6 +135,7 @@ class SimClients(SimProcess):
         end = await self._around.network.dial(self.place, router.address, "client")
         try:
             end.send(_wish(client))
+            client.asks += 1
             while not client.outcome:
                 if client.wants_no_more:
                     client.outcome = "cancelled"
@@ -134,10 +153,14 @@ class SimClients(SimProcess):
             client.tokens(rest[0], rest[2:])
         elif kind == "finished":
             client.finished(rest[0])
-        elif rest[0] == "NotKeptTrouble":
-            client.may_resume = False
-            raise _AskAgainError
-        elif rest[0] in ("DuplicateRequestError", "TakenOverTrouble"):
-            raise ConnectionResetError  # the router has not noticed yet that we had left
         else:
-            client.outcome = rest[0]
+            self._take_refusal(client, rest[0])
+
+    def _take_refusal(self, client: Client, refused: Refused) -> None:
+        if refused.kind == "NotKeptTrouble" and client.may_resume:
+            client.may_resume = False
+            client.asked_anew = True
+            raise _AskAgainError
+        if refused.kind in ("DuplicateRequestError", "TakenOverTrouble") and client.asks > 1:
+            raise ConnectionResetError  # the router has not noticed yet that we had left
+        client.refused(refused, self._judge(client, refused))

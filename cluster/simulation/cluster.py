@@ -12,14 +12,15 @@ from cluster.simulation.processes import (
     SimDecode,
     SimPrefill,
     SimProcess,
-    SimRouter,
     SimWorker,
     Surroundings,
 )
+from cluster.simulation.routers import SimRouter
 from cluster.simulation.settings import Settings
 
 _RESTART_S = 0.05
 _ANNOUNCED_S = 0.03  # until every router has heard of a change, at most
+_DRAIN_GRACE_S = 0.1  # a worker's own word that its time to drain is over comes a little later
 
 
 class Cluster:
@@ -41,6 +42,7 @@ class Cluster:
         self._around = around
         self._rng = rng
         self._told = told
+        self._leaving: dict[str, None] = {}  # workers that have drained, and are not announced
         self._born = 0
         self._loops: list[ProcessLoop] = []
         shape = settings.shape
@@ -91,8 +93,9 @@ class Cluster:
 
     def announce(self) -> None:
         """Tells every router which workers there are, as the pools do."""
-        prefill = [w.address for w in self.workers.values() if w.role == "prefill"]
-        decode = [w.address for w in self.workers.values() if w.role == "decode"]
+        staying = [w for w in self.workers.values() if w.name not in self._leaving]
+        prefill = [w.address for w in staying if w.role == "prefill"]
+        decode = [w.address for w in staying if w.role == "decode"]
         for router in self.routers.values():
             if router.place.alive:
                 when_s = self._timeline.now_s + self._rng.uniform(0, _ANNOUNCED_S)
@@ -111,12 +114,25 @@ class Cluster:
         self._timeline.call_later(restart_s, lambda: self._replace(process))
 
     def drain(self, process: SimProcess, within_s: float) -> None:
-        """As a rolling restart does: it takes nothing new, and is replaced when it is idle or the
-        time is up."""
+        """As a rolling restart does: it takes nothing new, and when it is idle or the time is up
+        routers let go of it, and it is replaced."""
         if isinstance(process, SimWorker) and process.service is not None:
             self._told(f"{process.name} drains")
-            process.loop.post(self._timeline.now_s, process.drain, within_s)
-            self._timeline.call_later(within_s + _RESTART_S, lambda: self.kill(process, _RESTART_S))
+            later = self._timeline.call_later
+
+            def drained() -> None:
+                later(0, lambda: self._leave(process))
+
+            process.loop.post(self._timeline.now_s, process.drain, within_s, drained)
+            later(within_s + _DRAIN_GRACE_S, drained)
+
+    def _leave(self, worker: SimWorker) -> None:
+        if not worker.place.alive or worker.name in self._leaving:
+            return
+        self._told(f"{worker.name} has drained")
+        self._leaving[worker.name] = None
+        self.announce()
+        self._timeline.call_later(_ANNOUNCED_S, lambda: self.kill(worker, _RESTART_S))
 
     def _replace(self, process: SimProcess) -> None:
         for slot, worker in self.workers.items():

@@ -14,6 +14,7 @@ from cluster.simulation.cluster import Cluster
 from cluster.simulation.loop import Timeline
 from cluster.simulation.network import End, Network
 from cluster.simulation.processes import SimPrefill, SimProcess, SimWorker
+from cluster.simulation.routers import SimRouter
 from cluster.simulation.settings import Settings
 
 _TAIL_S = 1.5  # after the last arrival no fault begins
@@ -32,6 +33,8 @@ _KINDS = {
 }
 _OF_LINKS = ("spoil blocks", "double frame")
 _OF_ENGINES = ("slow", "fail steps", "spoil tokens")
+_HOLDS_UP = ("stop", "stop and kill", "cut", "slow")
+_LEAST_WAIT_S = 0.4  # of those that settings.py draws for leases, reservations and links
 _MOMENTS = {
     "reserve": 8,
     "reserved": 8,
@@ -79,6 +82,8 @@ class Faults:
         told: Callable[[str], None],
     ) -> None:
         self.happened: Counter[str] = Counter()
+        self.struck: dict[str, None] = {}  # workers that a router may take for dead
+        self.failures = 0  # attempts of one request that may have failed, without a death
         self._cluster, self._network, self._timeline = cluster, network, timeline
         self._rng = rng
         self._told = told
@@ -140,6 +145,10 @@ class Faults:
 
     def _happen(self, fault: Fault, process: SimProcess, end: End | None) -> None:
         cluster, later = self._cluster, self._timeline.call_later
+        if fault.kind in ("kill", "stop", "stop and kill"):
+            self._strike(process.name)
+        if fault.kind in _HOLDS_UP:
+            self.failures += 1 + int(fault.lasts_s / _LEAST_WAIT_S)
         if fault.kind == "kill":
             cluster.kill(process, fault.lasts_s)
         elif fault.kind == "stop":
@@ -164,6 +173,7 @@ class Faults:
             return
         one, other = process.name, self._rng.choice(ends).peer.place.name
         self._told(f"{one} and {other} are cut apart")
+        self._part(one, other)
         self._network.cut(one, other)
         self._timeline.call_later(lasts_s, lambda: self._network.heal(one, other))
 
@@ -172,12 +182,27 @@ class Faults:
         if ends:
             broken = end if end in ends else self._rng.choice(ends)
             assert broken is not None
+            self.failures += 1
+            if broken.kind == "session":
+                self._part(process.name, broken.peer.place.name)
             self._told(f"{broken.kind} of {process.name} and {broken.peer.place.name} breaks")
             self._network.break_stream(broken)
+
+    def _part(self, one: str, other: str) -> None:
+        """A router that hears nothing of a worker takes it for dead; workers do not judge."""
+        names = {one: None, other: None}
+        if any(isinstance(self._cluster.by_name.get(name), SimRouter) for name in names):
+            for name in names:
+                self._strike(name)
+
+    def _strike(self, name: str) -> None:
+        if isinstance(self._cluster.by_name.get(name), SimWorker):
+            self.struck[name] = None
 
     def _spoil(self, fault: Fault, worker: SimWorker) -> None:
         self._told(f"{worker.name}: {fault.kind}")
         engine, amount = worker.engine.faults, self._rng.randint(1, 3)
+        self.failures += amount if fault.kind != "slow" else 0
         if fault.kind == "slow":
             engine.slowness = self._rng.choice((5.0, 40.0))
             self._timeline.call_later(fault.lasts_s, lambda: setattr(engine, "slowness", 1.0))

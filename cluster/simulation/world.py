@@ -20,7 +20,9 @@ from cluster.simulation.engine import EngineFaultError
 from cluster.simulation.faults import Faults
 from cluster.simulation.loop import Life, LivelockError, ProcessLoop, Timeline
 from cluster.simulation.network import End, Network, Place
-from cluster.simulation.processes import SimRouter, SimWorker, Surroundings
+from cluster.simulation.processes import SimWorker, Surroundings
+from cluster.simulation.refusals import Refusals
+from cluster.simulation.routers import SimRouter
 from cluster.simulation.settings import Settings, draw, generator
 from cluster.simulation.trace import Trace, shown
 from kvrelay.wire import worker_pb2
@@ -93,6 +95,7 @@ class World:
             settings.arrivals,
             lambda: list(self.cluster.routers.values()),
             generator(seed, "clients"),
+            Refusals(settings, self.faults).wrong,
         )
 
     def play(self) -> Result:

@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ from waiting import until
 from kvrelay.client import AsyncClient, Completion, KvrelayError
 
 FREED_S = 1.0
+HELD_MAX_S = 10.0  # after a client's cancel amid the storm; mostly FREED_S
+STEPS_ON_THE_WAY = 5  # of the decode worker while a cancel comes from client to it, mostly
 AT_ONCE = 48
 KINDS = 12  # of requests that run to their end, each asked for many times
 LAST = 12  # of those cancelled, when all the others have ended
@@ -59,24 +62,37 @@ async def storm(model: Path, transport: str, count: int) -> str:
         local_cluster(model, worker=settings) as cluster,
         cluster.client() as client,
     ):
-        counter = StepCounter(cluster.decode[0])
-        last_s = await _Storm(client, known, rng).rage(count)
-        left_s = FREED_S - (time.monotonic() - last_s)
-        waited_s = await until(cluster.all_free, within_s=left_s)
+        counter = StepCounter(cluster)
+        async with counter.watching():
+            last_s = await _Storm(client, known, rng, counter).rage(count)
+            left_s = FREED_S - (time.monotonic() - last_s)
+            waited_s = await until(cluster.all_free, within_s=left_s)
         assert counter.aborted > 0
         assert counter.most <= 1, "steps were computed for nobody"
+        steps = counter.after_cancel
+        assert median(steps) <= STEPS_ON_THE_WAY, f"cancels come late: {steps}"
+        held_s = [0.0, *counter.held_s]
+        assert median(held_s) <= FREED_S, f"cancels free nothing: {held_s}"
+        assert held_s[-1] <= HELD_MAX_S, "a worker held what its client had cancelled"
         freed_ms = (FREED_S - left_s + waited_s) * 1000
         return (
-            f"{count} requests, {counter.aborted} aborted on D, at most "
-            f"{counter.most} step too many, all free {freed_ms:.0f} ms after the last cancel"
+            f"{count} requests, {counter.aborted} aborted on D, at most {counter.most} step too "
+            f"many; {median(steps):g} steps (at most {steps[-1]}) since the client's cancel, held "
+            f"for {held_s[-1] * 1000:.0f} ms at most; all free {freed_ms:.0f} ms after "
+            "the last cancel"
         )
 
 
 class _Storm:
     def __init__(
-        self, client: AsyncClient, known: list[tuple[Asked, Completion]], rng: random.Random
+        self,
+        client: AsyncClient,
+        known: list[tuple[Asked, Completion]],
+        rng: random.Random,
+        counter: StepCounter,
     ) -> None:
         self._client = client
+        self._counter = counter
         self._known = known
         self._rng = rng
         self._room = asyncio.Semaphore(AT_ONCE)
@@ -105,8 +121,13 @@ class _Storm:
     async def _cancelled(self, rng: random.Random) -> None:
         """After some time, or after some tokens."""
         prompt = [rng.randrange(5, 270) for _ in range(rng.randint(1, 200))]
+        name = f"cancelled-{rng.getrandbits(62)}"
         stream = self._client.generate(
-            prompt, max_tokens=CANCELLED_TOKENS, ignore_eos=True, seed=rng.getrandbits(31)
+            prompt,
+            max_tokens=CANCELLED_TOKENS,
+            ignore_eos=True,
+            seed=rng.getrandbits(31),
+            request_id=name,
         )
         tokens = rng.choice([None, None, 1, 2, rng.randint(3, 100)])
         reader = asyncio.create_task(_read(stream, tokens))
@@ -115,6 +136,7 @@ class _Storm:
         else:
             await reader
         stream.cancel()
+        self._counter.cancelled(name)
         self._last_cancel_s = time.monotonic()
         await asyncio.gather(reader, return_exceptions=True)
         self._room.release()

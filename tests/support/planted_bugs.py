@@ -9,6 +9,7 @@ from typing import Any
 
 from decode_worker import messages
 from decode_worker.handoff import HandOff
+from decode_worker.kept import Kept
 from decode_worker.reservation import ReservationState
 from decode_worker.service import DecodeService
 from decode_worker.transfers import Transfers
@@ -270,6 +271,36 @@ def a_block_becomes_free_twice(patch: Any) -> None:
     patch.setattr(BlockLedger, "move", twice)
 
 
+def _ending_with(trouble: Callable[[], commands.Trouble]) -> Any:
+    """In the place of Recovery._again: nothing is placed twice."""
+
+    def at_once(self: Recovery, asked: Any, event: Any, queued_at_ms: float) -> Any:
+        withdrawn = self._attempts.withdraw(asked)
+        ending = asked.complete()
+        if ending is not None:
+            return withdrawn + self._requests.finish(asked, ending)
+        return withdrawn + self._requests.fail(asked, trouble())
+
+    return at_once
+
+
+def a_lost_request_is_failed_and_not_placed_again(patch: Any) -> None:
+    patch.setattr(Recovery, "_again", _ending_with(lambda: commands.UnavailableTrouble("lost")))
+
+
+def a_lost_request_ends_as_if_nobody_had_room(patch: Any) -> None:
+    patch.setattr(Recovery, "_again", _ending_with(lambda: commands.ExhaustedTrouble("lost")))
+
+
+def a_lost_request_ends_as_if_workers_died_of_it(patch: Any) -> None:
+    patch.setattr(Recovery, "_again", _ending_with(lambda: commands.PoisonTrouble("lost")))
+
+
+def an_acknowledgement_does_nothing(patch: Any) -> None:
+    """Whole answers are kept for ever."""
+    patch.setattr(Kept, "acknowledge", lambda self, session, numbers: None)
+
+
 PLANTS: tuple[Plant, ...] = (
     blocks_are_free_at_once_when_a_transfer_is_aborted,
     a_step_under_way_keeps_nothing_in_quarantine,
@@ -290,4 +321,8 @@ PLANTS: tuple[Plant, ...] = (
     somebody_waits_in_the_queue_for_ever,
     a_refusal_is_not_told_and_reserve_has_no_deadline,
     a_block_becomes_free_twice,
+    a_lost_request_is_failed_and_not_placed_again,
+    a_lost_request_ends_as_if_nobody_had_room,
+    a_lost_request_ends_as_if_workers_died_of_it,
+    an_acknowledgement_does_nothing,
 )
