@@ -17,6 +17,7 @@ from cluster.chaos.http_stream import (
     RouterLostError,
     pieces,
 )
+from cluster.chaos.model import TINY
 from cluster.chaos.run import Chaos
 from cluster.cli import main
 
@@ -62,19 +63,22 @@ def test_a_page_with_another_name_is_refused_before_anything_starts(tmp_path):
         ["--soak"],
         ["--routers", "1"],
         ["--fault", "kill-decode", "--rate", "2.5"],
+        ["smollm2", "--rate", "0.5"],
+        ["a folder/of a model", "--soak"],
     ],
 )
 def test_what_is_told_to_play_it_again_asks_for_the_same(options):
     def asked(words: list[str]) -> Chaos:
         context = commands.chaos.make_context("chaos", list(words))
-        others = ("model", "as_json", "page")
+        others = ("as_json", "page")
         choice = {name: value for name, value in context.params.items() if name not in others}
         return Chaos(**commands._completed(choice))
 
     first = asked(options)
+    assert first.model == (options[0] if options and options[0][0] != "-" else TINY)
     assert asked(shlex.split(first.play_again)[2:]) == first
     assert first.minutes == (20 if first.soak else 10)
-    assert ("kill-router" in first.kinds) == (options == [] or first.soak)
+    assert ("kill-router" in first.kinds) == ("--fault" not in options and first.routers > 1)
 
 
 # ---- an answer over HTTP, from a router that sends what it is told
