@@ -111,9 +111,7 @@ class Refusing:
         for _ in range(self._tokens):
             yield SimpleNamespace(token_ids=(1,), text="a")
         if self.calls == 1:
-            error = KvrelayError("full", grpc.StatusCode.RESOURCE_EXHAUSTED)
-            error.retry_ms = 1
-            raise error
+            raise KvrelayError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", retry_ms=1)
 
     async def result(self):
         ids = (1,) * self._tokens

@@ -149,13 +149,18 @@ def test_who_lives_is_told_by_role_until_he_ends(workers):
 
 
 # One that starts another and ends: init, or whoever reaps, has that then.
-ORPHAN = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); "
+ORPHAN = """\
+import subprocess, sys
+apart = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+print(apart.pid, flush=True)
+sys.stdin.read()
+"""
 
 
-async def test_a_process_whose_parent_has_ended_is_still_found(workers):
+def test_a_process_whose_parent_has_ended_is_still_found(workers):
     processes = processes_of(workers)
     parent = subprocess.Popen(
-        [sys.executable, "-c", ORPHAN + "sys.stdin.read()"],
+        [sys.executable, "-c", ORPHAN],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -172,7 +177,8 @@ async def test_a_process_whose_parent_has_ended_is_still_found(workers):
         assert left_behind(processes) == [f"sleep {orphan.pid} after the end"]
     finally:
         orphan.kill()
-    await until(lambda: not processes.survivors(), within_s=5)
+    psutil.wait_procs([orphan], 5)
+    assert processes.survivors() == []
 
 
 def test_rays_worker_is_told_from_its_idle_processes(workers):
