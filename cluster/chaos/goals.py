@@ -3,7 +3,7 @@
 Made by run.py, judged by outcome.py: a run without load or without faults shows nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 STALL_GOAL_S = 3.0  # 99th percentile, beyond what is excused
@@ -28,17 +28,27 @@ class Goals:
 
 
 def goals(
-    *, seconds: float, rate: float, kill_every_s: float, soak: bool, counts: Mapping[str, int]
+    *,
+    seconds: float,
+    rate: float,
+    kill_every_s: float,
+    soak: bool,
+    counts: Mapping[str, int],
+    struck: Collection[str] = (),
 ) -> Goals:
-    """What a run of these settings owes. `counts`: processes of each role."""
+    """What a run of these settings owes. `counts`: processes of each role; `struck`: roles that
+    faults meet, of which growth says nothing."""
     due = seconds * rate
     share = _CHAOS_SHARE
-    if soak:
+    if soak and not kill_every_s:
         share = _SOAK_SHARE if due >= _SOAK_SHORT else _SOAK_SHORT_SHARE
+    growths = {role: count for role, count in counts.items() if role not in struck}
+    if soak and not kill_every_s:  # with faults this one starts others again and again
+        growths["serving"] = 1
     strikes = seconds * _STRIKE_SHARE / max(kill_every_s, _STRIKE_S_MIN)
     return Goals(
         answers_min=max(1, int(due * share)),
         strikes_min=max(1, int(strikes)) if kill_every_s else 0,
-        growths={**counts, "serving": 1} if soak and not kill_every_s else {},
+        growths=growths,
         alone=frozenset(role for role, count in counts.items() if count == 1),
     )

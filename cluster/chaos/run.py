@@ -25,7 +25,7 @@ from cluster.chaos.model import TINY
 from cluster.chaos.outcome import Moment, Outcome
 from cluster.chaos.processes import Processes
 from cluster.chaos.roll import Roll
-from cluster.chaos.samples import Samples
+from cluster.chaos.samples import Growth, Samples
 from cluster.chaos.siege import Siege
 from cluster.chaos.streams import Stream
 from cluster.chaos.supervisor import Supervisor, supervised
@@ -98,6 +98,7 @@ class Chaos:
             kill_every_s=self.kill_every_s,
             soak=self.soak,
             counts=self.counts,
+            struck={kind.partition("-")[2] for kind in self.kinds} if self.kill_every_s else (),
         )
 
 
@@ -158,9 +159,16 @@ class _Run:
         self._supervisor.check()
         self._roll.look(self._processes.living(), now_s())
         self._outcome.deaths = self._roll.deaths(self._outcome.strikes, start_s)
-        if self._asked.soak:
-            warm_s = start_s + _WARM_UP_SHARE * self._asked.minutes * 60
-            self._outcome.growth = self._samples.growth(warm_s)
+        self._outcome.growth = self._growth(start_s)
+
+    def _growth(self, start_s: float) -> list[Growth]:
+        """With faults, of those alone that none meets."""
+        asked = self._asked
+        warm_s = start_s + _WARM_UP_SHARE * asked.minutes * 60
+        found = self._samples.growth(warm_s, of_memory=not asked.kill_every_s)
+        return [
+            each for each in found if not asked.kill_every_s or each.name in asked.goals.growths
+        ]
 
     def _references(self) -> None:
         asked = self._asked
@@ -202,7 +210,7 @@ class _Run:
                     self._outcome.moments.append(self._moment(now))
                     moment_s = now + _MOMENT_S
                     self._on_progress(stage, min(1.0, (now - start_s) / (end_s - start_s)))
-                if asked.soak and now >= sample_s:
+                if now >= sample_s:
                     self._samples.take(self._processes.names(), now)
                     sample_s = now + self._sample_every_s
                 time.sleep(_STEP_S)

@@ -20,9 +20,9 @@ OURS = frozenset({*ROLES, "serving"})  # the others are Ray's own
 KINDS = ("MB", "fds", "threads")
 MB_GOAL = 0.2  # growth a minute, at most
 STEPS_GOAL = 2.0  # more fds or threads at the end, at most: some are made when first needed
-STEPS_SHORT_GOAL = 8.0  # of a short time, in which more of them are
+STEPS_SHORT_GOAL = 8.0  # of a short time, in which more of them are, and with faults
 FIT_S_MIN = 180.0  # a shorter time after the warm-up says nothing of memory
-POINTS_MIN = 10
+POINTS_MIN = 5
 _MB = 1e6
 
 
@@ -48,6 +48,7 @@ class Growth:
     per_minute: Mapping[str, float]
     last: Mapping[str, float]
     minutes: float
+    of_memory: bool = True  # it is judged; not where faults make others do more
 
     @property
     def too_much(self) -> list[str]:
@@ -56,9 +57,9 @@ class Growth:
             return []
         if not self.minutes:
             return [f"growth of {self.name} {self.pid} is not known: there were too few samples"]
-        short = self.minutes * 60 < FIT_S_MIN
-        steps = (STEPS_SHORT_GOAL if short else STEPS_GOAL) / self.minutes
-        goals = {"fds": steps, "threads": steps} | ({} if short else {"MB": MB_GOAL})
+        steady = self.of_memory and self.minutes * 60 >= FIT_S_MIN
+        steps = (STEPS_GOAL if steady else STEPS_SHORT_GOAL) / self.minutes
+        goals = {"fds": steps, "threads": steps} | ({"MB": MB_GOAL} if steady else {})
         return [
             f"{self.name} {self.pid} grows by {value:.2f} {kind}/min, {goals[kind]:.2g} at most"
             for kind, value in self.per_minute.items()
@@ -87,17 +88,17 @@ class Samples:
                 for kind, value in values.items():
                     series.values[kind].append(value)
 
-    def growth(self, since_s: float) -> list[Growth]:
+    def growth(self, since_s: float, *, of_memory: bool = True) -> list[Growth]:
         """Of all processes that were there from `since_s` to the end."""
         end_s = max((series.at_s[-1] for series in self.series.values()), default=0.0)
         return [
-            _growth(series, since_s)
+            _growth(series, since_s, of_memory)
             for series in sorted(self.series.values(), key=lambda each: (each.name, each.pid))
             if series.at_s[0] <= since_s and series.at_s[-1] == end_s
         ]
 
 
-def _growth(series: Series, since_s: float) -> Growth:
+def _growth(series: Series, since_s: float, of_memory: bool) -> Growth:
     first = next(at for at, taken_s in enumerate(series.at_s) if taken_s >= since_s)
     at_s = series.at_s[first:]
     minutes = (at_s[-1] - at_s[0]) / 60 if len(at_s) >= POINTS_MIN else 0.0
@@ -105,7 +106,7 @@ def _growth(series: Series, since_s: float) -> Growth:
         kind: growth_per_minute(at_s, values[first:]) for kind, values in series.values.items()
     }
     last = {kind: values[-1] for kind, values in series.values.items()}
-    return Growth(series.name, series.pid, slopes, last, minutes)
+    return Growth(series.name, series.pid, slopes, last, minutes, of_memory)
 
 
 def growth_per_minute(at_s: Sequence[float], values: Sequence[float]) -> float:

@@ -22,6 +22,7 @@ from cluster.chaos.run import Chaos
 from cluster.cli import main
 
 WITHIN_S = 240
+SEED = "0"  # a kill and a short stop come first
 
 
 def run_chaos(*options: str) -> subprocess.CompletedProcess[str]:
@@ -33,9 +34,10 @@ def run_chaos(*options: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_few_faults_lose_nothing(tmp_path):
     page = tmp_path / "chaos.html"
-    faults = ("--fault", "kill-decode", "--fault", "kill-router")
-    few = ("--minutes", "0.15", "--kill-every", "3", "--prefill", "1")
-    ended = run_chaos(*few, *faults, "--report", str(page))
+    kinds = ("kill-decode", "kill-router", "stop-decode")
+    faults = (word for kind in kinds for word in ("--fault", kind))
+    few = ("--minutes", "0.15", "--kill-every", "3", "--prefill", "1", "--seed", SEED)
+    ended = run_chaos(*few, *faults, "--transport", "tcp", "--report", str(page))
     assert ended.stdout, ended.stderr
     told = json.loads(ended.stdout)
     assert told["failures"] == []
@@ -46,7 +48,11 @@ def test_a_few_faults_lose_nothing(tmp_path):
     assert {figures[f"requests/{bad}"] for bad in ("lost", "wrong", "repeated")} == {0}
     assert figures["leaked/blocks"] == 0
     assert len(told["blocks"]) == 3
-    assert told["faults"]
+    assert {fault["kind"].split("-")[0] for fault in told["faults"]} == {"kill", "stop"}
+    assert figures["stall-beyond/p99"] <= 3
+    # Of who is not struck: no descriptors and threads more, as in a soak.
+    assert {growth["name"] for growth in told["growth"]} == {"prefill"}
+    assert any(name.startswith("growth/prefill-") for name in figures)
     assert "<span class='passed'>" in page.read_text()
 
 

@@ -140,9 +140,10 @@ def test_a_run_owes_as_much_as_was_asked_for():
     soak = goals(seconds=1200, rate=20, kill_every_s=0, soak=True, counts=counts)
     assert (soak.answers_min, soak.strikes_min) == (20_000, 0)
     assert soak.growths == {**counts, "serving": 1}
-    chaos = goals(seconds=600, rate=4, kill_every_s=20, soak=False, counts=counts)
+    struck = {"decode", "router"}
+    chaos = goals(seconds=600, rate=4, kill_every_s=20, soak=False, counts=counts, struck=struck)
     assert (chaos.answers_min, chaos.strikes_min) == (600, 15)
-    assert (chaos.growths, chaos.alone) == ({}, {"router"})
+    assert (chaos.growths, chaos.alone) == ({"prefill": 2}, {"router"})
     short = goals(seconds=3, rate=0.1, kill_every_s=3, soak=False, counts=counts)
     assert (short.answers_min, short.strikes_min) == (1, 1)
 
@@ -255,6 +256,10 @@ def test_growth_beyond_the_goal_fails_the_run():
         "decode 7 grows by 17.00 fds/min, 16 at most"
     ]
     assert not outcome(growth=[replace(GROWN, minutes=0.0)]).passed  # nothing is known
+    struck = replace(GROWN, of_memory=False)
+    assert outcome(growth=[struck]).passed
+    leaking = replace(struck, per_minute={"MB": 0.0, "fds": 0.9, "threads": 0.0})
+    assert not outcome(growth=[leaking]).passed
     assert outcome(growth=[replace(GROWN, name="raylet")]).passed  # Ray's own
 
 
@@ -268,7 +273,7 @@ def test_only_who_was_there_all_the_time_is_measured():
     assert (growth.name, growth.pid) == ("serving", own)
     assert growth.last["MB"] > 1
     assert growth.minutes == pytest.approx(14 / 60)
-    assert samples.growth(15.0)[0].minutes == 0
+    assert samples.growth(16.0)[0].minutes == 0
 
 
 # ---- what is left, what is asked
