@@ -36,7 +36,7 @@ def test_a_few_faults_lose_nothing(tmp_path):
     page = tmp_path / "chaos.html"
     kinds = ("kill-decode", "kill-router", "stop-decode")
     faults = (word for kind in kinds for word in ("--fault", kind))
-    few = ("--minutes", "0.15", "--kill-every", "3", "--prefill", "1", "--seed", SEED)
+    few = ("--minutes", "0.2", "--kill-every", "3", "--prefill", "1", "--seed", SEED)
     ended = run_chaos(*few, *faults, "--transport", "tcp", "--report", str(page))
     assert ended.stdout, ended.stderr
     told = json.loads(ended.stdout)
