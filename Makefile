@@ -32,7 +32,8 @@ chaos: $(STAMP) ## Kill and stop real processes for an hour, and simulate it; se
 	@mkdir -p $(RESULTS)
 	@failed=; \
 	run() { echo "== $$*"; timeout $$CHAOS_S "$$@" || failed=1; }; \
-	CHAOS_S=7200 run $(BIN)/pytest -m slow tests/chaos tests/simulation; \
+	CHAOS_S=7200 run $(BIN)/pytest -m slow tests/chaos tests/simulation \
+	    tests/e2e/test_rolling_restart.py; \
 	for transport in shm tcp; do \
 	    CHAOS_S=1800 run $(BIN)/kvrelay chaos --minutes 10 --kill-every 20 --transport $$transport \
 	        --report $(RESULTS)/chaos-$$transport.html; \

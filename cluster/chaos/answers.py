@@ -12,11 +12,13 @@ _REPEATED_MAX = 64  # tokens, or characters, that may have come again
 
 @dataclass(frozen=True)
 class Answer:
-    """`token_ids` None: over HTTP there are none. `finish_reason` "": its client had enough."""
+    """`token_ids` None: over HTTP there are none. `cut`: its client had enough and broke off, so
+    nobody has said why it ended."""
 
     text: str
     token_ids: tuple[int, ...] | None
     finish_reason: str
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Difference:
 def difference(right: Answer, got: Answer) -> Difference | None:
     """How `got` differs from the right answer, or None. Of an answer that its client cut short,
     what came has to be the beginning of the right one."""
-    whole = bool(got.finish_reason)
+    whole = not got.cut
     if got.token_ids is not None and right.token_ids is not None:
         found = _differ("token", right.token_ids, got.token_ids, whole=whole)
         if found is not None:
@@ -38,7 +40,8 @@ def difference(right: Answer, got: Answer) -> Difference | None:
     found = _differ("character", right.text, got.text, whole=whole)
     if found is not None or not whole or got.finish_reason == right.finish_reason:
         return found
-    what = f"it ended for {got.finish_reason}, and not for {right.finish_reason}"
+    reason = got.finish_reason or "no reason"
+    what = f"it ended for {reason}, and not for {right.finish_reason}"
     return Difference("wrong", what)
 
 

@@ -83,6 +83,8 @@ class Asking:
             except KvrelayError as error:
                 if error.code is not grpc.StatusCode.RESOURCE_EXHAUSTED:
                     raise LostError(f"{error.code.name}: {error}") from error
+                if stream.tokens:
+                    raise LostError(f"refused after {stream.tokens} tokens: {error}") from error
                 stream.refused += 1
                 retry_ms = error.retry_ms
                 await asyncio.sleep(_REFUSED_PAUSE_S if retry_ms is None else retry_ms / 1000)
@@ -97,7 +99,7 @@ class Asking:
                 if delta.token_ids:
                     self.came(stream, len(delta.token_ids))
                 if len(token_ids) >= enough:
-                    return Answer("".join(texts), tuple(token_ids), "")
+                    return Answer("".join(texts), tuple(token_ids), "", cut=True)
             whole = await call.result()
             stream.resumed += whole.resumed
         return Answer(whole.text, whole.token_ids, whole.finish_reason)
@@ -131,7 +133,7 @@ class Asking:
                 texts.append(piece.text)
                 self.came(stream, 1)
             if len(texts) >= enough and not finish_reason:
-                break
+                return Answer("".join(texts), None, "", cut=True)
         return Answer("".join(texts), None, finish_reason)
 
 

@@ -58,18 +58,19 @@ _ASKS = 64
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write a page with plots, into a .html file.",
 )
-def chaos(model: str, *, as_json: bool, page: Path | None, **choice: Any) -> None:
+def chaos(*, as_json: bool, page: Path | None, **choice: Any) -> None:
     """Serve MODEL to clients of our own while its processes are killed and stopped.
 
     Every answer is compared, token by token, with what was answered before the first fault. Ends
-    with status 1 when anything was lost, wrong, repeated or leaked. Without MODEL a tiny one with
+    with status 1 when anything was lost, wrong, repeated or leaked, when a goal is missed, or when
+    too little was asked or struck to show anything. Without MODEL a tiny one with
     random weights is served, made on the spot.
     """
     with errors_in_one_line(ModelError, BenchError), _terminated_like_ctrl_c():
         if page:
             check_plot(page, option="--report", suffix=".html")
         with contextlib.redirect_stdout(sys.stderr), reporting() as on_progress:
-            prepared = _prepared(model, on_progress)
+            prepared = _prepared(choice["model"], on_progress)
             from cluster.chaos.run import Chaos, run_chaos
             from cluster.options import LOG_FORMAT
 

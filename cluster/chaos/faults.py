@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from cluster.chaos.streams import Window
 from kvrelay.lifecycle import advance
 
 KINDS = (
@@ -79,12 +78,23 @@ TRANSITIONS = {
 
 @dataclass
 class Strike:
-    """A fault that was done. `whole_s` None: the cluster was not whole again within the bound."""
+    """A fault that was done. `whole_s` None: the cluster was not whole again within the bound.
+    A process that was stopped goes on at `woken_s`, or somebody has ended it by `ended_s`."""
 
     kind: str
     pid: int
     at_s: float
     whole_s: float | None = None
+    woken_s: float | None = None
+    ended_s: float | None = None
+
+    @property
+    def role(self) -> str:
+        return self.kind.partition("-")[2]
+
+    @property
+    def stops(self) -> bool:
+        return self.kind.startswith("stop-")
 
     @property
     def restart_s(self) -> float | None:
@@ -129,6 +139,12 @@ class Course:
 
     def woken(self, now_s: float) -> None:
         self._advance(Event.WAKES, now_s)
+        self.strikes[-1].woken_s = now_s
+
+    def ended(self, now_s: float) -> None:
+        """The process that was stopped will not go on: its supervisor has ended it."""
+        self._advance(Event.WAKES, now_s)
+        self.strikes[-1].ended_s = now_s
 
     def looked(self, whole: bool, now_s: float) -> None:
         """The cluster looks whole, or it does not."""
@@ -149,14 +165,3 @@ class Course:
         self.state = advance(TRANSITIONS, self.state, event)
         self._since_s = None
         self._give_up_s = now_s + self._whole_max_s
-
-
-def windows(strikes: Sequence[Strike], end_s: float) -> list[Window]:
-    """From each fault until the cluster was whole again, or `end_s`; in order and apart."""
-    found: list[Window] = []
-    for strike in strikes:
-        since, to = strike.at_s, end_s if strike.whole_s is None else strike.whole_s
-        if found and since <= found[-1][1]:
-            since, to = found[-1][0], max(to, found.pop()[1])
-        found.append((since, to))
-    return found

@@ -7,15 +7,14 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 
-from cluster.chaos.processes import Processes, router_gauges
+from cluster.chaos.processes import ROLES, WORKER_ACTOR, Processes, router_gauges
 from cluster.serving import Serving
 from kvrelay.config import WorkerConfig
 from kvrelay.membership import NotAMemberError, prove
@@ -24,7 +23,9 @@ from kvrelay.wire import worker_pb2_grpc
 
 _PROOF_S = 10.0
 _LOOK_S = 0.5
-_SHM = Path("/dev/shm")
+_PROC = Path("/proc")
+_POOL = "memfd:kvrelay-kv"  # the name of kvrelay/kv/pool.py
+_ENDED_S = 5.0  # one that was killed may take so long to go
 _IDLE = ("kvrelay_requests_running", "kvrelay_requests_queued")
 _WORKER_STUBS: dict[str, Any] = {
     "prefill": worker_pb2_grpc.PrefillWorkerStub,
@@ -37,7 +38,7 @@ class Before:
     """What there was before the load."""
 
     names: Mapping[int, str]
-    shm: frozenset[str]
+    pools: int  # of KV blocks in shared memory, that anybody below has open or mapped
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Leaks:
     blocks: dict[str, int] = field(default_factory=dict)  # by role and address; 0: all are back
     requests: int = 0  # that routers still have
     processes: list[str] = field(default_factory=list)
-    shm: list[str] = field(default_factory=list)
+    pools: int = 0  # more than before: those of workers that are gone
     unread: list[str] = field(default_factory=list)
 
     @property
@@ -57,12 +58,13 @@ class Leaks:
         if self.requests:
             lines.append(f"{self.requests} requests at routers")
         lines += [f"a process: {name}" for name in self.processes]
-        lines += [f"{_SHM / name}" for name in self.shm]
+        if self.pools:
+            lines.append(f"{self.pools} KV pools in shared memory whose workers are gone")
         return lines + [f"the ledger of {where} could not be read" for where in self.unread]
 
 
 def before(processes: Processes) -> Before:
-    return Before(processes.names(), _shm_names())
+    return Before(processes.names(), len(_pools(processes)))
 
 
 def find_leaks(serving: Serving, processes: Processes, then: Before, within_s: float) -> Leaks:
@@ -72,21 +74,25 @@ def find_leaks(serving: Serving, processes: Processes, then: Before, within_s: f
     asyncio.run(_read_ledgers(serving, deadline_s, leaks))
     while True:
         leaks.requests = _requests(processes)
-        leaks.processes = _too_many(then.names, processes.names())
-        leaks.shm = sorted(_shm_names() - then.shm)
+        leaks.processes = _odd(then.names, processes.names(), processes.counts)
+        leaks.processes += [f"{name}, without a parent" for name in processes.orphans()]
+        leaks.pools = max(0, len(_pools(processes)) - then.pools)
         late = time.monotonic() > deadline_s
-        if late or not (leaks.requests or leaks.processes or leaks.shm):
+        if late or not (leaks.requests or leaks.processes or leaks.pools):
             return leaks
         time.sleep(_LOOK_S)
 
 
-def left_behind() -> list[str]:
-    """Processes that are there although the cluster has been stopped."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            found.append(f"{process.name()} {process.pid} after the end")
-    return found
+def left_behind(processes: Processes) -> list[str]:
+    """Processes that are there although the cluster has been stopped: below this one, or not any
+    more."""
+    deadline_s = time.monotonic() + _ENDED_S
+    while True:
+        processes.descendants()
+        found = processes.survivors()
+        if not found or time.monotonic() > deadline_s:
+            return [f"{name} after the end" for name in found]
+        time.sleep(_LOOK_S)
 
 
 async def _read_ledgers(serving: Serving, deadline_s: float, leaks: Leaks) -> None:
@@ -151,11 +157,35 @@ def _requests(processes: Processes) -> int:
     return int(total)
 
 
-def _too_many(then: Mapping[int, str], now: Mapping[int, str]) -> list[str]:
-    """Names of processes that there are more of. Ray starts and ends its own as it likes."""
-    more = Counter(now.values()) - Counter(then.values())
-    return sorted(name for name in more.elements() if not name.startswith("ray::"))
+def _odd(then: Mapping[int, str], now: Mapping[int, str], counts: Mapping[str, int]) -> list[str]:
+    """Names of processes that there are more of, and roles that lack one. Ray starts and ends its
+    own as it likes, but for those that are workers."""
+    have = Counter(now.values())
+    more = have - Counter(then.values())
+    found = [name for name in more.elements() if not _is_rays(name)]
+    lacking = {role: counts[role] - have[role] for role in ROLES}
+    found += [f"{count} {role} too few" for role, count in lacking.items() if count > 0]
+    return sorted(found)
 
 
-def _shm_names() -> frozenset[str]:
-    return frozenset(path.name for path in _SHM.iterdir()) if _SHM.is_dir() else frozenset()
+def _is_rays(name: str) -> bool:
+    return name.startswith("ray::") and name != WORKER_ACTOR
+
+
+def _pools(processes: Processes) -> frozenset[int]:
+    """Shared KV pools, by inode, that processes below this one have open or mapped."""
+    pids = [process.pid for process in processes.descendants()]
+    return frozenset(inode for pid in pids for inode in pools_of(pid))
+
+
+def pools_of(pid: int) -> Iterator[int]:
+    """Inodes of the shared KV pools that this process has open or mapped."""
+    with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+        for line in (_PROC / str(pid) / "maps").read_text().splitlines():
+            if _POOL in line:
+                yield int(line.split()[4])
+    with contextlib.suppress(OSError):
+        for descriptor in (_PROC / str(pid) / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                if _POOL in str(descriptor.readlink()):
+                    yield descriptor.stat().st_ino

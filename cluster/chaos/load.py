@@ -85,10 +85,12 @@ class Load:
         return {}
 
     async def progress(self) -> dict[str, Any]:
+        self._check()
         ended = len(self._streams) - len(self._running)
         return {"tokens": self._tokens, "running": len(self._running), "ended": ended}
 
     async def end(self) -> dict[str, Any]:
+        self._check()
         self._arriving.cancel()
         if self._running:  # each gives up in time by itself
             await asyncio.wait(self._running, timeout=ANSWER_S + _GRACE_S)
@@ -99,6 +101,11 @@ class Load:
             "itl_p50_ms": 1000 * percentile(gaps_s, 50),
             "itl_p99_ms": 1000 * percentile(gaps_s, 99),
         }
+
+    def _check(self) -> None:
+        """Raises what has ended the asking: without a load nothing is shown."""
+        if self._arriving.done():
+            self._arriving.result()
 
     async def _arrive(self) -> None:
         """In clumps, so that many run side by side although they are soon done; for as long as not
@@ -135,7 +142,7 @@ class Load:
         except Exception as error:  # whatever it is, the client has no answer
             stream.outcome, stream.trouble = "lost", f"{type(error).__name__}: {error}"
         else:
-            stream.outcome = "answered" if answer.finish_reason else "cancelled"
+            stream.outcome = "cancelled" if answer.cut else "answered"
             stream.trouble = ""
             if (found := difference(self._right[ask.number], answer)) is not None:
                 stream.outcome, stream.trouble = found.kind, found.what

@@ -16,7 +16,9 @@ from cluster.serving import Serving
 
 ROLES = ("prefill", "decode", "router")
 _METRICS_S = 1.0
-_RAY_IDLE = "ray::IDLE"  # Ray keeps a few, as it likes
+_RAY = "ray::"
+_RAY_IDLE = f"{_RAY}IDLE"  # Ray keeps a few, as it likes
+WORKER_ACTOR = f"{_RAY}WorkerActor"  # cluster/actors.py: one for each worker
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Processes:
         self._counts = counts
         self._by_address: dict[str, psutil.Process] = {}
         self._others: set[int] = set()
+        self._ever: set[psutil.Process] = set()  # by id and time of birth
+        self._roles: dict[psutil.Process, str] = {}
 
     def leave_out(self, pid: int) -> None:
         """It and its children are none of the cluster's."""
@@ -62,6 +66,26 @@ class Processes:
                     return False
         return True
 
+    def living(self) -> dict[int, str]:
+        """Roles, by id, of all members that were ever found and run, or are stopped, now."""
+        for role in ROLES:
+            self._roles |= {each.process: role for each in self.members(role)}
+        return {process.pid: role for process, role in self._roles.items() if is_alive(process)}
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many there are to be of each role."""
+        return self._counts
+
+    def orphans(self) -> list[str]:
+        """Processes that were once below this one, run, and are not below it any more."""
+        below = set(self.descendants())
+        return [_told(process) for process in self._ever - below if is_alive(process)]
+
+    def survivors(self) -> list[str]:
+        """All that were ever below this one and run, wherever they are now."""
+        return [_told(process) for process in self._ever if is_alive(process)]
+
     @property
     def router_http(self) -> list[str]:
         return [each.http for each in self._serving.routers.addresses]
@@ -81,7 +105,9 @@ class Processes:
         left_out = {pid for pid in self._others if psutil.pid_exists(pid)}
         below = [child for pid in left_out for child in _children(pid)]
         apart = left_out | {process.pid for process in below}
-        return [each for each in own.children(recursive=True) if each.pid not in apart]
+        found = [each for each in own.children(recursive=True) if each.pid not in apart]
+        self._ever.update(found)
+        return found
 
     def _addresses(self, role: str) -> Sequence[str]:
         if role == "router":
@@ -157,4 +183,12 @@ def _name(process: psutil.Process) -> str:
     if "-m" in command[:-1]:
         return command[command.index("-m") + 1]
     first = command[0] if command else process.name()
-    return _RAY_IDLE if first.startswith("ray::") else first.rpartition("/")[2]
+    if first.startswith(WORKER_ACTOR):  # and what it does just now
+        return WORKER_ACTOR
+    return _RAY_IDLE if first.startswith(_RAY) else first.rpartition("/")[2]
+
+
+def _told(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return f"{_name(process)} {process.pid}"
+    return str(process.pid)

@@ -5,7 +5,7 @@ thread of its own, the clients a process (load.py).
 """
 
 import contextlib
-import threading
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +18,17 @@ from cluster.bench.report import BenchError
 from cluster.bench.router_processes import Child
 from cluster.chaos.asking import now_s
 from cluster.chaos.faults import KINDS, Course, faults
+from cluster.chaos.goals import Goals, goals
 from cluster.chaos.leaks import before, find_leaks, left_behind
 from cluster.chaos.load import Plan
+from cluster.chaos.model import TINY
 from cluster.chaos.outcome import Moment, Outcome
 from cluster.chaos.processes import Processes
-from cluster.chaos.samples import Samples
+from cluster.chaos.roll import Roll
+from cluster.chaos.samples import Growth, Samples
 from cluster.chaos.siege import Siege
 from cluster.chaos.streams import Stream
+from cluster.chaos.supervisor import Supervisor, supervised
 from cluster.model_store import PreparedModel
 from cluster.options import ServeError, ServeOptions
 from cluster.preparation import Progress
@@ -39,6 +43,7 @@ _REFERENCES_AT_ONCE = 4
 _STEP_S = 0.05
 _MOMENT_S = 0.5
 _SAMPLE_S = 5.0
+_SAMPLES_MIN = 24
 _WARM_UP_SHARE = 0.25  # of a soak: growth in it is no leak
 _WHOLE_MAX_S = 90.0  # after a fault, and before the first
 _LEAKS_S = 60.0  # longer than decode workers keep answers of a router that is gone
@@ -48,6 +53,7 @@ _LEAKS_S = 60.0  # longer than decode workers keep answers of a router that is g
 class Chaos:
     """What is run. `kill_every_s` 0: no faults. `soak`: short requests, and memory is sampled."""
 
+    model: str
     minutes: float
     kill_every_s: float
     seed: int
@@ -75,7 +81,25 @@ class Chaos:
         }
         words = [f"--{name} {_plain(value)}" for name, value in options.items()]
         chosen = [f"--fault {kind}" for kind in self.kinds] if set(self.kinds) != set(KINDS) else []
-        return " ".join(["kvrelay chaos", *(["--soak"] if self.soak else []), *words, *chosen])
+        named = [] if self.model == TINY else [shlex.quote(self.model)]
+        soak = ["--soak"] if self.soak else []
+        return " ".join(["kvrelay chaos", *named, *soak, *words, *chosen])
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Processes of each role."""
+        return {"prefill": self.prefill, "decode": self.decode, "router": self.routers}
+
+    @property
+    def goals(self) -> Goals:
+        return goals(
+            seconds=60 * self.minutes,
+            rate=self.rate,
+            kill_every_s=self.kill_every_s,
+            soak=self.soak,
+            counts=self.counts,
+            struck={kind.partition("-")[2] for kind in self.kinds} if self.kill_every_s else (),
+        )
 
 
 def run_chaos(model: PreparedModel, asked: Chaos, on_progress: Progress) -> Outcome:
@@ -83,16 +107,19 @@ def run_chaos(model: PreparedModel, asked: Chaos, on_progress: Progress) -> Outc
     pack_weights(model.path, "none", default_cache(), on_progress)
     try:
         options = _options(asked)
-        outcome = Outcome(_machine(model, asked, options), asked.play_again)
+        machine = _machine(model, asked, options)
+        outcome = Outcome(machine, asked.play_again, goals=asked.goals)
+        unstarted = Serving(model, options)
+        processes = Processes(unstarted, asked.counts)
         with (
-            _served(Serving(model, options), on_progress) as serving,
-            _supervised(serving) as supervisor,
+            _served(unstarted, on_progress) as serving,
+            supervised(serving) as supervisor,
             _load() as load,
         ):
-            _Run(serving, supervisor, load, asked, outcome, on_progress).run()
+            _Run(serving, processes, supervisor, load, asked, outcome, on_progress).run()
     except ServeError as error:
         raise BenchError(str(error)) from error
-    outcome.leaks.processes += left_behind()
+    outcome.leaks.processes += left_behind(processes)
     return outcome
 
 
@@ -100,7 +127,8 @@ class _Run:
     def __init__(
         self,
         serving: Serving,
-        supervisor: "_Supervisor",
+        processes: Processes,
+        supervisor: Supervisor,
         load: Child,
         asked: Chaos,
         outcome: Outcome,
@@ -112,8 +140,8 @@ class _Run:
         self._asked = asked
         self._outcome = outcome
         self._on_progress = on_progress
-        counts = {"prefill": asked.prefill, "decode": asked.decode, "router": asked.routers}
-        self._processes = Processes(serving, counts)
+        self._processes = processes
+        self._roll = Roll()
         self._processes.leave_out(load.pid)
         self._samples = Samples()
 
@@ -128,9 +156,19 @@ class _Run:
         self._take_answers(self._load.ask("end"))
         self._on_progress("looking for what is left", None)
         self._outcome.leaks = find_leaks(self._serving, self._processes, then, _LEAKS_S)
-        if self._asked.soak:
-            warm_s = start_s + _WARM_UP_SHARE * self._asked.minutes * 60
-            self._outcome.growth = self._samples.growth(warm_s)
+        self._supervisor.check()
+        self._roll.look(self._processes.living(), now_s())
+        self._outcome.deaths = self._roll.deaths(self._outcome.strikes, start_s)
+        self._outcome.growth = self._growth(start_s)
+
+    def _growth(self, start_s: float) -> list[Growth]:
+        """With faults, of those alone that none meets."""
+        asked = self._asked
+        warm_s = start_s + _WARM_UP_SHARE * asked.minutes * 60
+        found = self._samples.growth(warm_s, of_memory=not asked.kill_every_s)
+        return [
+            each for each in found if not asked.kill_every_s or each.name in asked.goals.growths
+        ]
 
     def _references(self) -> None:
         asked = self._asked
@@ -152,7 +190,7 @@ class _Run:
         deadline_s = now_s() + _WHOLE_MAX_S
         while not self._processes.are_whole():
             if now_s() > deadline_s:
-                raise BenchError("not every process of the cluster was found: --verbose says more")
+                raise BenchError(f"not every process serves after {_WHOLE_MAX_S:g} s")
             time.sleep(_MOMENT_S)
 
     def _besiege(self, start_s: float) -> None:
@@ -172,44 +210,30 @@ class _Run:
                     self._outcome.moments.append(self._moment(now))
                     moment_s = now + _MOMENT_S
                     self._on_progress(stage, min(1.0, (now - start_s) / (end_s - start_s)))
-                if asked.soak and now >= sample_s:
+                if now >= sample_s:
                     self._samples.take(self._processes.names(), now)
-                    sample_s = now + _SAMPLE_S
+                    sample_s = now + self._sample_every_s
                 time.sleep(_STEP_S)
         finally:
             siege.close()
         self._outcome.strikes = siege.strikes
+
+    @property
+    def _sample_every_s(self) -> float:
+        """Short runs are sampled more often: enough to see growth in."""
+        return min(_SAMPLE_S, self._asked.minutes * 60 / _SAMPLES_MIN)
 
     def _streams(self) -> int:
         return int(self._load.ask("progress")["running"])
 
     def _moment(self, at_s: float) -> Moment:
         seen = self._load.ask("progress")
+        self._roll.look(self._processes.living(), at_s)
         return Moment(at_s=at_s, alive=self._processes.alive(), **seen)
 
     def _take_answers(self, result: dict[str, Any]) -> None:
         self._outcome.streams = [Stream(**stream) for stream in result["streams"]]
         self._outcome.itl_ms = (result["itl_p50_ms"], result["itl_p99_ms"])
-
-
-class _Supervisor:
-    """What `kvrelay serve` does meanwhile: replaces who dies."""
-
-    def __init__(self, serving: Serving) -> None:
-        self.stopping = threading.Event()
-        self.thread = threading.Thread(target=self._watch, args=(serving,), daemon=True)
-        self._failure: ServeError | None = None
-
-    def check(self) -> None:
-        """Raises ServeError when it has given up."""
-        if self._failure is not None:
-            raise self._failure
-
-    def _watch(self, serving: Serving) -> None:
-        try:
-            serving.watch(self.stopping)
-        except ServeError as error:
-            self._failure = error
 
 
 def _options(asked: Chaos) -> ServeOptions:
@@ -232,17 +256,6 @@ def _served(serving: Serving, on_progress: Progress) -> Iterator[Serving]:
         yield serving
     finally:
         serving.stop()
-
-
-@contextlib.contextmanager
-def _supervised(serving: Serving) -> Iterator[_Supervisor]:
-    supervisor = _Supervisor(serving)
-    supervisor.thread.start()
-    try:
-        yield supervisor
-    finally:
-        supervisor.stopping.set()
-        supervisor.thread.join()
 
 
 @contextlib.contextmanager

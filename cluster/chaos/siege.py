@@ -39,7 +39,10 @@ class Siege:
             overdue = course.due(now_s - _STREAMS_WAIT_S) is not None
             if overdue or streams() >= _STREAMS_MIN:
                 self._strike(fault, now_s)
-        elif course.wake_due(now_s) or (self._stopped and not is_alive(self._stopped)):
+        elif self._stopped and not is_alive(self._stopped):
+            self._stopped = None
+            course.ended(now_s)
+        elif course.wake_due(now_s):
             self.close()
             course.woken(now_s)
         elif course.state is State.BROKEN and now_s >= self._look_s:

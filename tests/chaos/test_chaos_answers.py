@@ -30,6 +30,9 @@ def test_the_same_answer_is_right():
         (got((1, 2, 3, 4, 5, 6), text="abcdxf"), "character 4 is 'x', and should be 'e'"),
         (got(None, text="abc"), "it ends after 3 of 6 characters"),
         (got((1, 2, 3, 4, 5, 6), reason="stop"), "it ended for stop, and not for length"),
+        (got((1, 2, 3, 4, 5, 6), reason=""), "it ended for no reason, and not for length"),
+        (got((1, 2, 3), text="abc", reason=""), "it ends after 3 of 6 tokens"),
+        (got(None, text="abc", reason=""), "it ends after 3 of 6 characters"),
     ],
 )
 def test_what_is_not_right_is_told(answer, what):
@@ -52,10 +55,10 @@ def test_what_came_twice_is_told(ids):
 
 
 def test_an_answer_that_was_cancelled_is_the_beginning_of_the_right_one():
-    assert difference(RIGHT, Answer("abc", (1, 2, 3, 4), "")) is None
-    assert difference(RIGHT, Answer("", (), "")) is None
-    assert difference(RIGHT, Answer("abc", (1, 2, 4), "")).kind == "wrong"
-    assert difference(RIGHT, Answer("abcdefg", None, "")).kind == "wrong"
+    assert difference(RIGHT, Answer("abc", (1, 2, 3, 4), "", cut=True)) is None
+    assert difference(RIGHT, Answer("", (), "", cut=True)) is None
+    assert difference(RIGHT, Answer("abc", (1, 2, 4), "", cut=True)).kind == "wrong"
+    assert difference(RIGHT, Answer("abcdefg", None, "", cut=True)).kind == "wrong"
 
 
 # ---- stalls

@@ -17,10 +17,12 @@ from cluster.chaos.http_stream import (
     RouterLostError,
     pieces,
 )
+from cluster.chaos.model import TINY
 from cluster.chaos.run import Chaos
 from cluster.cli import main
 
 WITHIN_S = 240
+SEED = "0"  # a kill and a short stop come first
 
 
 def run_chaos(*options: str) -> subprocess.CompletedProcess[str]:
@@ -32,9 +34,10 @@ def run_chaos(*options: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_few_faults_lose_nothing(tmp_path):
     page = tmp_path / "chaos.html"
-    faults = ("--fault", "kill-decode", "--fault", "kill-router")
-    few = ("--minutes", "0.15", "--kill-every", "3", "--prefill", "1")
-    ended = run_chaos(*few, *faults, "--report", str(page))
+    kinds = ("kill-decode", "kill-router", "stop-decode")
+    faults = (word for kind in kinds for word in ("--fault", kind))
+    few = ("--minutes", "0.2", "--kill-every", "3", "--prefill", "1", "--seed", SEED)
+    ended = run_chaos(*few, *faults, "--transport", "tcp", "--report", str(page))
     assert ended.stdout, ended.stderr
     told = json.loads(ended.stdout)
     assert told["failures"] == []
@@ -45,7 +48,11 @@ def test_a_few_faults_lose_nothing(tmp_path):
     assert {figures[f"requests/{bad}"] for bad in ("lost", "wrong", "repeated")} == {0}
     assert figures["leaked/blocks"] == 0
     assert len(told["blocks"]) == 3
-    assert told["faults"]
+    assert {fault["kind"].split("-")[0] for fault in told["faults"]} == {"kill", "stop"}
+    assert figures["stall-beyond/p99"] <= 3
+    # Of who is not struck: no descriptors and threads more, as in a soak.
+    assert {growth["name"] for growth in told["growth"]} == {"prefill"}
+    assert any(name.startswith("growth/prefill-") for name in figures)
     assert "<span class='passed'>" in page.read_text()
 
 
@@ -62,19 +69,22 @@ def test_a_page_with_another_name_is_refused_before_anything_starts(tmp_path):
         ["--soak"],
         ["--routers", "1"],
         ["--fault", "kill-decode", "--rate", "2.5"],
+        ["smollm2", "--rate", "0.5"],
+        ["a folder/of a model", "--soak"],
     ],
 )
 def test_what_is_told_to_play_it_again_asks_for_the_same(options):
     def asked(words: list[str]) -> Chaos:
         context = commands.chaos.make_context("chaos", list(words))
-        others = ("model", "as_json", "page")
+        others = ("as_json", "page")
         choice = {name: value for name, value in context.params.items() if name not in others}
         return Chaos(**commands._completed(choice))
 
     first = asked(options)
+    assert first.model == (options[0] if options and options[0][0] != "-" else TINY)
     assert asked(shlex.split(first.play_again)[2:]) == first
     assert first.minutes == (20 if first.soak else 10)
-    assert ("kill-router" in first.kinds) == (options == [] or first.soak)
+    assert ("kill-router" in first.kinds) == ("--fault" not in options and first.routers > 1)
 
 
 # ---- an answer over HTTP, from a router that sends what it is told

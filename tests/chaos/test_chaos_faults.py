@@ -5,7 +5,8 @@ from itertools import islice
 import psutil
 import pytest
 
-from cluster.chaos.faults import KINDS, Course, Strike, faults, windows
+from cluster.chaos.excuses import AFTER_S, NOTICED_S, excused, router_losses, spans
+from cluster.chaos.faults import KINDS, Course, Strike, faults
 from cluster.chaos.processes import Member
 from cluster.chaos.siege import Siege
 from kvrelay.lifecycle import IllegalTransitionError
@@ -69,7 +70,7 @@ def test_a_process_that_was_stopped_is_woken_before_anything_else_comes():
     one.woken(30.1)
     one.looked(True, 31.0)
     one.looked(True, 32.0)
-    assert one.strikes[0].whole_s == 31.0
+    assert (one.strikes[0].whole_s, one.strikes[0].woken_s) == (31.0, 30.1)
 
 
 def test_a_cluster_that_is_not_whole_in_time_is_told():
@@ -89,7 +90,36 @@ def test_what_cannot_be_is_refused():
 
 def test_restarts_that_meet_are_one_window():
     strikes = [Strike("", 1, 1.0, 3.0), Strike("", 1, 2.0, 2.5), Strike("", 1, 5.0)]
-    assert windows(strikes, 9.0) == [(1.0, 3.0), (5.0, 9.0)]
+    assert spans(strikes, 9.0) == [(1.0, 3.0), (5.0, 9.0)]
+    assert spans(strikes, 9.0, 2.5) == [(1.0, 11.5)]
+
+
+WOKEN = Strike("stop-decode", 1, 10.0, 16.0, woken_s=15.0)
+ENDED = Strike("stop-decode", 1, 10.0, 26.0, ended_s=20.0)
+
+
+def test_a_stop_excuses_no_more_than_the_time_that_it_takes_to_notice():
+    assert excused([WOKEN], 99.0, "grpc") == [(10.0, 10.0 + NOTICED_S)]
+    assert excused([ENDED], 99.0, "grpc") == [(10.0, 10.0 + NOTICED_S), (20.0, 26.0)]
+    short = Strike("stop-decode", 1, 10.0, 11.0, woken_s=10.8)
+    assert excused([short], 99.0, "grpc") == [(10.0, 11.0)]
+
+
+def test_a_kill_excuses_its_restart_and_so_does_a_stop_of_the_only_one_of_its_role():
+    assert excused([Strike("kill-decode", 1, 10.0, 16.0)], 99.0, "grpc") == [(10.0, 16.0)]
+    assert excused([WOKEN], 99.0, "grpc", {"decode"}) == [(10.0, 16.0)]
+
+
+def test_over_http_nobody_notices_that_a_router_hangs():
+    router = Strike("stop-router", 1, 10.0, 16.0, woken_s=15.0)
+    assert excused([router], 99.0, "http") == [(10.0, 16.0)]
+    assert excused([router], 99.0, "grpc") == [(10.0, 12.0)]
+    assert excused([WOKEN], 99.0, "http") == [(10.0, 12.0)]
+
+
+def test_a_router_may_be_lost_only_when_one_was_struck():
+    assert router_losses([WOKEN, Strike("kill-prefill", 2, 1.0, 2.0)], 99.0) == []
+    assert router_losses([Strike("kill-router", 3, 1.0, 2.0)], 99.0) == [(1.0, 2.0 + AFTER_S)]
 
 
 # ---- carried out
@@ -164,7 +194,8 @@ def test_a_process_that_is_ended_while_it_is_stopped_need_not_be_woken():
     for at_s in (30.1, 31.0, 33.0):
         siege.step(at_s, lambda: 9)
     assert double.done == ["stop"]
-    assert siege.strikes[0].whole_s == 31.0
+    strike = siege.strikes[0]
+    assert (strike.whole_s, strike.woken_s, strike.ended_s) == (31.0, None, 30.1)
 
 
 def test_nobody_stays_stopped_when_the_run_is_broken_off():

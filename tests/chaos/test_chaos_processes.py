@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from waiting import until
 
+from cluster.chaos.leaks import left_behind
 from cluster.chaos.processes import Processes, router_gauges
 
 LISTEN = "import socket; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1]); "
@@ -137,6 +139,63 @@ def test_nobody_elses_processes_are_found(workers, metrics):
     processes = processes_of(workers, metrics)
     processes.leave_out(workers["decode"].process.pid)
     assert processes.members("decode") == []
+
+
+def test_who_lives_is_told_by_role_until_he_ends(workers):
+    processes = processes_of(workers)
+    assert processes.living() == {w.process.pid: role for role, w in workers.items()}
+    workers["decode"].end()
+    assert set(processes.living().values()) == {"prefill", "router"}
+
+
+# One that starts another and ends: init, or whoever reaps, has that then.
+ORPHAN = """\
+import subprocess, sys
+apart = subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+print(apart.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_process_whose_parent_has_ended_is_still_found(workers):
+    processes = processes_of(workers)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", ORPHAN],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout
+    orphan = psutil.Process(int(parent.stdout.readline()))
+    try:
+        assert orphan.pid in {each.pid for each in processes.descendants()}
+        assert processes.orphans() == []
+        parent.communicate("")
+        assert processes.orphans() == [f"sleep {orphan.pid}"]
+        for worker in workers.values():
+            worker.end()
+        assert left_behind(processes) == [f"sleep {orphan.pid} after the end"]
+    finally:
+        orphan.kill()
+    psutil.wait_procs([orphan], 5)
+    assert processes.survivors() == []
+
+
+def test_rays_worker_is_told_from_its_idle_processes(workers):
+    processes = processes_of(workers)
+    titles = ("ray::IDLE", "ray::WorkerActor.start", "ray::WorkerActor")
+    started = [subprocess.Popen([title, "60"], executable="/bin/sleep") for title in titles]
+    try:
+        names = processes.names()
+        assert [names[each.pid] for each in started] == [
+            "ray::IDLE",
+            "ray::WorkerActor",
+            "ray::WorkerActor",
+        ]
+    finally:
+        for each in started:
+            each.kill()
+            each.wait()
 
 
 def test_gauges_of_a_router(metrics):
