@@ -4,7 +4,9 @@ Made and owned by cluster/routers.py. Nothing here waits longer than it is told 
 """
 
 import contextlib
+import functools
 import logging
+import os
 import re
 import select
 import signal
@@ -14,6 +16,10 @@ import threading
 import time
 from dataclasses import dataclass
 from typing import Any
+
+# Read when gRPC is first used. Nothing of ours uses it on both sides of a fork, and what it does
+# before one may wait for ever for its own threads.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 import grpc
 
@@ -130,11 +136,8 @@ class ControlLine:
     def __init__(self, config: RouterConfig) -> None:
         self.known: control_pb2.WorkerSet | None = None  # the last one it has answered to
         self.pulse = Pulse(time.monotonic())
-        # A pool of its own: the process before it had the same socket.
-        self._channel = grpc.insecure_channel(
-            f"unix:{config.control_socket}", options=[("grpc.use_local_subchannel_pool", 1)]
-        )
-        self._stub = control_pb2_grpc.RouterControlStub(self._channel)
+        self._target = f"unix:{config.control_socket}"
+        self._channel: grpc.Channel | None = None
         self._asked: control_pb2.WorkerSet | None = None
         self._asked_s = 0.0
         self._call: Any = None  # a grpc.Future, and a grpc.Call
@@ -155,7 +158,16 @@ class ControlLine:
             self._call = self._stub.SetWorkers.future(workers, timeout=_TELL_S, wait_for_ready=True)
 
     def close(self) -> None:
-        self._channel.close()
+        if self._channel is not None:
+            self._channel.close()
+
+    @functools.cached_property
+    def _stub(self) -> control_pb2_grpc.RouterControlStub:
+        # Not before it is needed: Ray forks as it starts, and a fork beside gRPC's threads may
+        # never end. A pool of its own: the process before it had the same socket.
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        self._channel = grpc.insecure_channel(self._target, options=options)
+        return control_pb2_grpc.RouterControlStub(self._channel)
 
     def _take_answer(self) -> bool:
         """True when there is a new one, whatever it says."""

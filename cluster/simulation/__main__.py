@@ -74,7 +74,8 @@ def _shared_out(first: int, last: int, jobs: int) -> int:
         for begin, end in itertools.pairwise(bounds)
         if end > begin
     ]
-    return int(any([part.wait() for part in parts]))  # one that a signal has ended, too
+    statuses = [part.wait() for part in parts]
+    return int(any(statuses))  # of one that a signal has ended it is negative
 
 
 def _range(text: str) -> tuple[int, int]:
