@@ -207,7 +207,7 @@ def test_its_new_decode_worker_dies_too_and_it_is_placed_again():
 def test_many_that_lose_their_second_worker_too_are_all_placed_again():
     bench = Bench("d1", "d2")
     for name in ("one", "other"):
-        wish = Resumption(name, TENANT, "d1", 0, 0.0)
+        wish = Resumption(name, TENANT, "d1", 0, 0, 0.0)
         bench.take(bench.dispatcher.resume(wish))
         asked = reserve()
         asked.request_id = name

@@ -80,7 +80,7 @@ class ScriptedFleet:
         self.asked.put_nowait((request, answer))
         return answer
 
-    def let_go(self, request: Request, answer: Answer) -> None:
+    def let_go(self, request: Request, answer: Answer, *, resumable: bool = False) -> None:
         if request in self._held:
             self._held.remove(request)
             self.let_go_of.put_nowait(request)
