@@ -253,14 +253,16 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     def _reservation_with_room(self, key: Key, reserve: worker_pb2.Reserve) -> Reservation:
         """Answers without a router make room. The room of one that is in a step is there only after
         it: then the refused router asks again."""
-        for orphan in self._kept.orphans():
+        while True:
             try:
                 return self._reservation(key, reserve)
             except OutOfBlocksError:
+                orphan = next(iter(self._kept.orphans()), None)
+                if orphan is None:
+                    raise
                 self._abort(orphan, ReservationEvent.TIMEOUT, "others need its room")
                 if self._handoff.is_aborting(orphan):
                     raise
-        return self._reservation(key, reserve)
 
     def _reservation(self, key: Key, reserve: worker_pb2.Reserve) -> Reservation:
         chain = None
