@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from decode_worker.claims import Claims
 from decode_worker.reservation import (
     CAUSES,
-    DrainingError,
     InvalidReservationError,
     Key,
     Reservation,
@@ -20,6 +19,7 @@ from decode_worker.reservation import (
     ReservationState,
 )
 from decode_worker.transfers import Transfers
+from kvrelay.draining import DrainingError
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.kv.layout import KVLayout, reserved_blocks
 from kvrelay.kv.ledger import BlockEvent, BlockLedger, OutOfBlocksError

@@ -88,10 +88,6 @@ TRANSITIONS: dict[tuple[ReservationState, ReservationEvent], ReservationState] =
 CAUSES = frozenset({_E.CANCEL, _E.TIMEOUT, _E.ROUTER_LOST, _E.FAIL})
 
 
-class DrainingError(Exception):
-    """This worker takes nothing new."""
-
-
 class InvalidReservationError(Exception):
     """Can never be served by this worker; the message says why."""
 

@@ -21,7 +21,6 @@ from decode_worker.handoff import HandOff
 from decode_worker.kept import Kept
 from decode_worker.prompts import LocalPrompts, PromptsFullError
 from decode_worker.reservation import (
-    DrainingError,
     InvalidReservationError,
     Key,
     Reservation,
@@ -30,6 +29,7 @@ from decode_worker.reservation import (
 from decode_worker.step_loop import StepLoop
 from kvrelay.clock import now_ms
 from kvrelay.config import WorkerConfig
+from kvrelay.draining import DrainingError, drained
 from kvrelay.engine.host import EngineHost
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.failpoints import Failpoints, Point
@@ -107,7 +107,6 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             self._prompts,
             self._kept,
             self._sessions,
-            now_ms=now_ms,
             freed=self._announce_load,
             failpoints=self._failpoints,
         )
@@ -154,14 +153,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         log.info("draining: %d requests are here", len(self._handoff))
         self._handoff.drain()
         self._sessions.tell_load()
-        try:
-            async with asyncio.timeout(deadline_s):
-                while not self._is_idle():
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            return False
-        return True
+        return await drained(self._is_idle, self._changed, deadline_s)
 
     async def stop(self) -> None:
         await self._server.stop(grace=None)

@@ -15,7 +15,7 @@ from decode_worker.kept import Kept
 from decode_worker.prompts import LocalPrompt, LocalPrompts
 from decode_worker.reservation import Key, ReservationEvent
 from decode_worker.step import DecodeStep
-from kvrelay.clock import now_s
+from kvrelay.clock import now_ms, now_s
 from kvrelay.engine.host import EngineHangsError, EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER
 from kvrelay.engine.step import CancelFlag, StepCancelledError
@@ -39,7 +39,6 @@ class StepLoop:
         kept: Kept,
         sessions: Sessions[DecodeEvent],
         *,
-        now_ms: Callable[[], float],
         freed: Callable[[], None],
         failpoints: Failpoints,
     ) -> None:
@@ -51,7 +50,6 @@ class StepLoop:
         self._prompts = prompts
         self._kept = kept
         self._sessions = sessions
-        self._now_ms = now_ms
         self._freed = freed
         self._failpoints = failpoints
         self._in_step: set[Key] = set()
@@ -177,7 +175,7 @@ class StepLoop:
 
     def _engine_idle(self, step: DecodeStep) -> None:
         """Frees what was aborted while the step ran."""
-        self._handoff.engine_moved(self._now_ms())
+        self._handoff.engine_moved(now_ms())
         for key in step.keys:
             self._in_step.discard(key)
             if self._handoff.is_aborting(key):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+from kvrelay.draining import DrainingError
 from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.engine.turns import Chunk, Turns
@@ -77,10 +78,6 @@ TRANSITIONS: dict[tuple[JobState, JobEvent], JobState] = {
 
 # Why a job is let go of before it is handed off; Schedule.abort takes these.
 CAUSES = frozenset({_E.CANCEL, _E.TIMEOUT, _E.ROUTER_LOST, _E.DECODER_LOST, _E.FAIL})
-
-
-class DrainingError(Exception):
-    """This worker takes nothing new."""
 
 
 class InvalidJobError(Exception):

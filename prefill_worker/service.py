@@ -15,6 +15,7 @@ import grpc
 
 from kvrelay.clock import now_s
 from kvrelay.config import WorkerConfig
+from kvrelay.draining import DrainingError, drained
 from kvrelay.engine.host import EngineHangsError, EngineHost
 from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams, history_of
 from kvrelay.engine.step import CancelFlag, StepCancelledError
@@ -33,7 +34,6 @@ from kvrelay.wire import worker_pb2, worker_pb2_grpc
 from kvrelay.wire.worker_pb2 import FailureCode, PrefillCommand, PrefillEvent
 from prefill_worker.push import Push
 from prefill_worker.schedule import (
-    DrainingError,
     InvalidJobError,
     Job,
     JobEvent,
@@ -124,14 +124,8 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         log.info("draining: %d prompts are here", len(self._running))
         self._schedule.drain()
         self._sessions.tell_load()
-        try:
-            async with asyncio.timeout(deadline_s):
-                while self._running:  # each until no step has its job
-                    self._changed.clear()
-                    await self._changed.wait()
-        except TimeoutError:
-            return False
-        return True
+        # Each is there until no step has its job.
+        return await drained(lambda: not self._running, self._changed, deadline_s)
 
     async def stop(self) -> None:
         await self._server.stop(grace=None)

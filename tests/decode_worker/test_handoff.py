@@ -22,13 +22,13 @@ from kv_fixtures import LAYOUT, sampling
 from decode_worker.handoff import HandOff
 from decode_worker.reservation import (
     TRANSITIONS,
-    DrainingError,
     InvalidReservationError,
     Key,
     Reservation,
     ReservationEvent,
     ReservationState,
 )
+from kvrelay.draining import DrainingError
 from kvrelay.kv.ledger import BlockLedger, BlockState, OutOfBlocksError
 from kvrelay.kv.prefix import PrefixChain, chain_root
 from kvrelay.lifecycle import IllegalTransitionError

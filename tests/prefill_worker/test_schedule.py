@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kv_fixtures import LAYOUT, sampling
 
+from kvrelay.draining import DrainingError
 from kvrelay.engine.step import Slice
 from kvrelay.engine.turns import Chunk
 from kvrelay.kv.ledger import BlockLedger, BlockState
@@ -17,7 +18,6 @@ from kvrelay.wire.transfer_pb2 import Ticket
 from prefill_worker.schedule import (
     CAUSES,
     TRANSITIONS,
-    DrainingError,
     InvalidJobError,
     Job,
     JobEvent,
