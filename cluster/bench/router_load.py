@@ -15,9 +15,7 @@ with one; `address` is a server's:
 """
 
 import asyncio
-import json
 import random
-import sys
 import time
 from collections.abc import Callable
 from statistics import fmean
@@ -25,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from cluster.bench.answering import answer_lines
 from cluster.bench.router_clock import late_ms
 from cluster.bench.router_wire import RESOURCE_EXHAUSTED, Connection
 from kvrelay.wire import inference_pb2 as pb
@@ -204,18 +203,5 @@ def _cpu_s(pid: int) -> float:
     return times.user + times.system
 
 
-async def _serve() -> None:
-    load = Load()
-    loop = asyncio.get_running_loop()
-    print("ready", flush=True)
-    while line := await loop.run_in_executor(None, sys.stdin.readline):
-        command = json.loads(line)
-        try:
-            result = await getattr(load, command.pop("do"))(**command)
-        except (LoadError, OSError, psutil.Error) as error:
-            result = {"error": str(error)}
-        print(json.dumps(result), flush=True)
-
-
 if __name__ == "__main__":
-    asyncio.run(_serve())
+    asyncio.run(answer_lines(Load, (LoadError, OSError, psutil.Error)))

@@ -12,16 +12,15 @@ answered with one:
 """
 
 import asyncio
-import json
 import random
 import signal
-import sys
 from array import array
 from dataclasses import asdict
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from cluster.bench.answering import answer_lines
 from cluster.chaos.answers import Answer, difference
 from cluster.chaos.asking import ANSWER_S, Asking, LostError, now_s
 from cluster.chaos.asks import MIXES, Ask, make_asks
@@ -166,19 +165,6 @@ def _shown(stream: Stream) -> dict[str, Any]:
     return {name: value for name, value in vars(stream).items() if not name.startswith("_")}
 
 
-async def _serve() -> None:
-    load = Load()
-    loop = asyncio.get_running_loop()
-    print("ready", flush=True)
-    while line := await loop.run_in_executor(None, sys.stdin.readline):
-        command = json.loads(line)
-        try:
-            result = await getattr(load, command.pop("do"))(**command)
-        except (KvrelayError, OSError) as error:
-            result = {"error": str(error)}
-        print(json.dumps(result), flush=True)
-
-
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: it ends with its stdin
-    asyncio.run(_serve())
+    asyncio.run(answer_lines(Load, (KvrelayError, OSError)))
