@@ -23,7 +23,6 @@ from waiting import until
 from kvrelay.client import AsyncClient, Completion, KvrelayError
 
 FREED_S = 1.0
-HELD_MAX_S = 10.0  # after a client's cancel amid the storm; mostly FREED_S
 STEPS_ON_THE_WAY = 5  # of the decode worker while a cancel comes from client to it, mostly
 AT_ONCE = 48
 KINDS = 12  # of requests that run to their end, each asked for many times
@@ -72,8 +71,7 @@ async def storm(model: Path, transport: str, count: int) -> str:
         steps = counter.after_cancel
         assert median(steps) <= STEPS_ON_THE_WAY, f"cancels come late: {steps}"
         held_s = [0.0, *counter.held_s]
-        assert median(held_s) <= FREED_S, f"cancels free nothing: {held_s}"
-        assert held_s[-1] <= HELD_MAX_S, "a worker held what its client had cancelled"
+        assert held_s[-1] <= FREED_S, f"a worker held what its client had cancelled: {held_s}"
         freed_ms = (FREED_S - left_s + waited_s) * 1000
         return (
             f"{count} requests, {counter.aborted} aborted on D, at most {counter.most} step too "
