@@ -120,14 +120,12 @@ class Dispatcher:
         self._workers.decode_up(worker_id, info)
         self._recovery.worker_up(worker_id)
 
-    def worker_down(
-        self, worker_id: str, now_ms: float, *, on_purpose: bool = False
-    ) -> list[Command]:
+    def worker_down(self, worker_id: str, now_ms: float, *, died: bool = True) -> list[Command]:
         """Every request that needs this worker is placed again.
 
-        on_purpose: it was taken away, and has not died.
+        died: False where it was taken away, or may be lost by the router's own doing.
         """
-        died = not on_purpose and not self._workers.drains(worker_id)
+        died = died and not self._workers.drains(worker_id)
         self._workers.down(worker_id)
         self._keep_no_longer(worker_id, now_ms)
         adoptions = self._adoptions.worker_down(worker_id)

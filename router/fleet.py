@@ -198,13 +198,14 @@ class Fleet:
 
     def worker_down(self, worker: "_Worker") -> None:
         if self._connected.get(worker.instance_id) is worker:
-            self._lost(worker.instance_id, on_purpose=worker.stopped)
+            self._lost(worker.instance_id, taken_away=worker.stopped)
 
-    def _lost(self, worker_id: str, *, on_purpose: bool = False) -> None:
+    def _lost(self, worker_id: str, *, taken_away: bool = False) -> None:
         if self._connected.pop(worker_id, None) is not None:
             self._watch.gone(worker_id)
-            down = self.dispatcher.worker_down(worker_id, now_ms(), on_purpose=on_purpose)
-            self.carry_out(down)
+            at_ms = now_ms()
+            died = not taken_away and not self._watch.was_held_up(at_ms)
+            self.carry_out(self.dispatcher.worker_down(worker_id, at_ms, died=died))
             self._announce()
 
     def carry_out(self, commands: Iterable[Command]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from scripted_decode import ScriptedDecode, serving
+from waiting import until
 
 from kvrelay.config import RouterConfig
 from kvrelay.wire import worker_pb2 as pb
@@ -110,3 +111,20 @@ async def test_a_router_that_was_held_up_does_not_blame_its_workers():
         time.sleep(2 * SILENCE_MS / 1000)  # noqa: ASYNC251
         await asyncio.sleep(SILENCE_MS / 1000)
         assert (fleet.connected("decode"), worker.opened.empty()) == (1, True)
+
+
+async def test_a_session_that_breaks_just_after_the_router_was_held_up_strikes_nobody():
+    """The worker lives, and may have taken the router for dead."""
+    workers = {f"d{n}": ScriptedDecode(f"d{n}", BEAT_S) for n in (1, 2)}
+    async with a_fleet(*workers.values()) as fleet:
+        asked = request()
+        fleet.submit(asked)
+        left = workers.pop(asked.decode_id)
+        session, reserve = await left.reserve()
+        left.say(session, reserved=pb.Reserved(key=reserve.key))
+        await until(lambda: asked.state is RequestState.PREFILLING, within_s=DEADLINE_S)
+        time.sleep(2 * SILENCE_MS / 1000)  # noqa: ASYNC251
+        session.end()
+        (other,) = workers.values()
+        _, again = await other.reserve()
+        assert (again.request_id, asked.strikes) == ("r1", {})

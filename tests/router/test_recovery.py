@@ -356,7 +356,7 @@ def test_a_worker_that_ends_on_purpose_strikes_nobody(how):
     bench, request = in_state(S.DECODING, "p1", "d1", "d2")
     if how == "drained":
         bench.drain("d1")
-    bench.down("d1", on_purpose=how == "removed")
+    bench.down("d1", died=how == "drained")
     assert (request.state, request.decode_id, request.strikes) == (S.RESERVING, "d2", {})
     finish(bench, request)
 

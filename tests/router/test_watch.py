@@ -56,3 +56,16 @@ def test_workers_that_come_before_the_first_tick_are_watched_from_it():
     watch.heard("w", 5_000)
     assert watch.tick(90_000) == []
     assert watch.tick(90_000 + TICK) == []
+
+
+def test_a_router_that_stood_still_knows_it_until_its_sessions_have_had_time_to_break():
+    watch = Watch(SILENCE)
+    assert not watch.was_held_up(100 * TICK), "not even the first tick has been"
+    watch.tick(0)
+    assert not watch.was_held_up(2 * TICK)
+    assert watch.was_held_up(3 * TICK), "before the late tick comes, too"
+    watch.tick(3 * TICK)
+    for n in range(4, 9):
+        assert watch.was_held_up(n * TICK)
+        watch.tick(n * TICK)
+    assert not watch.was_held_up(9 * TICK)

@@ -73,8 +73,8 @@ class Bench:
             max_model_tokens=self.blocks * layout.block_size,
         )
 
-    def down(self, worker: str, on_purpose: bool = False) -> None:
-        self.take(self.dispatcher.worker_down(worker, self.now, on_purpose=on_purpose))
+    def down(self, worker: str, died: bool = True) -> None:
+        self.take(self.dispatcher.worker_down(worker, self.now, died=died))
 
     def submit(self, *args: Any, **kwargs: Any) -> Request:
         request = make(*args, now=self.now, **kwargs)
