@@ -133,21 +133,19 @@ class HandOff:
         self._claims.granted(session, total)
         return taken
 
-    def session_ended(self, session: object) -> tuple[list[Key], list[Key]]:
+    def session_ended(self, session: object) -> list[Key]:
         """A router is lost: it claims nothing any more. Returns what is to be aborted with
-        ROUTER_LOST, and what is decoding and goes on; who does not keep that for another router
-        aborts it with TIMEOUT."""
+        ROUTER_LOST; what is decoding goes on for another router."""
         self._claims.leave(session)
-        to_abort, decoding = [], []
+        to_abort = []
         for key, reservation in self._by_key.items():
             if key[0] is not session:
                 continue
             if reservation.state is ReservationState.DECODING:
                 reservation.on(ReservationEvent.ROUTER_LOST)
-                decoding.append(key)
             else:
                 to_abort.append(key)
-        return to_abort, decoding
+        return to_abort
 
     def drain(self) -> None:
         """Nothing new from here on; what is here goes on."""

@@ -202,8 +202,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
     def _closed(self, session: RouterSession[DecodeEvent]) -> None:
         self._sessions.close(session)
         self._kept.session_ended(session, now_ms(), session.router)
-        to_abort, _ = self._handoff.session_ended(session)  # the others go on, and are kept
-        for key in to_abort:
+        for key in self._handoff.session_ended(session):  # the others go on, and are kept
             self._abort(key, ReservationEvent.ROUTER_LOST, "the router's session ended")
         if self._sessions.has(session.router):
             self._placed_again(session.router)

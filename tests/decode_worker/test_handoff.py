@@ -460,14 +460,14 @@ def test_an_idle_engine_does_not_free_blocks_that_a_writer_may_still_write(hando
     assert counts(handoff) == {B.FREE: 6, B.QUARANTINED: 2}
 
 
-def test_a_lost_session_is_answered_with_exactly_its_keys_those_that_decode_apart(handoff):
+def test_a_lost_session_is_answered_with_exactly_its_keys_that_do_not_decode(handoff):
     ours, theirs = object(), object()
     for key in ((ours, 1), (theirs, 1), (ours, 2), (ours, 3)):
         handoff.reserve(key, 4, sampling(max_tokens=1), 0)
     for key in ((ours, 2), (theirs, 1)):
         handoff.claim_for_engine(key)
         handoff.computed(key)
-    assert handoff.session_ended(ours) == ([(ours, 1), (ours, 3)], [(ours, 2)])
+    assert handoff.session_ended(ours) == [(ours, 1), (ours, 3)]
 
 
 def test_why_reservations_were_let_go_of_is_counted_once_each(handoff):
@@ -1097,8 +1097,8 @@ class HandOffMachine(RuleBasedStateMachine):
     def router_lost(self, keep: bool, chance: int) -> None:
         if chance:
             return
-        to_abort, decoding = self.handoff.session_ended("router")
-        for key in to_abort:
+        decoding = [key for key, r in self.live.items() if r.state is S.DECODING]
+        for key in self.handoff.session_ended("router"):
             self.abort_one(self.live[key], E.ROUTER_LOST)
         for key in [] if keep else decoding:
             self.abort_one(self.live[key], E.TIMEOUT)

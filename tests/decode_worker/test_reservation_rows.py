@@ -22,9 +22,8 @@ def commit(handoff: HandOff, r: Reservation) -> None:
 
 
 def router_lost(handoff: HandOff, r: Reservation) -> None:
-    to_abort, decoding = handoff.session_ended("router")
-    assert to_abort + decoding == [r.key]
-    for key in to_abort:
+    for key in handoff.session_ended("router"):
+        assert key == r.key
         handoff.abort(key, E.ROUTER_LOST, in_step=True)
 
 
