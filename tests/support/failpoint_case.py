@@ -5,17 +5,20 @@ was hit; what dies is replaced, what hangs is continued or replaced, as the seed
 """
 
 import asyncio
+import contextlib
 import random
+import time
 from dataclasses import dataclass
 
 from asked import Oracle, check
+from link_process import EndDiedError
 from waiting import until
 from worker_cluster import Worker, WorkerCluster
 
 from kvrelay.client import AsyncClient
 from kvrelay.failpoints import Action, Failpoint, Point
 
-_WAVES_MAX = 30  # the armed worker gets its share of most
+_WAVES_S = 60.0  # the armed worker gets its share of most, unless a bad start makes it look slow
 _FREE_S = 10.0  # a writer that hung on a link has let go by then
 _NOTICED_S = 10.0  # only a broken test waits so long
 _WAVE_S = 30.0
@@ -86,7 +89,8 @@ class _Plan:
 
 async def _waves(client: AsyncClient, oracle: Oracle, rng: random.Random, armed: Worker) -> None:
     """Streams, until one of them has come by the failpoint."""
-    for _ in range(_WAVES_MAX):
+    until_s = time.monotonic() + _WAVES_S
+    while time.monotonic() < until_s:
         asked = await oracle.draw(rng, _STREAMS)
         async with asyncio.timeout(_WAVE_S), asyncio.TaskGroup() as streams:
             for request, right in asked:
@@ -110,5 +114,7 @@ async def _live_through(
     if plan.after != "continue":
         await streams_ended.wait()
     armed.end.go_on()
-    if not armed.alive:  # its loops ended with an error, and its process with them
+    with contextlib.suppress(EndDiedError):  # its loops may have ended with an error
+        await armed.end.ask("ledger")
+    if not armed.alive:
         await cluster.replace(armed)
