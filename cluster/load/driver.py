@@ -39,7 +39,7 @@ class Driver:
         try:
             async with asyncio.timeout(_OPEN_S):
                 self._opened: Opened = await kind.open(
-                    asked.target, asked.seed, workload.block_tokens
+                    asked.target, asked.prompts_seed, workload.block_tokens
                 )
         except TimeoutError:
             raise LoadError(

@@ -221,7 +221,8 @@ async def _model(endpoint: Endpoint, target: Target) -> tuple[str, int]:
         models = {each["id"]: each.get("max_model_len") or 0 for each in listed["data"]}
     except LostError as error:
         raise LoadError(
-            f"{target.url}: no server answers at {endpoint.authority}: {error}"
+            f"nothing answers at {endpoint.authority} ({error}): "
+            "check the URL, and that the server runs"
         ) from None
     except StatusError as error:
         _check_key(target, error)

@@ -66,6 +66,11 @@ class LoadResult:
     def notes(self, found: Figures) -> tuple[str, ...]:
         """Sentences for people: how to read the figures."""
         notes = list(self.server.notes)
+        if too_long := sum(self.server.is_too_long(outcome.ask) for outcome in self.outcomes):
+            notes.append(
+                f"{too_long} requests were for more than the {self.server.tokens_max:,} tokens, "
+                "prompt and answer, that the model takes: --length-scale makes them shorter."
+            )
         if self.stopped:
             notes.append(
                 f"Stopped: {found.requests} of {self.planned} requests are in the figures; "
