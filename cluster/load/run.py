@@ -25,7 +25,7 @@ def run_load(plan: Plan, on_progress: Progress = silent) -> LoadResult:
 
     A second Ctrl-C raises KeyboardInterrupt. Raises LoadError.
     """
-    child = Child("the load generator", "cluster.load.driver")
+    child = _started()
     try:
         with _stopping() as stopped:
             on_progress(f"asking {plan.target.url} for the first time", None)
@@ -54,6 +54,17 @@ def run_load(plan: Plan, on_progress: Progress = silent) -> LoadResult:
         stopped=stopped.is_set(),
         told=seen["told"],
     )
+
+
+def _started() -> Child:
+    """Deaf to Ctrl-C from its first moment on: this process says when it is to stop."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
+    try:
+        return Child("the load generator", "cluster.load.driver")
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
 
 
 def _check_lengths(plan: Plan, server: Server) -> None:

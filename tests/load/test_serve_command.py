@@ -120,7 +120,7 @@ def test_what_cannot_be_asked_is_one_line(options: list[str], complaint: str) ->
 @pytest.mark.parametrize(
     ("url", "complaint"),
     [
-        ("http://127.0.0.1:{port}", "nothing answers at 127.0.0.1"),
+        ("http://127.0.0.1:{port}", "no HTTP server answers at 127.0.0.1"),
         ("127.0.0.1:{port}", "nothing answers"),
         ("ftp://127.0.0.1", "not a server's address"),
         ("grpcs://127.0.0.1:{port}", "add --certificates"),
