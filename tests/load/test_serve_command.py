@@ -59,7 +59,7 @@ async def test_ctrl_c_shows_what_was_measured() -> None:
     enough = asyncio.Event()
 
     def on_ask(number: int) -> None:
-        if number == 6:
+        if number == 20:
             enough.set()
 
     async with openai_double(on_ask=on_ask) as double:
