@@ -15,6 +15,7 @@ from cluster.chaos.commands import chaos  # noqa: E402
 # Before whatever else loads gRPC: it quiets gRPC's own log lines.
 from cluster.client_commands import chat, generate  # noqa: E402
 from cluster.key_commands import keys  # noqa: E402
+from cluster.profiling.commands import profile  # noqa: E402
 from cluster.serve_commands import demo, serve  # noqa: E402
 
 signal.signal(signal.SIGINT, _before)
@@ -26,5 +27,5 @@ def main() -> None:
     """Serve large language models with prefill and decode on separate workers."""
 
 
-for command in (serve, demo, generate, chat, keys, bench, chaos):
+for command in (serve, demo, generate, chat, keys, bench, chaos, profile):
     main.add_command(command)
