@@ -1,4 +1,5 @@
-"""`kvrelay profile`: registered by cluster/cli.py. Loads what measures only when it is asked to."""
+"""`kvrelay profile` and `kvrelay bench validate`: registered by cluster/cli.py. What measures is
+loaded only when it is asked to."""
 
 import contextlib
 import sys
@@ -7,13 +8,14 @@ from typing import Any, get_args
 
 import click
 
-from cluster.bench.commands import show
+from cluster.bench.commands import bench, show
 from cluster.bench.report import BenchError
-from cluster.capacity.device import ProfileError
+from cluster.capacity.device import DeviceProfile, ProfileError
 from cluster.model_store import ModelError, prepare
 from cluster.options import ServeError
 from cluster.progress import console, errors_in_one_line, reporting
-from kvrelay.config import KvDtype, Quantize
+from cluster.workload.asks import WorkloadError
+from kvrelay.config import KvDtype, LocalPrefill, Quantize
 
 
 @click.command()
@@ -59,3 +61,46 @@ def profile(model: str, *, out: Path | None, as_json: bool, **choice: Any) -> No
         if out:
             profiled.profile.write(out)
             console.print(f"profile: {out}")
+
+
+@bench.command()
+@click.argument("model")
+@click.option(
+    "--profile",
+    "profile_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="Of MODEL on this machine, by kvrelay profile.",
+)
+@click.option(
+    "--rate", type=click.FloatRange(0.01, 1000), default=1.0, help="Requests a second, Poisson."
+)
+@click.option("--seconds", type=click.FloatRange(1, 86_400), default=120.0)
+@click.option(
+    "--warm-up",
+    "warm_up_s",
+    type=click.FloatRange(0, 3600),
+    default=15.0,
+    help="So many seconds of requests before, which are in no figure.",
+)
+@click.option("--quantize", type=click.Choice(get_args(Quantize)), default="int8")
+@click.option("--kv-dtype", type=click.Choice(get_args(KvDtype)), default="auto")
+@click.option("--local-prefill", type=click.Choice(get_args(LocalPrefill)), default="auto")
+@click.option("--seed", type=click.IntRange(0), default=0)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def validate(model: str, *, profile_file: Path, as_json: bool, **choice: Any) -> None:
+    """Compare `kvrelay simulate` with reality: the same requests to MODEL served here by 1 + 1
+    workers, and simulated.
+
+    Prompts of 64 to 512 tokens, answers of 16 to 64. Do it on a quiet machine, soon after the
+    profile was measured.
+    """
+    with errors_in_one_line(ModelError, BenchError, ServeError, ProfileError, WorkloadError):
+        device = DeviceProfile.read(profile_file)
+        with contextlib.redirect_stdout(sys.stderr), reporting() as on_progress:
+            prepared = prepare(model, on_progress=on_progress)
+            from cluster.profiling.validation import ValidationAsk
+            from cluster.profiling.validation import validate as compare
+
+            report = compare(prepared, device, ValidationAsk(**choice), on_progress)
+        show(report, as_json, lambda: report.table("real"))

@@ -10,7 +10,6 @@ from tiny_models import make_endless, make_not_decoder_only
 from cluster.capacity.device import DeviceProfile, Measured
 from cluster.cli import main
 from cluster.profiling import profile
-from cluster.profiling.measuring import Effort
 from cluster.profiling.profile import ProfileAsk
 from cluster.profiling.served import Gaps, ServedTimes
 
@@ -55,16 +54,6 @@ def test_a_profile_is_measured_and_written(tiny: Path, tmp_path: Path, without_r
     assert rows["step/64@0"]["value"] > 0
     assert rows["step/64@0"]["baseline"] > 0
     assert rows["router"]["value"] == found.router_ms
-
-
-def test_one_core_for_both_workers_is_said(
-    tiny: Path, without_ray: None, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
-    monkeypatch.setattr(Effort, "of", lambda **how: Effort(1, 0.0))
-    result = run(tiny)
-    assert result.exit_code == 0, result.output
-    assert "nothing was measured beside a neighbour" in result.stdout.replace("\n", " ")
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tiny: Path):
