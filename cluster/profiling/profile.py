@@ -175,8 +175,14 @@ def _profile(
         batch_max=_BATCH_MAX,
         chunk_tokens=asked.chunk_tokens,
         workers_per_host=max(1, len(found.cores)),
-        busy_neighbour=found.neighbour,
+        busy_neighbour=_neighbour(found, served),
     )
+
+
+def _neighbour(found: _Measured, served: Sequence[ServedTimes]) -> BusyNeighbour:
+    """As served, where router and clients are busy, too. Workers that are not alone on their cores
+    are slower all the time, which is in their steps already."""
+    return (served[0].neighbour() or found.neighbour) if len(found.cores) > 1 else BusyNeighbour()
 
 
 def _report(profile: DeviceProfile, found: _Measured, fit: Fit, busy: float) -> Report:
@@ -197,6 +203,8 @@ def _report(profile: DeviceProfile, found: _Measured, fit: Fit, busy: float) -> 
         Row(
             "between-steps/sequence", profile.step.ms_per_sequence - fit.step.ms_per_sequence, "ms"
         ),
+        Row("busy-neighbour/engines/prefill", found.neighbour.prefill, "times as long"),
+        Row("busy-neighbour/engines/decode", found.neighbour.decode, "times as long"),
         Row("busy-neighbour/prefill", profile.busy_neighbour.prefill, "times as long"),
         Row("busy-neighbour/decode", profile.busy_neighbour.decode, "times as long"),
         Row("router", profile.router_ms, "ms"),

@@ -12,20 +12,23 @@ from statistics import median
 
 import numpy as np
 
-from cluster.capacity.device import HandOffTime, StepTime, attended
+from cluster.capacity.device import SLOWED_MAX, BusyNeighbour, HandOffTime, StepTime, attended
 from cluster.preparation import Progress
 from cluster.profiling.fit import least_squares
 from kvrelay.client import AsyncClient, Completion
 
 _STREAMS = (1, 4, 8)
-_STREAM_PROMPT = 64
-_STREAM_ANSWER = 48
+_STREAM_PROMPT = 32  # so short that all answers are soon under way
+_STREAM_ANSWER = 96
+_LEAST_MS = 1e-6
+_BUSY_STREAMS = 4  # beside prompts
+_BUSY_ANSWERS = 4  # one after another, in each of the streams
 
 
 @dataclass(frozen=True)
 class ServedAsk:
-    """prompts: the lengths that are handed off, each of one chunk. streams: none leaves out what
-    is between two steps."""
+    """prompts: the lengths that are handed off, each of one chunk. streams: answers at once, whose
+    gaps are measured."""
 
     prompts: tuple[int, ...]
     rounds: int = 12
@@ -47,6 +50,17 @@ class Gaps:
     gap_ms: float
 
 
+@dataclass(frozen=True)
+class BothBusy:
+    """Prompts one after another, of a full chunk each, beside answers: what each of the two took,
+    and what it takes alone."""
+
+    prefill_ms: float
+    prefill_alone_ms: float
+    gap_ms: float
+    gap_alone_ms: float
+
+
 @dataclass
 class ServedTimes:
     """By the tokens of a prompt: what of its hand-off its request waits for, and the time from the
@@ -56,6 +70,17 @@ class ServedTimes:
     exposed_ms: dict[int, list[float]] = field(default_factory=dict)
     first_token_ms: dict[int, list[float]] = field(default_factory=dict)
     gaps: list[Gaps] = field(default_factory=list)
+    both: BothBusy | None = None
+
+    def neighbour(self) -> BusyNeighbour | None:
+        """How much longer each phase takes beside the other: the workers share memory, and the
+        router and its clients take their time from both. None where it was not measured."""
+        if self.both is None:
+            return None
+        return BusyNeighbour(
+            prefill=min(SLOWED_MAX, max(1.0, self.both.prefill_ms / self.both.prefill_alone_ms)),
+            decode=min(SLOWED_MAX, max(1.0, self.both.gap_ms / self.both.gap_alone_ms)),
+        )
 
     def hand_off(self, block_tokens: int) -> HandOffTime:
         """By the shortest and the longest prompt."""
@@ -116,6 +141,8 @@ async def measure_served(
         for number, streams in enumerate(asked.streams):
             on_progress("measuring between steps", number / len(asked.streams))
             times.gaps.append(await load.gaps(streams, asked.answer_tokens))
+        on_progress("measuring both workers at once", None)
+        times.both = await load.both_busy(max(asked.prompts), asked.answer_tokens)
     return times
 
 
@@ -140,6 +167,38 @@ class _Load:
                 arrived_ms += [now_ms] * len(delta.token_ids)
             return await stream.result(), arrived_ms
 
+    async def both_busy(self, prompt_tokens: int, answer_tokens: int) -> BothBusy:
+        """Answers in several streams, alone and beside prompts; and prompts alone."""
+        alone = [await self.gaps(_BUSY_STREAMS, answer_tokens) for _ in range(_BUSY_ANSWERS)]
+        alone_ms = [await self._prefill_ms(prompt_tokens) for _ in range(_BUSY_ANSWERS)]
+        prefill_ms: list[float] = []
+        under_way, over = asyncio.Event(), asyncio.Event()
+
+        async def prompts() -> None:
+            while not over.is_set():
+                prefill_ms.append(await self._prefill_ms(prompt_tokens))
+                under_way.set()
+
+        async def answers() -> list[Gaps]:
+            try:
+                await under_way.wait()
+                return [await self.gaps(_BUSY_STREAMS, answer_tokens) for _ in range(_BUSY_ANSWERS)]
+            finally:
+                over.set()
+
+        _, busy = await asyncio.gather(prompts(), answers())
+        return BothBusy(
+            prefill_ms=median(prefill_ms[1:] or prefill_ms),
+            prefill_alone_ms=median(alone_ms),
+            gap_ms=median(found.gap_ms for found in busy),
+            gap_alone_ms=median(found.gap_ms for found in alone),
+        )
+
+    async def _prefill_ms(self, prompt_tokens: int) -> float:
+        """As the prefill worker says."""
+        completion, _ = await self.ask(prompt_tokens, 1)
+        return max(_LEAST_MS, completion.timings.prefill_ms)
+
     async def gaps(self, streams: int, answer_tokens: int) -> Gaps:
         """While all of them are under way."""
         asks = [self._timed_answer(answer_tokens) for _ in range(streams)]
@@ -153,7 +212,7 @@ class _Load:
             gaps.append((times[last] - times[first]) / max(1, last - first))
             places.append((first + last) / 2)
         context = _STREAM_PROMPT + round(sum(places) / len(places))
-        return Gaps(streams, context, max(1e-6, median(gaps)))
+        return Gaps(streams, context, max(_LEAST_MS, median(gaps)))
 
     async def _timed_answer(self, answer_tokens: int) -> Sequence[float]:
         began_ms = time.perf_counter() * 1000

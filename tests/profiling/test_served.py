@@ -6,7 +6,7 @@ from tiny_models import make_endless
 
 from cluster.capacity.device import StepTime
 from cluster.preparation import silent
-from cluster.profiling.served import Gaps, ServedAsk, ServedTimes, measure_served
+from cluster.profiling.served import BothBusy, Gaps, ServedAsk, ServedTimes, measure_served
 
 STEP = StepTime(base_ms=5.0, ms_per_prompt_token=0.5, ms_per_sequence=1.0)
 
@@ -45,6 +45,14 @@ def test_the_router_takes_what_the_step_does_not():
     assert times.router_ms(StepTime(base_ms=1000.0)) == 0.0
 
 
+def test_beside_a_busy_neighbour_each_takes_as_much_longer_as_measured():
+    times = ServedTimes("shm", both=BothBusy(120.0, 100.0, 9.0, 10.0))
+    found = times.neighbour()
+    assert found is not None
+    assert (found.prefill, found.decode) == (pytest.approx(1.2), 1.0)
+    assert ServedTimes("shm").neighbour() is None
+
+
 async def test_a_whole_cluster_is_measured(tmp_path):
     ask = ServedAsk((16, 64), rounds=2, streams=(1, 3), answer_tokens=8)
     async with local_cluster(make_endless(tmp_path)) as cluster:
@@ -53,7 +61,9 @@ async def test_a_whole_cluster_is_measured(tmp_path):
     assert {tokens: len(taken) for tokens, taken in times.exposed_ms.items()} == {16: 2, 64: 2}
     assert all(ms > 0 for taken in times.first_token_ms.values() for ms in taken)
     assert [gap.streams for gap in times.gaps] == [1, 3]
-    assert all(gap.gap_ms > 0 and 64 <= gap.context <= 72 for gap in times.gaps)
+    assert all(gap.gap_ms > 0 and 32 <= gap.context <= 40 for gap in times.gaps)
+    assert times.both is not None
+    assert min(times.both.prefill_ms, times.both.gap_ms, times.both.gap_alone_ms) > 0
 
 
 def test_what_is_asked_has_a_short_and_a_full_chunk():
