@@ -172,7 +172,7 @@ async def _refusal(response: h11.Response, received: AsyncIterator[Any]) -> Stat
 def _told(content: bytes) -> str:
     """What OpenAI's errors, or those of common web servers, say; else how the body begins."""
     text = content.decode(errors="replace")
-    with contextlib.suppress(ValueError, TypeError, KeyError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
         told = json.loads(text)
         error = told.get("error", told) if isinstance(told, dict) else told
         message = error if isinstance(error, str) else error.get("message") or error["detail"]

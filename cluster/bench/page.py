@@ -20,10 +20,10 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem aut
   color: #111827; }
 table { border-collapse: collapse; margin: 1rem 0; }
 td, th { padding: 2px 14px 2px 0; border-bottom: 1px solid #e5e7eb; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .passed { color: #15803d; } .failed { color: #b91c1c; }
 figure { margin: 1rem 0; } svg { width: 100%; height: auto; }
-.columns { display: flex; flex-wrap: wrap; gap: 0 3rem; }
+.columns { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 0 3rem; }
 """
 
 
@@ -49,8 +49,13 @@ def paragraph(text: str, css_class: str = "") -> str:
 
 
 def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells that begin with a digit are numbers, which stand on the right."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    """Cells that begin with a digit are numbers, which stand on the right; as in the first row, so
+    in the heading."""
+    firsts = rows[0] if rows else [""] * len(columns)
+    head = "".join(
+        f"<th{_numeric(first)}>{html.escape(name)}</th>"
+        for name, first in zip(columns, firsts, strict=True)
+    )
     lines = [
         "".join(f"<td{_numeric(cell)}>{html.escape(cell)}</td>" for cell in row) for row in rows
     ]

@@ -39,7 +39,7 @@ class Driver:
         try:
             async with asyncio.timeout(_OPEN_S):
                 self._opened: Opened = await kind.open(
-                    asked.target, asked.seed, workload.block_tokens
+                    asked.target, asked.prompts_seed, workload.block_tokens
                 )
         except TimeoutError:
             raise LoadError(
@@ -98,5 +98,5 @@ def _allow_files(count: int) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: who started it says when to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # also where who started it could not see to it
     asyncio.run(answer_lines(Driver, (LoadError, OSError)))

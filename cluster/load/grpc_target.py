@@ -62,7 +62,7 @@ class GrpcTarget:
             await opened.ask(opened.prepare(Ask(0.0, 2, 1), -1), Reading(Ask(0.0, 2, 1), 0), _never)
         except (KvrelayError, Failure) as error:
             await client.close()
-            raise LoadError(f"{target.url}: {error}") from None
+            raise LoadError(str(error)) from None  # which names the address
         except BaseException:
             await client.close()
             raise

@@ -196,7 +196,12 @@ def _endpoint(target: Target) -> Endpoint:
         base = base.removesuffix(ending)
     try:
         return Endpoint.of(base, _tls(target))
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise LoadError(
+            f"--certificates {target.certificates}: {error.strerror or error}: "
+            "it needs a ca.pem, and a key.pem beside a cert.pem"
+        ) from None
+    except ValueError as error:
         raise LoadError(f"{target.url}: {error}") from None
 
 
@@ -221,7 +226,8 @@ async def _model(endpoint: Endpoint, target: Target) -> tuple[str, int]:
         models = {each["id"]: each.get("max_model_len") or 0 for each in listed["data"]}
     except LostError as error:
         raise LoadError(
-            f"{target.url}: no server answers at {endpoint.authority}: {error}"
+            f"no HTTP server answers at {endpoint.authority} ({error}): "
+            "check the URL, and that the server runs"
         ) from None
     except StatusError as error:
         _check_key(target, error)

@@ -31,7 +31,9 @@ def _body(result: LoadResult, found: Figures) -> Iterator[str]:
     )
     yield from (paragraph(f"WARNING {line}", "failed") for line in result.warnings(found))
     yield from map(paragraph, result.notes(found))
+    yield "<div class='columns'>"
     yield html_table(TIME_COLUMNS, list(time_rows(found)))
+    yield html_table(VALUE_COLUMNS, list(value_rows(found)))
+    yield "</div>"
     if result.outcomes:
         yield f"<figure>{svg_of(draw(result.outcomes, found.slo))}</figure>"
-    yield html_table(VALUE_COLUMNS, list(value_rows(found)))

@@ -1,9 +1,10 @@
 """What is asked of whom: what the command hands to the process that asks."""
 
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.workload.asks import Ask, Workload
 
@@ -11,6 +12,7 @@ TIMEOUT_S = 600.0
 CONNECTIONS_MAX = 8192  # requests that run at once; those beyond it are sent late, and counted
 # The generator's own delays that are passed over; beyond them the report warns.
 LATE_MS_MAX = 20.0
+_PROMPTS_SEED_BITS = 62
 
 
 class LoadError(Exception):
@@ -39,7 +41,9 @@ class Target(BaseModel):
 
 
 class Plan(BaseModel):
-    """One run. seed: of the prompts' tokens; the same ones come again for the same seed."""
+    """One run. seed: what the workload was drawn from, for the report. prompts_seed: of the
+    prompts' tokens, new ones in each run: those of an earlier run would be in the server's cache.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -48,6 +52,7 @@ class Plan(BaseModel):
     block_tokens: int
     asks: tuple[tuple[Any, ...], ...]
     seed: int = 0
+    prompts_seed: int = Field(default_factory=lambda: secrets.randbits(_PROMPTS_SEED_BITS))
     connections_max: int = CONNECTIONS_MAX
 
     @classmethod

@@ -20,6 +20,8 @@ _TIMES, _LIMIT, _LATE, _RUNNING = "#2563eb", "#b91c1c", "#dc2626", "#111827"
 _CURVE_POINTS = 400  # of a distribution, however many values it has
 _DOTS_AS_VECTORS_MAX = 3000  # more are drawn as an image
 _LOG_FROM = 30.0  # a curve whose end is so many times its middle is drawn over a logarithm
+_LOG_DOTS_FROM = 30.0  # dots, when the largest is so many times the smallest
+_LEAST_MS = 0.01  # a logarithm has no place for 0
 _BINS_MAX = 300  # over time
 
 
@@ -56,38 +58,55 @@ def draw(outcomes: Sequence[Outcome], slo: Slo) -> "Figure":
 
 def _curve(axes: "Axes", values: np.ndarray, label: str, limit: float | None) -> None:
     """The share of values that are at most so large."""
-    axes.set_xlabel(label)
-    axes.set_ylim(0, 1.02)
+    shown = values if limit is None else np.append(values, limit)
     if values.size:
         shares = np.linspace(0, 1, min(_CURVE_POINTS, max(2, values.size)))
-        at = np.quantile(values, shares)
-        axes.plot(at, shares, color=_TIMES, linewidth=1.5)
-        if at[-1] > _LOG_FROM * max(np.median(values), 1e-3):
-            axes.set_xscale("log")
-        else:
-            axes.set_xlim(left=0)
+        axes.plot(np.quantile(values, shares), shares, color=_TIMES, linewidth=1.5)
     if limit is not None:
-        axes.axvline(limit, color=_LIMIT, linewidth=1, linestyle="--", label="SLO")
-        axes.legend(loc="lower right", frameon=False, fontsize=9)
+        axes.axvline(limit, color=_LIMIT, linewidth=1, linestyle="--")
+        axes.set_title(f"SLO {limit:g}", loc="right", fontsize=9, color=_LIMIT)
+    if values.size and shown.max() > _LOG_FROM * max(np.median(values), _LEAST_MS):
+        _logarithmic(axes, "x")
+        axes.set_xlim(max(shown.min(), _LEAST_MS) * 0.9, shown.max() * 1.2)
+    elif shown.size:
+        axes.set_xlim(0, shown.max() * 1.05)
+    axes.set_xlabel(label)
+    axes.set_ylim(0, 1.02)
 
 
 def _dots(axes: "Axes", outcomes: Sequence[Outcome], name: str, label: str, limit: float) -> None:
     """One of each request, at its due time; those that failed at the bottom."""
     shown = [(o.ask.at_s, getattr(o, name)) for o in outcomes if o.ended]
     pairs = np.array([pair for pair in shown if pair[1] is not None]).reshape(-1, 2)
+    pairs[:, 1] = np.maximum(pairs[:, 1], _LEAST_MS)
     failed = [outcome.ask.at_s for outcome in outcomes if not outcome.ended]
     many = len(outcomes) > _DOTS_AS_VECTORS_MAX
     good = pairs[:, 1] <= limit
     for those, colour in ((good, _TIMES), (~good, _LATE)):
         axes.plot(*pairs[those].T, ".", color=colour, markersize=4, alpha=0.7, rasterized=many)
+    axes.axhline(limit, color=_LIMIT, linewidth=1, linestyle="--", label=f"SLO {limit:g}")
+    values = np.append(pairs[:, 1], limit)
+    bottom = 0.0
+    if values.max() > _LOG_DOTS_FROM * values.min():
+        _logarithmic(axes, "y")
+        bottom = values.min() / 1.5
+    axes.set_ylim(bottom, values.max() * 1.5)
     if failed:
         plain = {"color": _LATE, "markersize": 5, "rasterized": many, "clip_on": False}
-        axes.plot(failed, [0.0] * len(failed), "x", **plain, label="failed")
-        axes.legend(loc="upper right", frameon=False, fontsize=9)
-    axes.axhline(limit, color=_LIMIT, linewidth=1, linestyle="--")
-    axes.set_ylim(bottom=0)
+        axes.plot(failed, [bottom] * len(failed), "x", **plain, label="failed")
+    axes.legend(loc="upper right", ncols=2, frameon=False, fontsize=9)
     axes.set_ylabel(label)
     axes.tick_params(labelbottom=False)
+
+
+def _logarithmic(axes: "Axes", which: str) -> None:
+    """With numbers as people write them."""
+    from matplotlib.ticker import NullFormatter
+
+    axes.set(**{f"{which}scale": "log"})
+    ticks = getattr(axes, f"{which}axis")
+    ticks.set_major_formatter("{x:g}")
+    ticks.set_minor_formatter(NullFormatter())
 
 
 def _running(axes: "Axes", outcomes: Sequence[Outcome]) -> None:

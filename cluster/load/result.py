@@ -49,7 +49,7 @@ class LoadResult:
         warnings = []
         if self.held:
             warnings.append(
-                f"{self.held} requests were sent late, for {self.connections_max} ran already."
+                f"Sent late, for {self.connections_max} requests ran already: {self.held}."
             )
         if late and late.p99 > LATE_MS_MAX:
             warnings.append(
@@ -66,15 +66,20 @@ class LoadResult:
     def notes(self, found: Figures) -> tuple[str, ...]:
         """Sentences for people: how to read the figures."""
         notes = list(self.server.notes)
+        if too_long := sum(self.server.is_too_long(outcome.ask) for outcome in self.outcomes):
+            notes.append(
+                f"Longer than the {self.server.tokens_max:,} tokens, prompt and answer, that the "
+                f"model takes: {too_long} of {found.requests}. --length-scale makes them shorter."
+            )
         if self.stopped:
             notes.append(
-                f"Stopped: {found.requests} of {self.planned} requests are in the figures; "
-                f"{self.unfinished} that ran are not."
+                f"Stopped: {found.requests} of {self.planned} requests are in the figures, "
+                f"without {self.unfinished} that ran."
             )
         if found.short:
-            notes.append(f"{found.short} answers were shorter than asked for.")
+            notes.append(f"Answers shorter than asked for: {found.short}.")
         notes += [
-            f"{count} requests failed with {kind}: {self.told.get(kind, 'no more is known')}"
+            f"Failed with {kind}: {count} of {found.requests}. {self.told.get(kind, '')}".rstrip()
             for kind, count in found.errors.items()
         ]
         return tuple(notes)

@@ -25,12 +25,14 @@ def run_load(plan: Plan, on_progress: Progress = silent) -> LoadResult:
 
     A second Ctrl-C raises KeyboardInterrupt. Raises LoadError.
     """
-    child = Child("the load generator", "cluster.load.driver")
+    child = _started()
     try:
         with _stopping() as stopped:
             on_progress(f"asking {plan.target.url} for the first time", None)
             child.ready()
-            server = child.ask("open", **plan.model_dump())
+            opened = child.ask("open", **plan.model_dump())
+            server = Server(**{**opened, "notes": tuple(opened["notes"])})
+            _check_lengths(plan, server)
             _follow(child, plan, stopped, on_progress)
             seen = child.ask("finish")
             outcomes = list(_outcomes(child, seen["outcomes"]))
@@ -42,7 +44,7 @@ def run_load(plan: Plan, on_progress: Progress = silent) -> LoadResult:
         url=plan.target.url,
         workload=plan.name,
         seed=plan.seed,
-        server=Server(**{**server, "notes": tuple(server["notes"])}),
+        server=server,
         outcomes=sorted(outcomes, key=lambda outcome: outcome.ask.at_s),
         loop=LoopLateness(**seen["loop"]),
         planned=len(plan.asks),
@@ -52,6 +54,26 @@ def run_load(plan: Plan, on_progress: Progress = silent) -> LoadResult:
         stopped=stopped.is_set(),
         told=seen["told"],
     )
+
+
+def _started() -> Child:
+    """Deaf to Ctrl-C from its first moment on: this process says when it is to stop."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
+    try:
+        return Child("the load generator", "cluster.load.driver")
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
+
+
+def _check_lengths(plan: Plan, server: Server) -> None:
+    """Some requests that are too long are part of a trace; a trace of them is a mistake."""
+    if plan.asks and all(map(server.is_too_long, plan.workload.asks)):
+        raise LoadError(
+            f"{plan.name}: all requests are longer than the {server.tokens_max:,} tokens, prompt "
+            f"and answer, that {server.model} takes: add --length-scale"
+        )
 
 
 def _follow(child: Child, plan: Plan, stopped: threading.Event, on_progress: Progress) -> None:

@@ -9,23 +9,24 @@ from cluster.bench.report import number
 from cluster.load.result import LoadResult
 from cluster.workload.figures import Figures, Quantiles
 
-TIME_COLUMNS = ("milliseconds", "p50", "p90", "p99", "most", "")
+TIME_COLUMNS = ("milliseconds", "p50", "p90", "p99", "max", "")
 VALUE_COLUMNS = ("figure", "value", "unit")
 
 Cells = tuple[str, ...]
 
 
 def time_rows(found: Figures) -> Iterator[Cells]:
-    """Quantiles, and what each is of. What the server does not tell is left out."""
+    """Quantiles, and what each is of; fits 80 columns. What the server does not tell is left
+    out."""
     slo = found.slo
     rows: tuple[tuple[str, Quantiles | None, str], ...] = (
-        ("TTFT", found.ttft_ms, f"due to first token; promised {number(float(slo.ttft_ms))}"),
-        ("TPOT", found.tpot_ms, f"mean of each answer; promised {number(float(slo.tpot_ms))}"),
+        ("TTFT", found.ttft_ms, f"since it was due; SLO {slo.ttft_ms:g}"),
+        ("TPOT", found.tpot_ms, f"mean of an answer; SLO {slo.tpot_ms:g}"),
         ("ITL", found.itl_ms, "each gap between tokens"),
-        ("queue", found.queue_ms, "in the router, as the server says"),
-        ("prefill", found.prefill_ms, "first chunk to first token, as the server says"),
-        ("hand-off", found.hand_off_ms, "end of prefill to decode, as the server says"),
-        ("sent late", found.lateness_ms, "the load generator's own"),
+        ("queue", found.queue_ms, "at the server's router"),
+        ("prefill", found.prefill_ms, "first chunk to first token"),
+        ("hand-off", found.hand_off_ms, "from the end of prefill on"),
+        ("sent late", found.lateness_ms, "by the load generator"),
     )
     for name, times, what in rows:
         if times is not None:
@@ -34,7 +35,8 @@ def time_rows(found: Figures) -> Iterator[Cells]:
 
 
 def value_rows(found: Figures) -> Iterator[Cells]:
-    yield "requests", number(found.requests), f"{found.failed} failed"
+    yield "requests", number(found.requests), ""
+    yield "failed", number(found.failed), "requests"
     yield "asked", number(found.offered_rps), "requests/s"
     yield "answered", number(found.answered_rps), "requests/s"
     yield "output", number(found.output_tokens_per_s), "tokens/s"

@@ -1,7 +1,7 @@
 """What the driver needs of a server, whatever it speaks. Made by http_target.py, grpc_target.py."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.load.reading import Reading
@@ -18,7 +18,10 @@ class Server:
     model: str
     prompts: str  # "token ids" or "text"
     tokens_max: int = 0
-    notes: tuple[str, ...] = field(default=())  # sentences: what figures lack, for want of what
+    notes: tuple[str, ...] = ()  # sentences: what figures lack, for want of what
+
+    def is_too_long(self, ask: Ask) -> bool:
+        return 0 < self.tokens_max < ask.prompt_tokens + ask.answer_tokens
 
 
 @dataclass

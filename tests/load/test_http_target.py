@@ -99,7 +99,7 @@ async def test_failures_are_counted_by_kind(wrong: dict[str, Any], kind: str, to
     assert found.errors == {kind: 3}
     assert found.attainment == found.goodput_rps == 0
     assert told in result.told[kind]
-    assert any(line.startswith(f"3 requests failed with {kind}") for line in result.notes(found))
+    assert any(line.startswith(f"Failed with {kind}: 3 of 3.") for line in result.notes(found))
 
 
 async def test_an_answer_that_takes_too_long_has_failed() -> None:
@@ -146,7 +146,7 @@ async def test_a_url_of_something_else(ending: str, complaint: str) -> None:
 
 async def test_no_server_and_no_such_model(unused_tcp_port: int) -> None:
     async with openai_double(status=500, vocab_size=0, takes_ids=False) as double:
-        with pytest.raises(LoadError, match="no server answers at 127"):
+        with pytest.raises(LoadError, match="no HTTP server answers at 127"):
             await run(double, url=f"http://127.0.0.1:{unused_tcp_port}")
     async with openai_double() as double:
         double.takes_ignore_eos = double.takes_ids = False

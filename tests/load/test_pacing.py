@@ -95,7 +95,7 @@ async def test_requests_beyond_the_connections_are_late_and_said_to_be() -> None
     assert len(late) == 3
     assert min(outcome.ttft_ms for outcome in pacing.outcomes) >= held_until_s * 1000
     result = result_of(pacing, held=pacing.held, connections_max=2)
-    assert "3 requests were sent late, for 2 ran" in result.warnings(result.figures(SLO))[0]
+    assert "Sent late, for 2 requests ran already: 3." in result.warnings(result.figures(SLO))[0]
 
 
 async def test_a_slow_loop_is_reported_and_counts_in_ttft() -> None:

@@ -59,7 +59,7 @@ async def test_ctrl_c_shows_what_was_measured() -> None:
     enough = asyncio.Event()
 
     def on_ask(number: int) -> None:
-        if number == 6:
+        if number == 20:
             enough.set()
 
     async with openai_double(on_ask=on_ask) as double:
@@ -120,8 +120,8 @@ def test_what_cannot_be_asked_is_one_line(options: list[str], complaint: str) ->
 @pytest.mark.parametrize(
     ("url", "complaint"),
     [
-        ("http://127.0.0.1:{port}", "no server answers at 127.0.0.1"),
-        ("127.0.0.1:{port}", "no server answers"),
+        ("http://127.0.0.1:{port}", "no HTTP server answers at 127.0.0.1"),
+        ("127.0.0.1:{port}", "nothing answers"),
         ("ftp://127.0.0.1", "not a server's address"),
         ("grpcs://127.0.0.1:{port}", "add --certificates"),
         ("http://", "it is not of the form http"),

@@ -73,7 +73,7 @@ def test_a_failed_request_counts_against_attainment_and_goodput() -> None:
     assert (found.requests, found.failed, found.errors) == (9, 2, {"HTTP 500": 2})
     assert found.offered_rps == pytest.approx(1.0)
     assert found.attainment == pytest.approx(6 / 9)
-    assert found.goodput_rps == pytest.approx(6 / 9)
+    assert found.goodput_rps == pytest.approx(6 / 8)
     assert found.seconds == 8.0  # to the last that was sent
     assert found.answered_rps == pytest.approx(7 / 8)
     assert found.output_tokens_per_s == pytest.approx((6 * 11 + 2) / 8)
