@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 FILE_BYTES_MAX = 1 << 20
 KNOTS_MAX = 64
+SLOWED_MAX = 100.0  # times
 
 Ms = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -140,8 +141,8 @@ class BusyNeighbour(_Frozen):
     """How many times as long a step takes while another worker of the same host computes: they
     share memory, and perhaps more. By what the step does."""
 
-    prefill: float = Field(default=1.0, ge=1.0, le=100.0)
-    decode: float = Field(default=1.0, ge=1.0, le=100.0)
+    prefill: float = Field(default=1.0, ge=1.0, le=SLOWED_MAX)
+    decode: float = Field(default=1.0, ge=1.0, le=SLOWED_MAX)
 
 
 class DeviceProfile(_Frozen):

@@ -29,8 +29,8 @@ class Figures:
     """Quantiles are None where there is nothing to take them of.
 
     Rates of what was done are over `seconds`, from the first request's due time to the last
-    token. `attainment` is the share of requests that met the SLO, failed ones among those that
-    did not, and `goodput_rps` that share of the rate they were asked at.
+    token; so is `goodput_rps`, of requests that met the SLO. `attainment` is their share of all,
+    failed ones included.
     """
 
     requests: int
@@ -65,9 +65,7 @@ def figures(outcomes: Sequence[Outcome], slo: Slo) -> Figures:
     failed = [outcome for outcome in outcomes if not outcome.ended]
     asks = sorted((outcome.ask for outcome in outcomes), key=lambda ask: ask.at_s)
     seconds = _seconds(outcomes)
-    # A lone request, and requests that are due at once, have no rate of their own.
-    offered_rps = own_rate(asks) or _rate(len(asks), seconds)
-    attainment = _share(sum(map(slo.met, outcomes)), len(outcomes))
+    met = sum(map(slo.met, outcomes))
     prompt_tokens = sum(outcome.ask.prompt_tokens for outcome in answered)
     return Figures(
         requests=len(outcomes),
@@ -75,13 +73,14 @@ def figures(outcomes: Sequence[Outcome], slo: Slo) -> Figures:
         errors=dict(Counter(outcome.error or "no answer" for outcome in failed).most_common()),
         short=sum(outcome.tokens < outcome.ask.answer_tokens for outcome in answered),
         seconds=seconds,
-        offered_rps=offered_rps,
+        # A lone request, and requests that are due at once, have no rate of their own.
+        offered_rps=own_rate(asks) or _rate(len(asks), seconds),
         answered_rps=_rate(len(answered), seconds),
         output_tokens_per_s=_rate(sum(outcome.tokens for outcome in outcomes), seconds),
         prompt_tokens_per_s=_rate(prompt_tokens, seconds),
         slo=slo,
-        attainment=attainment,
-        goodput_rps=attainment * offered_rps,
+        attainment=_share(met, len(outcomes)),
+        goodput_rps=_rate(met, seconds),
         cached_share=_share(sum(outcome.cached_tokens for outcome in answered), prompt_tokens),
         ttft_ms=quantiles(outcome.ttft_ms for outcome in answered),
         tpot_ms=quantiles(outcome.tpot_ms for outcome in answered),
