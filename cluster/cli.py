@@ -10,6 +10,7 @@ if _before is signal.default_int_handler:
 import click  # noqa: E402
 
 from cluster.bench.commands import bench  # noqa: E402
+from cluster.capacity.commands import simulate  # noqa: E402
 from cluster.chaos.commands import chaos  # noqa: E402
 
 # Before whatever else loads gRPC: it quiets gRPC's own log lines.
@@ -28,5 +29,5 @@ def main() -> None:
     """Serve large language models with prefill and decode on separate workers."""
 
 
-for command in (serve, demo, generate, chat, keys, bench, chaos, profile):
+for command in (serve, demo, generate, chat, keys, bench, chaos, profile, simulate):
     main.add_command(command)

@@ -20,9 +20,7 @@ def first_token(job: Job, token: int, prefill_ms: float) -> PrefillEvent:
     return PrefillEvent(first_token=event)
 
 
-def write_load(
-    load: worker_pb2.PrefillLoad, schedule: Schedule, cost: worker_pb2.StepCost
-) -> None:
+def write_load(load: worker_pb2.PrefillLoad, schedule: Schedule, cost: worker_pb2.StepCost) -> None:
     """What a worker says of itself with every event."""
     load.queued_tokens = schedule.queued_tokens
     load.queued_prompts = schedule.queued_prompts

@@ -66,7 +66,8 @@ class PrefillWorker(_Known):
 
     @property
     def load_ms(self) -> float:
-        return self.backlog_tokens * self.rates.prompt_token_ms
+        # Without the properties: it is asked for with every event.
+        return max(self.queued_tokens, self.asked_tokens) * self.measured.rates.prompt_token_ms
 
     def view(self, cached_blocks: int) -> PrefillView:
         return PrefillView(
@@ -101,8 +102,9 @@ class DecodeWorker(_Known):
 
     @property
     def load_ms(self) -> float:
-        step_ms = self.rates.base_ms + self.sequences * self.rates.sequence_ms
-        return step_ms + self.backlog_tokens * self.rates.prompt_token_ms
+        base_ms, token_ms, sequence_ms = self.measured.rates
+        sequences_ms = max(self.running, self.asked) * sequence_ms
+        return base_ms + sequences_ms + max(self.queued_tokens, self.asked_tokens) * token_ms
 
     @property
     def sequences(self) -> int:

@@ -1,5 +1,5 @@
-"""A simulated decode worker: the production's HandOff, Batch and LocalPrompts, in the place of whose
-service and step loop this is.
+"""A simulated decode worker: the production's HandOff, Batch and LocalPrompts, in the place of
+whose service and step loop this is.
 
 Two ways to play its steps. Together: a run of steps that nobody joins or leaves is one entry on the
 timeline, and each sequence's tokens go to its router in two messages, the first and the rest.
@@ -142,7 +142,8 @@ class SimDecode:
     def check(self) -> None:
         """Raises AssertionError when the books do not balance."""
         self.handoff.cache.check()
-        assert not self._played.sequences and not self._writers
+        assert not self._played.sequences
+        assert not self._writers
 
     # ---- the routers' side
 

@@ -59,7 +59,8 @@ class Engine:
 
     def cut(self, ms: float) -> None:
         """What runs ends after so many ms of work in all: earlier than was said."""
-        assert self.busy and self.alone
+        assert self.busy
+        assert self.alone, "its steps may be stretched"
         self._left_ms = ms
         self._put()
 

@@ -15,12 +15,14 @@ from router.request import Request, Times
 MODEL = "simulated"
 _OWN = 1 << 63  # in the first half of a name: a request's number, not a node's
 
+_NONE = Ask(0.0, 1, 1)
+
 
 @dataclass(eq=False)
 class SimRequest(Request):
     """Its prompt is a range, and messages carry none of it. ask: what it is of."""
 
-    ask: Ask = Ask(0.0, 1, 1)
+    ask: Ask = _NONE
 
     @property
     def prompt_on_wire(self) -> Sequence[int]:

@@ -59,6 +59,7 @@ class Setting:
     seed: int = 0
     together: bool = True
     metered: bool = False
+    checked: bool = False  # every block and every sum, at the end
 
     def __post_init__(self) -> None:
         if self.decode < 1:
@@ -154,7 +155,7 @@ class _Run:
         until_s = self._timeline.now_s + _SETTLE_S
         while not self._cluster.is_idle and self._timeline.now_s < until_s:
             self._let(self._timeline.now_s + 0.1)
-        self._cluster.check()
+        self._cluster.check(deep=self._setting.checked)
 
     # ---- requests come and end
 
@@ -186,11 +187,12 @@ class _Run:
         self._attempts += request.attempt
         if answer:
             self._local += request.prefill_here
+            # A token's id says when it was made; it reaches the router a while later.
             stamps = np.array(answer, np.int64)
-            # As they reach the router; and the first one is heard of when its worker says so.
-            seen_s = (stamps[[0, -1]] / STAMPS_A_SECOND) + self._around.network_s - self._began_s
-            outcome.first_token_s, outcome.last_token_s = seen_s.tolist()
-            outcome.gaps_s = np.diff(stamps).astype(np.float32) / np.float32(STAMPS_A_SECOND)
+            began_s = self._began_s - self._around.network_s
+            outcome.first_token_s = answer[0] / STAMPS_A_SECOND - began_s
+            outcome.last_token_s = answer[-1] / STAMPS_A_SECOND - began_s
+            outcome.gaps_s = ((stamps[1:] - stamps[:-1]) / STAMPS_A_SECOND).astype(np.float32)
             outcome.cached_tokens = request.times.cached_tokens
             outcome.prefill_ms = request.times.prefill_ms
             outcome.hand_off_ms = request.times.kv_exposed_ms
