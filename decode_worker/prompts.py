@@ -16,7 +16,6 @@ from kvrelay.engine.sampling import SamplingParams
 from kvrelay.engine.step_cost import StepFit
 from kvrelay.engine.turns import Chunk, Turns, nothing_new
 
-
 _WAITS_MAX = 64  # steps in a row without a chunk, while prompts are here
 
 

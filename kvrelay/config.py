@@ -127,7 +127,7 @@ class RouterConfig(_Frozen):
     ttft_target_ms: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # what a first token is
     # good for; 0: none. Who cannot have it in time any more waits for those who can
     tpot_target_ms: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # as the workers' own
-    late_wait_ms: int = Field(default=30_000, ge=1)  # who waits for longer goes first, late or not
+    late_wait_ms: int = Field(default=10_000, ge=1)  # who waits for longer goes first, late or not
     measured_fade_ms: int = Field(default=10_000, ge=0)  # a worker without work for longer: what it
     # has measured fades to what is usual, or one bad figure would keep work from it for ever
     index_names_max: int = 65_536  # cached blocks of one worker that the router remembers

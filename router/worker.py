@@ -94,6 +94,7 @@ class DecodeWorker(_Known):
     running: int = 0  # its own figure, which knows of other routers
     asked_blocks: int = 0  # of our Reserves that it has not answered yet
     asked: int = 0  # sequences of ours, running and on their way
+    coming: int = 0  # of these, whose prompts are not computed yet
 
     @property
     def room_blocks(self) -> int:
@@ -107,6 +108,10 @@ class DecodeWorker(_Known):
     @property
     def sequences(self) -> int:
         return max(self.running, self.asked)
+
+    @property
+    def decoding(self) -> int:
+        return max(self.running, self.asked - self.coming)
 
     def view(self, cached_blocks: int) -> DecodeView:
         return DecodeView(
@@ -122,6 +127,7 @@ class DecodeWorker(_Known):
             self.backlog_prompts,
             self.chunk_tokens,
             self.shunned,
+            self.decoding,
         )
 
 

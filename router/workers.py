@@ -16,12 +16,14 @@ from router.measured import MeasuredRates, usual_of
 from router.policy import (
     CHUNK_TOKENS,
     NEUTRAL,
+    Aim,
     Choice,
     DecodeView,
     Placement,
     Rates,
     Wish,
     place,
+    prompt_share,
 )
 from router.request import Request, RequestState
 from router.shortlist import Shortlist
@@ -29,6 +31,7 @@ from router.shunned import Shunned
 from router.worker import DecodeWorker, PrefillWorker, Worker
 
 _SAMPLE = 64  # workers of each role that say what is usual when another comes
+_PACE_SAMPLE = 8  # workers of each role that say how fast prompts are computed
 _DISTRUSTED_MAX = 8  # workers that failed, and in whose place others are looked at
 
 
@@ -221,12 +224,14 @@ class Workers:
         prompt, answer = request.prompt_tokens_now, request.max_tokens_now
         return reserved_blocks(prompt, answer, d.block_size) <= d.room_blocks
 
-    def choose(self, request: Request, without: Collection[str] = ()) -> Choice | None:
+    def choose(
+        self, request: Request, without: Collection[str] = (), aim: Aim | None = None
+    ) -> Choice | None:
         """The best placement of a request now; None when no decode worker has room for it.
 
         Its cost does not grow with the number of workers, or as its logarithm.
 
-        without: workers that it may not go to.
+        without: workers that it may not go to. aim: as in Wish.
         """
         if not self.have_room(request, without):
             return None
@@ -237,7 +242,7 @@ class Workers:
             for d, blocks in self._decode_list.pick(self._hashes(request), looks)
             if d.worker_id not in without and request.failures[d.worker_id] <= failures_max
         ]
-        return self._place(request, decode, without)
+        return self._place(request, decode, without, aim)
 
     def choose_at(
         self, worker_id: str, request: Request, without: Collection[str] = ()
@@ -248,7 +253,11 @@ class Workers:
         return self._place(request, [view], without)
 
     def _place(
-        self, request: Request, decode: list[DecodeView], without: Collection[str]
+        self,
+        request: Request,
+        decode: list[DecodeView],
+        without: Collection[str],
+        aim: Aim | None = None,
     ) -> Choice | None:
         wish = Wish(
             request.prompt_tokens_now,
@@ -256,6 +265,7 @@ class Workers:
             self._config.prefill_backlog_tokens,
             request.failures,
             self._config.local_prefill == "auto",
+            aim,
         )
         looks = self._distrusted(request) + len(without)
         prefill = [
@@ -302,6 +312,24 @@ class Workers:
         """Those that could ever hold it."""
         tokens = request.tokens_max
         return [d for d in self.decode.values() if tokens <= d.max_model_tokens and not d.draining]
+
+    def prompt_pace(self, tpot_target_ms: float) -> tuple[float, float]:
+        """(Time for one token of a prompt, time until the next prompt) where all workers that
+        compute prompts share them. Looks at a few workers, whatever the size of the fleet."""
+        some_p = list(islice(self.prefill.values(), _PACE_SAMPLE))
+        some_d = list(islice(self.decode.values(), _PACE_SAMPLE))
+        per_ms = sum(1 / p.rates.prompt_token_ms for p in some_p)
+        tokens = [p.backlog_tokens for p in some_p]
+        pace = per_ms * len(self.prefill) / max(1, len(some_p))
+        if self._config.local_prefill == "auto" or not self.prefill:
+            shares = [prompt_share(d.rates, d.decoding, tpot_target_ms) for d in some_d]
+            per_ms = sum(s / d.rates.prompt_token_ms for s, d in zip(shares, some_d, strict=True))
+            pace += per_ms * len(self.decode) / max(1, len(some_d))
+            tokens += [d.backlog_tokens for d, s in zip(some_d, shares, strict=True) if s > 0]
+        if not pace:
+            return 0.0, 0.0
+        one_worker = len(self.prefill) + len(self.decode) if self.prefill else len(self.decode)
+        return 1 / pace, min(tokens, default=0) / (pace / one_worker)
 
     def computing(self, placement: Placement) -> tuple[Rates, int]:
         """The rates of the worker that would compute the prompt, and how many have its role."""
@@ -359,6 +387,8 @@ class Workers:
             ]
             assert d.asked_blocks == sum(blocks), (d, blocks)
             assert d.asked == len(mine), (d, len(mine))
+            coming = [r for r in mine if r.prefill_here or not r.prefill_settled]
+            assert d.coming == _uncomputed(coming)[1], (d, mine)
             here = [r for r in mine if r.prefill_here]
             assert (d.asked_tokens, d.asked_prompts) == _uncomputed(here), (d, mine)
             self._decode_list.check(d)
