@@ -16,6 +16,7 @@ from cluster.chaos.commands import chaos  # noqa: E402
 # Before whatever else loads gRPC: it quiets gRPC's own log lines.
 from cluster.client_commands import chat, generate  # noqa: E402
 from cluster.key_commands import keys  # noqa: E402
+from cluster.load import commands as load_commands  # noqa: E402, F401  # `kvrelay bench serve`
 from cluster.serve_commands import demo, serve  # noqa: E402
 
 signal.signal(signal.SIGINT, _before)

@@ -3,17 +3,15 @@
 Called by the command. Loads matplotlib, which only the `bench` extra brings.
 """
 
-import html
-import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.bench.report import BenchError, Row, number
+from cluster.bench import page
+from cluster.bench.report import Row, number
 from cluster.chaos.faults import KINDS, Strike
 from cluster.chaos.outcome import Moment, Outcome
 from cluster.chaos.processes import ROLES
-from cluster.preparation import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,43 +23,26 @@ _TOKENS, _RUNNING = "#2563eb", "#111827"
 _ROLE_COLOURS = dict(zip(ROLES, ("#dc2626", "#2563eb", "#9333ea"), strict=True))
 _SMOOTH_S = 1.0  # tokens are counted over so long
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem;
-  color: #111827; }
-table { border-collapse: collapse; margin: 1rem 0; }
-td, th { padding: 2px 14px 2px 0; border-bottom: 1px solid #e5e7eb; text-align: left; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-.passed { color: #15803d; } .failed { color: #b91c1c; }
-figure { margin: 1rem 0; } svg { width: 100%; height: auto; }
-.columns { display: flex; flex-wrap: wrap; gap: 0 3rem; }
-"""
-
 
 def write_page(outcome: Outcome, file: Path) -> None:
     """Raises BenchError when the file cannot be written."""
-    try:
-        file.write_text("\n".join(_page(outcome)), encoding="utf-8")
-    except OSError as error:
-        raise BenchError(f"--report {file}: {one_line(error)}") from error
-
-
-def _page(outcome: Outcome) -> Iterator[str]:
     verdict = "passed" if outcome.passed else "failed"
-    yield "<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'>"
-    yield f"<title>kvrelay chaos: {verdict}</title><style>{_STYLE}</style></head><body>"
+    page.write_page(file, f"kvrelay chaos: {verdict}", _body(outcome, verdict))
+
+
+def _body(outcome: Outcome, verdict: str) -> Iterator[str]:
     yield f"<h1>kvrelay chaos: <span class='{verdict}'>{verdict}</span></h1>"
     report = outcome.report()
-    yield f"<p>{html.escape(report.heading()).replace(chr(10), '<br>')}</p>"
-    yield "".join(f"<p>{html.escape(note)}</p>" for note in report.notes)
+    yield from map(page.paragraph, (report.heading(), *report.notes))
     if len(outcome.moments) > 1:
         yield f"<figure>{_plot(outcome)}</figure>"
     yield "<div class='columns'>"
-    yield _table(("figure", "value", "unit"), [_cells(row) for row in report.rows])
+    yield page.html_table(("figure", "value", "unit"), [_cells(row) for row in report.rows])
     if outcome.strikes:
         start_s = outcome.moments[0].at_s if outcome.moments else outcome.strikes[0].at_s
         rows = [_strike_cells(strike, start_s) for strike in outcome.strikes]
-        yield _table(("at, s", "fault", "process", "whole after, s"), rows)
-    yield "</div></body></html>"
+        yield page.html_table(("at, s", "fault", "process", "whole after, s"), rows)
+    yield "</div>"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -73,25 +54,11 @@ def _strike_cells(strike: Strike, start_s: float) -> tuple[str, ...]:
     return f"{strike.at_s - start_s:.1f}", strike.kind, str(strike.pid), after
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    lines = [
-        "".join(f"<td{_numeric(cell)}>{html.escape(cell)}</td>" for cell in row) for row in rows
-    ]
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _numeric(cell: str) -> str:
-    return " class='number'" if cell[:1].isdigit() or cell[:1] == "-" else ""
-
-
 # ---- plots
 
 
 def _plot(outcome: Outcome) -> str:
     """As SVG: tokens a second, streams, processes, one below the other, with the faults in each."""
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     panels: tuple[Callable[[Axes, Sequence[Moment]], None], ...] = (_tokens, _streams, _alive)
@@ -111,10 +78,7 @@ def _plot(outcome: Outcome) -> str:
     if marks:
         plain = {"ncols": len(KINDS), "frameon": False, "fontsize": 9}
         figure.legend(marks.values(), marks.keys(), loc="outside upper center", **plain)
-    drawn = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "kvrelay"}):
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
-    return drawn.getvalue()[drawn.getvalue().index("<svg") :]
+    return page.svg_of(figure)
 
 
 def _mark(axes: "Axes", strike: Strike, start_s: float) -> Any:
