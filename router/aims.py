@@ -56,8 +56,10 @@ class Aims:
             if self.of(request, now_ms) is None:
                 continue
             cost_ms = self._tokens(request) * token_ms
-            heappush(kept, _Kept(-request.priority, -cost_ms, -place))
             at_ms += cost_ms
+            if self._due_ms(request) == inf:
+                continue
+            heappush(kept, _Kept(-request.priority, -cost_ms, -place))
             while kept and at_ms > self._due_ms(request):
                 longest = heappop(kept)
                 late.add(-longest.place)

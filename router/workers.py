@@ -316,20 +316,19 @@ class Workers:
     def prompt_pace(self, tpot_target_ms: float) -> tuple[float, float]:
         """(Time for one token of a prompt, time until the next prompt) where all workers that
         compute prompts share them. Looks at a few workers, whatever the size of the fleet."""
-        some_p = list(islice(self.prefill.values(), _PACE_SAMPLE))
-        some_d = list(islice(self.decode.values(), _PACE_SAMPLE))
-        per_ms = sum(1 / p.rates.prompt_token_ms for p in some_p)
-        tokens = [p.backlog_tokens for p in some_p]
-        pace = per_ms * len(self.prefill) / max(1, len(some_p))
+        tokens: list[int] = []
+        pace, workers = 0.0, len(self.prefill)  # tokens a millisecond of all workers, their number
+        for p in islice(self.prefill.values(), _PACE_SAMPLE):
+            tokens.append(p.backlog_tokens)
+            pace += 1 / p.rates.prompt_token_ms * max(1.0, len(self.prefill) / _PACE_SAMPLE)
         if self._config.local_prefill == "auto" or not self.prefill:
-            shares = [prompt_share(d.rates, d.decoding, tpot_target_ms) for d in some_d]
-            per_ms = sum(s / d.rates.prompt_token_ms for s, d in zip(shares, some_d, strict=True))
-            pace += per_ms * len(self.decode) / max(1, len(some_d))
-            tokens += [d.backlog_tokens for d, s in zip(some_d, shares, strict=True) if s > 0]
-        if not pace:
-            return 0.0, 0.0
-        one_worker = len(self.prefill) + len(self.decode) if self.prefill else len(self.decode)
-        return 1 / pace, min(tokens, default=0) / (pace / one_worker)
+            workers += len(self.decode)
+            for d in islice(self.decode.values(), _PACE_SAMPLE):
+                share = prompt_share(d.rates, d.decoding, tpot_target_ms)
+                tokens += [d.backlog_tokens] if share else []
+                own = share / d.rates.prompt_token_ms
+                pace += own * max(1.0, len(self.decode) / _PACE_SAMPLE)
+        return (1 / pace, min(tokens) * workers / pace) if pace else (0.0, 0.0)
 
     def computing(self, placement: Placement) -> tuple[Rates, int]:
         """The rates of the worker that would compute the prompt, and how many have its role."""

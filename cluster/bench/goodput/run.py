@@ -139,7 +139,8 @@ class _Bench:
             prompt=asked.prompt,
             answer=asked.answer,
         )
-        plan = Plan.of(Target(url=f"grpc://{serving.address}"), workload, seed=self._runs)
+        target = Target(url=f"grpc://{serving.address}")
+        plan = Plan.of(target, workload, _SEED, prompts_seed=self._runs)
         try:
             result = run_load(plan)
         except LoadError as error:
