@@ -10,6 +10,7 @@ if _before is signal.default_int_handler:
 import click  # noqa: E402
 
 from cluster.bench.commands import bench  # noqa: E402
+from cluster.bench.goodput import commands as goodput_commands  # noqa: E402, F401  # its command
 from cluster.capacity.commands import simulate  # noqa: E402
 from cluster.chaos.commands import chaos  # noqa: E402
 

@@ -107,6 +107,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             self._prompts,
             self._kept,
             self._sessions,
+            tpot_target_ms=config.tpot_target_ms,
             freed=self._announce_load,
             failpoints=self._failpoints,
         )

@@ -7,6 +7,7 @@ or leave when they are let go of. What each step computes is decided by Batch an
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from math import inf
 
 from decode_worker import messages
 from decode_worker.batch import Batch, Ending, Output, Running
@@ -14,6 +15,7 @@ from decode_worker.handoff import HandOff
 from decode_worker.kept import Kept
 from decode_worker.prompts import LocalPrompt, LocalPrompts
 from decode_worker.reservation import Key, ReservationEvent
+from decode_worker.slack import step_left_ms
 from decode_worker.step import DecodeStep
 from kvrelay.clock import now_ms, now_s
 from kvrelay.engine.host import EngineHangsError, EngineHost
@@ -28,7 +30,8 @@ log = logging.getLogger(__name__)
 
 
 class StepLoop:
-    """freed: called when there may be more blocks than before."""
+    """tpot_target_ms: that of answers, 0 for none. freed: called when there may be more blocks than
+    before."""
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class StepLoop:
         kept: Kept,
         sessions: Sessions[DecodeEvent],
         *,
+        tpot_target_ms: float,
         freed: Callable[[], None],
         failpoints: Failpoints,
     ) -> None:
@@ -50,6 +54,7 @@ class StepLoop:
         self._prompts = prompts
         self._kept = kept
         self._sessions = sessions
+        self._tpot_target_ms = tpot_target_ms
         self._freed = freed
         self._failpoints = failpoints
         self._in_step: set[Key] = set()
@@ -58,8 +63,7 @@ class StepLoop:
     async def run(self) -> None:
         """Never returns. Raises EngineHangsError: the worker is lost."""
         while True:
-            running = self._batch.next_step()
-            step = DecodeStep(running, self._prompts.next_chunks(len(running), self._engine.fit))
+            step = self._next_step()
             if not step:
                 self._work.clear()
                 await self._work.wait()
@@ -85,6 +89,21 @@ class StepLoop:
                 self._failed(step, error)
             else:
                 self._done(step, tokens)
+
+    def _next_step(self) -> DecodeStep:
+        running, fit = self._batch.next_step(), self._engine.fit
+        if not len(self._prompts):
+            return DecodeStep(running)
+        left_ms = inf
+        if self._tpot_target_ms:
+            left_ms = step_left_ms(
+                running,
+                now_ms(),
+                self._tpot_target_ms,
+                fit.cost.predict_ms(0, len(running)),
+                expecting=len(self._handoff) > len(self.decoding) + len(self._prompts),
+            )
+        return DecodeStep(running, self._prompts.next_chunks(len(running), fit, left_ms))
 
     def add(self, prompt: LocalPrompt) -> None:
         """A prompt to be computed here; raises PromptsFullError."""
@@ -155,6 +174,7 @@ class StepLoop:
 
     def _join(self, sequence: Running, first_token: int) -> Output:
         self.decoding[sequence.key] = sequence
+        sequence.begun_ms = now_ms()
         self._kept.begun(sequence.key, sequence.answer)
         return self._batch.join(sequence, first_token)
 

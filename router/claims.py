@@ -39,6 +39,7 @@ class Claims:
         claim.decode.measured.answers.note()
         claim.decode.asked_blocks += claim.blocks
         claim.decode.asked += 1
+        claim.decode.coming += 1
         self._rank(claim.computes)
         self._rank(claim.decode)
 
@@ -76,5 +77,6 @@ class Claims:
         if claim.prompt_tokens:
             claim.computes.asked_prompts -= 1
             claim.computes.asked_tokens -= claim.prompt_tokens
+            claim.decode.coming -= 1
             claim.prompt_tokens = 0
             self._rank(claim.computes)

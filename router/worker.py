@@ -95,6 +95,7 @@ class DecodeWorker(_Known):
     running: int = 0  # its own figure, which knows of other routers
     asked_blocks: int = 0  # of our Reserves that it has not answered yet
     asked: int = 0  # sequences of ours, running and on their way
+    coming: int = 0  # of these, whose prompts are not computed yet
 
     @property
     def room_blocks(self) -> int:
@@ -110,6 +111,10 @@ class DecodeWorker(_Known):
     def sequences(self) -> int:
         return max(self.running, self.asked)
 
+    @property
+    def decoding(self) -> int:
+        return max(self.running, self.asked - self.coming)
+
     def view(self, cached_blocks: int) -> DecodeView:
         return DecodeView(
             self.worker_id,
@@ -124,6 +129,7 @@ class DecodeWorker(_Known):
             self.backlog_prompts,
             self.chunk_tokens,
             self.shunned,
+            self.decoding,
         )
 
 

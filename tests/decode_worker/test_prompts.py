@@ -206,3 +206,39 @@ def test_a_step_asks_for_a_token_of_all_but_the_chunks_that_do_not_end_a_prompt(
 def test_a_step_of_nothing_is_false():
     assert not DecodeStep()
     assert DecodeStep([], prompts_of(3).next_chunks(0, StepFit()))
+
+
+# ---- where answers have a target
+
+
+def afforded(prompts: LocalPrompts, left_ms: float, running: int = 5) -> list[tuple]:
+    chunks = prompts.next_chunks(running, measured(), left_ms)
+    for chunk in chunks:
+        assert prompts.computed(chunk)
+    return plan(chunks)
+
+
+def test_a_chunk_is_what_the_answers_can_afford():
+    assert afforded(prompts_of(100, target_ms=0), 20 + 13) == [(0, 0, 12)]
+
+
+def test_prompts_wait_until_the_answers_can_afford_a_block():
+    prompts = prompts_of(100, target_ms=0)
+    assert afforded(prompts, 20 + 3.9) == []
+    assert afforded(prompts, 20 + 4.1) == [(0, 0, BLOCK)]
+
+
+def test_the_bound_of_one_step_holds_beside_what_answers_can_afford():
+    assert afforded(prompts_of(100), 500) == [(0, 0, 28)]
+
+
+def test_prompts_do_not_wait_for_ever():
+    prompts = prompts_of(100, target_ms=0)
+    assert [afforded(prompts, -1.0) for _ in range(64)] == [[]] * 64
+    assert afforded(prompts, -1.0) == [(0, 0, BLOCK)]
+    assert afforded(prompts, -1.0) == []
+
+
+def test_who_runs_nothing_but_expects_an_answer_keeps_its_steps_short():
+    assert afforded(prompts_of(100, target_ms=0), 10 + 9, running=0) == [(0, 0, 8)]
+    assert afforded(prompts_of(100, target_ms=0), 1.0, running=0) == [(0, 0, BLOCK)]
