@@ -11,6 +11,7 @@ import click  # noqa: E402
 
 from cluster.bench.commands import bench  # noqa: E402
 from cluster.bench.goodput import commands as goodput_commands  # noqa: E402, F401  # its command
+from cluster.bench.suite import commands as suite_commands  # noqa: E402, F401  # `kvrelay bench all`
 from cluster.capacity.commands import simulate  # noqa: E402
 from cluster.chaos.commands import chaos  # noqa: E402
 

@@ -6,14 +6,12 @@ their own; then what a served cluster of the same workers adds, over each link.
 
 import asyncio
 import platform
-import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cluster.bench.links import LINKS
-from cluster.bench.machine import OtherPrograms, describe_machine, unrest
+from cluster.bench.machine import OtherPrograms, commit, describe_machine, unrest
 from cluster.bench.report import BenchError, Report, Row
 from cluster.capacity.device import BusyNeighbour, DeviceProfile, Measured
 from cluster.model_store import PreparedModel
@@ -161,7 +159,7 @@ def _profile(
                 **{package: machine[package] for package in _VERSIONS},
                 "python": platform.python_version(),
             },
-            commit=_commit(),
+            commit=commit(),
             command=asked.command,
             median_error=fit.median_error,
             p90_error=fit.p90_error,
@@ -189,7 +187,7 @@ def _report(profile: DeviceProfile, found: _Measured, fit: Fit, busy: float) -> 
     machine: dict[str, Any] = {
         "profile": profile.name,
         **describe_machine(max(1, len(found.cores[0]) if found.cores else 1)),
-        "commit": _commit(),
+        "commit": commit(),
         "others busy": busy,
     }
     rows = [
@@ -232,13 +230,3 @@ def _warnings(fit: Fit, found: _Measured) -> list[str]:
     if len(found.cores) < 2:
         notes.append("too few cores for two workers: nothing was measured beside a neighbour.")
     return notes
-
-
-def _commit() -> str:
-    """Of the checkout that this runs from; nothing where it was installed."""
-    folder = Path(__file__).parent
-    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
