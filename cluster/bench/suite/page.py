@@ -6,13 +6,13 @@ Called by commands.py. Loads matplotlib, which only the `bench` extra brings.
 import html
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.bench.machine import commit, describe_machine
+from cluster.bench.machine import commit, cores_usable, describe_machine
 from cluster.bench.page import html_table, paragraph, svg_of, write_page
-from cluster.bench.report import Report, number
+from cluster.bench.report import MISSING, Report, number
 from cluster.bench.suite.parts import Part
 from cluster.bench.suite.run import Ran
 
@@ -32,13 +32,14 @@ def write_suite_page(ran: Sequence[Ran], folder: Path, file: Path) -> None:
 
 def _body(ran: Sequence[Ran], folder: Path) -> Iterator[str]:
     yield "<h1>kvrelay: all benchmarks</h1>"
-    yield paragraph(Report({**describe_machine(0), "commit": commit() or "-"}, ()).heading())
+    machine = {**describe_machine(cores_usable()), "commit": commit() or "-"}
+    yield paragraph(Report(machine, ()).heading())
     links = [f"<a href='#{one.part.name}'>{one.part.name}</a>" for one in ran]
     yield f"<p>{' · '.join(links)}</p>"
     for one in ran:
         yield f"<h2 id='{one.part.name}'>{one.part.name}</h2>"
         yield paragraph(one.part.about)
-        yield paragraph("kvrelay " + " ".join(one.part.words))
+        yield f"<p><code>{html.escape(' '.join(('kvrelay', *one.part.words)))}</code></p>"
         if one.error:
             yield paragraph(f"No results: {one.error}", "failed")
         else:
@@ -67,19 +68,20 @@ def _embedded(page: str) -> str:
 def _table(
     part: Part, rows: Sequence[Mapping[str, Any]]
 ) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-    columns = ["name", "value", "unit", part.beside, "ratio", "of limit"]
-    cells = [
-        [
-            row["name"],
-            number(row["value"]),
-            row["unit"],
-            number(row["baseline"]),
-            f"{row['ratio']:.2f}x" if row["ratio"] else "-",
-            f"{row['limit_ratio'] * 100:.0f} %" if row["limit_ratio"] else "-",
-        ]
-        for row in rows
-    ]
-    return columns, cells
+    """Columns that no row fills are left out."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "name": lambda row: row["name"],
+        "value": lambda row: number(row["value"]),
+        "unit": lambda row: row["unit"],
+    }
+    if any(row["ratio"] for row in rows):
+        columns[part.beside] = lambda row: number(row["baseline"])
+        columns["ratio"] = lambda row: f"{row['ratio']:.2f}x" if row["ratio"] else MISSING
+    if any(row["limit_ratio"] for row in rows):
+        columns["of limit"] = lambda row: (
+            f"{row['limit_ratio'] * 100:.0f} %" if row["limit_ratio"] else MISSING
+        )
+    return list(columns), [[shown(row) for shown in columns.values()] for row in rows]
 
 
 def _ratios(part: Part, rows: Sequence[Mapping[str, Any]]) -> "Figure":

@@ -111,10 +111,10 @@ def all_parts(model: str, folder: Path) -> list[Part]:
         Part(
             "simulate",
             (
-                *("simulate", "--profile", str(device), "--mix", "mixed", "--rate", "40"),
-                *("--seconds", "300", "--prefill", "100", "--decode", "100"),
+                *("simulate", "--profile", str(device), "--mix", "mixed", "--rate", "20"),
+                *("--seconds", "120", "--prefill", "50", "--decode", "50"),
             ),
-            "Two hundred such workers, simulated.",
+            "A hundred such workers, simulated.",
             180.0,
             paged=True,
             wants=(DEVICE,),
