@@ -112,7 +112,7 @@ def all_parts(model: str, folder: Path) -> list[Part]:
             "simulate",
             (
                 *("simulate", "--profile", str(device), "--mix", "mixed", "--rate", "20"),
-                *("--seconds", "120", "--prefill", "50", "--decode", "50"),
+                *("--seconds", "60", "--prefill", "50", "--decode", "50"),
             ),
             "A hundred such workers, simulated.",
             180.0,
