@@ -100,7 +100,7 @@ def profile_device(model: PreparedModel, asked: ProfileAsk, on_progress: Progres
         raise BenchError(str(error)) from error
     fit = found.fit()
     profile = _profile(model, asked, options, found, fit, served)
-    return Profiled(profile, _report(profile, found, fit, others.cores_busy()))
+    return Profiled(profile, _report(profile, found, fit, served[0], others.cores_busy()))
 
 
 def _measure_engines(
@@ -183,7 +183,9 @@ def _neighbour(found: _Measured, served: Sequence[ServedTimes]) -> BusyNeighbour
     return (served[0].neighbour() or found.neighbour) if len(found.cores) > 1 else BusyNeighbour()
 
 
-def _report(profile: DeviceProfile, found: _Measured, fit: Fit, busy: float) -> Report:
+def _report(
+    profile: DeviceProfile, found: _Measured, fit: Fit, served: ServedTimes, busy: float
+) -> Report:
     machine: dict[str, Any] = {
         "profile": profile.name,
         **describe_machine(max(1, len(found.cores[0]) if found.cores else 1)),
@@ -207,6 +209,8 @@ def _report(profile: DeviceProfile, found: _Measured, fit: Fit, busy: float) -> 
         Row("busy-neighbour/decode", profile.busy_neighbour.decode, "times as long"),
         Row("router", profile.router_ms, "ms"),
     ]
+    if served.both is not None:
+        rows.append(Row("router/busy", served.both.router_ms, "ms"))
     for one in profile.hand_offs:
         rows.append(Row(f"hand-off/{one.link}", one.fixed_ms, "ms"))
         rows.append(Row(f"hand-off/{one.link}/block", one.ms_per_block, "ms"))

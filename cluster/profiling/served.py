@@ -53,8 +53,9 @@ class Gaps:
 @dataclass(frozen=True)
 class BothBusy:
     """Prompts one after another, of a full chunk each, beside answers: what each of the two took,
-    and what it takes alone."""
+    and what it takes alone. router_ms: of a first token, meanwhile."""
 
+    router_ms: float
     prefill_ms: float
     prefill_alone_ms: float
     gap_ms: float
@@ -113,13 +114,15 @@ class ServedTimes:
         )
 
     def router_ms(self, step: StepTime) -> float:
-        """What first tokens take beyond the step that makes them."""
-        more = [
+        """What first tokens take beyond the step that makes them: half of them of an idle cluster,
+        half of a busy one, where messages wait for a core."""
+        idle_ms = [
             taken - step.ms(tokens, attended(tokens, 0), 0, 0)
             for tokens, times in self.first_token_ms.items()
             for taken in times
         ]
-        return max(0.0, median(more))
+        found_ms = max(0.0, median(idle_ms))
+        return found_ms if self.both is None else (found_ms + self.both.router_ms) / 2
 
 
 async def measure_served(
@@ -170,13 +173,13 @@ class _Load:
     async def both_busy(self, prompt_tokens: int, answer_tokens: int) -> BothBusy:
         """Answers in several streams, alone and beside prompts; and prompts alone."""
         alone = [await self.gaps(_BUSY_STREAMS, answer_tokens) for _ in range(_BUSY_ANSWERS)]
-        alone_ms = [await self._prefill_ms(prompt_tokens) for _ in range(_BUSY_ANSWERS)]
-        prefill_ms: list[float] = []
+        alone_ms = [(await self._prompt_ms(prompt_tokens))[0] for _ in range(_BUSY_ANSWERS)]
+        beside: list[tuple[float, float]] = []
         under_way, over = asyncio.Event(), asyncio.Event()
 
         async def prompts() -> None:
             while not over.is_set():
-                prefill_ms.append(await self._prefill_ms(prompt_tokens))
+                beside.append(await self._prompt_ms(prompt_tokens))
                 under_way.set()
 
         async def answers() -> list[Gaps]:
@@ -188,16 +191,18 @@ class _Load:
 
         _, busy = await asyncio.gather(prompts(), answers())
         return BothBusy(
-            prefill_ms=median(prefill_ms[1:] or prefill_ms),
+            prefill_ms=median(prefill_ms for prefill_ms, _ in beside),
+            router_ms=median(router_ms for _, router_ms in beside),
             prefill_alone_ms=median(alone_ms),
             gap_ms=median(found.gap_ms for found in busy),
             gap_alone_ms=median(found.gap_ms for found in alone),
         )
 
-    async def _prefill_ms(self, prompt_tokens: int) -> float:
-        """As the prefill worker says."""
-        completion, _ = await self.ask(prompt_tokens, 1)
-        return max(_LEAST_MS, completion.timings.prefill_ms)
+    async def _prompt_ms(self, prompt_tokens: int) -> tuple[float, float]:
+        """What the prefill worker took, as it says, and what the first token took beyond that."""
+        completion, arrived_ms = await self.ask(prompt_tokens, 1)
+        prefill_ms = max(_LEAST_MS, completion.timings.prefill_ms)
+        return prefill_ms, max(0.0, arrived_ms[0] - prefill_ms)
 
     async def gaps(self, streams: int, answer_tokens: int) -> Gaps:
         """While all of them are under way."""

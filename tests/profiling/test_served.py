@@ -46,11 +46,16 @@ def test_the_router_takes_what_the_step_does_not():
 
 
 def test_beside_a_busy_neighbour_each_takes_as_much_longer_as_measured():
-    times = ServedTimes("shm", both=BothBusy(120.0, 100.0, 9.0, 10.0))
+    times = ServedTimes("shm", both=BothBusy(7.5, 120.0, 100.0, 9.0, 10.0))
     found = times.neighbour()
     assert found is not None
     assert (found.prefill, found.decode) == (pytest.approx(1.2), 1.0)
     assert ServedTimes("shm").neighbour() is None
+
+
+def test_the_router_is_as_often_busy_as_idle():
+    times = ServedTimes("shm", first_token_ms={16: [15.5]}, both=BothBusy(7.5, 1.0, 1.0, 1.0, 1.0))
+    assert times.router_ms(STEP) == pytest.approx((2.5 + 7.5) / 2)
 
 
 async def test_a_whole_cluster_is_measured(tmp_path):
