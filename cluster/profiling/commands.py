@@ -85,6 +85,12 @@ def profile(model: str, *, out: Path | None, as_json: bool, **choice: Any) -> No
 )
 @click.option("--quantize", type=click.Choice(get_args(Quantize)), default="int8")
 @click.option("--kv-dtype", type=click.Choice(get_args(KvDtype)), default="auto")
+@click.option(
+    "--threads",
+    type=click.IntRange(0, 1024),
+    default=0,
+    help="As the profile was measured with. 0: as kvrelay serve gives them.",
+)
 @click.option("--local-prefill", type=click.Choice(get_args(LocalPrefill)), default="auto")
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")

@@ -43,6 +43,7 @@ class ValidationAsk:
     warm_up_s: float
     quantize: Quantize
     kv_dtype: KvDtype = "auto"
+    threads: int = 0  # as the profile was measured with; 0: as `kvrelay serve`
     local_prefill: LocalPrefill = "auto"
     seed: int = 0
 
@@ -55,6 +56,7 @@ class ValidationAsk:
             http_port=0,
             quantize=self.quantize,
             kv_dtype=self.kv_dtype,
+            threads=self.threads,
             kv_gib=profile.kv_blocks * profile.block_bytes / (1 << 30),
             chunk_tokens=profile.chunk_tokens,
             local_prefill=self.local_prefill,
