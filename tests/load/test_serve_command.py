@@ -14,6 +14,8 @@ from openai_double import openai_double
 from tiny_models import make_tiny
 
 from cluster.cli import main
+from cluster.load.grpc_target import GrpcTarget
+from cluster.load.http_target import HttpTarget
 from cluster.load.plan import LoadError, Plan, Target
 from cluster.load.run import run_load
 from cluster.workload.mixes import make_mix
@@ -117,21 +119,27 @@ def test_what_cannot_be_asked_is_one_line(options: list[str], complaint: str) ->
     assert len(result.output.strip().splitlines()) == 1
 
 
+def test_no_server(unused_tcp_port: int) -> None:
+    target = Target(url=f"127.0.0.1:{unused_tcp_port}")
+    with pytest.raises(LoadError, match="nothing answers at 127") as raised:
+        run_load(Plan.of(target, make_mix("uniform", 1.0, None, requests=1)))
+    assert len(str(raised.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("url", "complaint"),
     [
-        ("http://127.0.0.1:{port}", "no HTTP server answers at 127.0.0.1"),
-        ("127.0.0.1:{port}", "nothing answers"),
         ("ftp://127.0.0.1", "not a server's address"),
-        ("grpcs://127.0.0.1:{port}", "add --certificates"),
+        ("grpcs://127.0.0.1:1", "add --certificates"),
+        ("127.0.0.1:1/v1", "not a server's address"),
         ("http://", "it is not of the form http"),
     ],
 )
-def test_no_server(url: str, complaint: str, unused_tcp_port: int) -> None:
-    target = Target(url=url.format(port=unused_tcp_port))
-    with pytest.raises(LoadError, match=complaint) as raised:
-        run_load(Plan.of(target, make_mix("uniform", 1.0, None, requests=1)))
-    assert len(str(raised.value).splitlines()) == 1
+async def test_a_url_that_is_none(url: str, complaint: str) -> None:
+    target = Target(url=url)
+    kind = HttpTarget if target.is_http else GrpcTarget
+    with pytest.raises(LoadError, match=complaint):
+        await kind.open(target, 0, 16)
 
 
 def test_a_range_is_two_numbers() -> None:
