@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.capacity.device import DeviceProfile
 from cluster.simulation.loop import Timeline
 from kvrelay.announcer import Announcer
-from kvrelay.config import RouterConfig, WorkerConfig
+from kvrelay.config import PROTOCOL_VERSION, RouterConfig, WorkerConfig
 from kvrelay.engine.step_cost import StepCost, StepFit
 from kvrelay.kv.block_journal import BlockJournal
 from kvrelay.kv.layout import KVLayout
@@ -130,27 +130,28 @@ class CostWord:
         return self._word
 
 
-_FIT_ALL = 64  # of a worker's steps of a kind its fit is told all first,
+_FIT_ALL = 8  # of a worker's steps of a kind its fit is told the first,
 _FIT_EVERY = 16  # then one of so many: simulated steps do not scatter, and a fit is dear
 
 
 class Measuring:
-    """Tells a worker's fit of its steps, as EngineHost does: of all at first, then of a share."""
+    """Tells a worker's fit of its steps, as EngineHost does; of those that it knows, of some."""
 
     def __init__(self, fit: StepFit) -> None:
         self._fit = fit
-        self._told = 0
+        self._seen: dict[tuple[int, int], int] = {}  # by about how many tokens and sequences
 
     def step(self, prompt_tokens: int, sequences: int, step_ms: float) -> None:
-        self._told += 1
-        if self._told <= _FIT_ALL or self._told % _FIT_EVERY == 0:
+        """All that have both, for chunks of prompts beside answers go by the last of them."""
+        kind = prompt_tokens.bit_length(), sequences.bit_length()
+        seen = self._seen[kind] = self._seen.get(kind, 0) + 1
+        both = prompt_tokens > 0 and sequences > 0
+        if both or seen <= _FIT_ALL or seen % _FIT_EVERY == 0:
             self._fit.measured(prompt_tokens, sequences, step_ms)
 
 
 def info(around: Surroundings, name: str, chunk_tokens: int) -> worker_pb2.WorkerInfo:
     """What EngineHost.info says of a real worker."""
-    from kvrelay.config import PROTOCOL_VERSION
-
     return worker_pb2.WorkerInfo(
         protocol_version=PROTOCOL_VERSION,
         instance_id=name,
