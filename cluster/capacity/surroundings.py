@@ -54,22 +54,37 @@ class Surroundings:
 
 
 class SimSession(RouterSession[Any]):
-    """A session that is no stream: events arrive at the router a while later, in order."""
+    """A session that is no stream: events arrive at the router a while later, in order. What is
+    said at one time arrives as one entry of the timeline."""
 
     def __init__(self, around: Surroundings, worker: Any, router: str) -> None:
         self.open = True
         self.router = router
-        self._around = around
-        self._heard = partial(around.routers[router].heard, worker)
+        self._worker = worker
+        self._timeline = around.timeline
+        self._delay_s = around.network_s
+        self._hear = around.routers[router].heard
+        self._said_s = -1.0  # the last time
+        self._saying: list[Any] = []  # then
 
     def send(self, event: Any) -> None:
-        if self.open:
-            around = self._around
-            at_s = around.timeline.now_s + around.network_s
-            around.timeline.put(at_s, None, partial(self._heard, event))
+        if not self.open:
+            return
+        now_s = self._timeline.now_s
+        if now_s == self._said_s and self._saying:
+            self._saying.append(event)
+            return
+        self._said_s, self._saying = now_s, [event]
+        self._timeline.put(now_s + self._delay_s, None, partial(self._arrive, self._saying))
 
     def end(self) -> None:
         self.open = False
+
+    def _arrive(self, events: list[Any]) -> None:
+        said, worker, hear = events[:], self._worker, self._hear
+        events.clear()  # what comes at this time from now on arrives by itself
+        for event in said:
+            hear(worker, event)
 
 
 class Speaker:
