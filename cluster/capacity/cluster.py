@@ -1,6 +1,7 @@
 """A simulated cluster: its workers and routers, and what kills and replaces them."""
 
 from collections.abc import Callable
+from functools import partial
 from random import Random
 
 from cluster.capacity.decode import SimDecode
@@ -57,7 +58,8 @@ class Cluster:
         """One worker after another, whichever it hits; each is replaced a while later."""
 
         def kill() -> None:
-            self.kill(dice.choice(list(self.workers.values())))
+            if self.workers:
+                self.kill(dice.choice(list(self.workers.values())))
             self._around.timeline.call_later(every_s, kill)
 
         self._around.timeline.call_later(every_s, kill)
@@ -69,7 +71,7 @@ class Cluster:
         worker.die()
         later = self._around.timeline.call_later
         for router in self.routers:
-            later(self._around.network_s + _NOTICED_S, lambda router=router: router.lose(worker))
+            later(self._around.network_s + _NOTICED_S, partial(router.lose, worker))
         later(_REPLACED_S, lambda: self._begin(type(worker)))
 
     @property

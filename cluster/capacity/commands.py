@@ -138,6 +138,13 @@ def _tokens(context: click.Context, param: click.Parameter, value: str | None) -
     is_flag=True,
     help="Find the highest rate at which 90 % of requests meet the SLO. For a --mix.",
 )
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    help="Processes, each with its part of the workers and requests and routers of its own.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.option(
     "--report",
@@ -169,7 +176,7 @@ def simulate(*, as_json: bool, page: Path | None, **choice: Any) -> None:
             if choice["find_rate"]:
                 result = _searched(setting, choice, slo, on_progress)
             else:
-                result = Result.of(setting, workload, slo, on_progress)
+                result = Result.of(setting, workload, slo, on_progress, choice["jobs"])
         _show(result, as_json)
         if page:
             from cluster.capacity.page import write_simulation_page

@@ -184,6 +184,8 @@ class SimDecode:
             reserved.ticket.CopyFrom(self.handoff.sign(reservation, ticket))
         self._sessions.send(session, DecodeEvent(reserved=reserved))
         if reserve.prefill_here:
+            if self._planned:
+                self._cut()  # the next step has a chunk of it
             self._go_on()
 
     def _reservation(self, key: Key, reserve: worker_pb2.Reserve) -> Reservation:
@@ -296,9 +298,8 @@ class SimDecode:
         self._step, self._planned = DecodeStep(), 0
         self._note_cost(step.chunks)
         if steps:
-            times = self._times(steps, step)
-            done = [p.running for p in self._played.ended(times, self._sequences)]
-            outputs = self.batch.apply(done, [self._played.last()] * len(done))
+            last = self._ended(self._times(steps, step))
+            outputs = self.batch.apply(last, [self._played.last()] * len(last))
         else:
             token = self._around.stamp(self._around.timeline.now_s)
             outputs = self.batch.apply(step.running, [token] * self._sequences)
@@ -309,6 +310,18 @@ class SimDecode:
         self._publish(outputs)
         self._announce_room()
         self._go_on()
+
+    def _ended(self, times_s: Sequence[float]) -> list[Running]:
+        """The steps of a run have ended. Whose last token is to be added now: those that end, or,
+        when somebody has joined for whom there is no room, all, for then turns begin."""
+        played = self._played
+        ended = played.ended(times_s, self._sequences)
+        if len(self.batch) > self._around.worker.batch_max:
+            every = [played.sequences[running.key] for running in self.batch.next_step()]
+            ended = [playing for playing in every if playing.first < played.steps]
+            for playing in ended:
+                played.catch_up(playing, but=1)
+        return [playing.running for playing in ended]
 
     def _note_cost(self, chunks: Sequence[Chunk[LocalPrompt]]) -> None:
         """As EngineHost counts: one token of a prompt costs what one of an answer does."""

@@ -1,7 +1,7 @@
 """What a router's own decisions cost: processor time of each kind of call to its dispatcher."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
@@ -40,6 +40,17 @@ class Meter:
                 spent.seconds += clock() - began - own_s
 
         return measured
+
+    @classmethod
+    def together(cls, meters: Sequence["Meter"]) -> "Meter":
+        """What all of them measured."""
+        total = cls()
+        for meter in meters:
+            for name, spent in meter.spent.items():
+                sums = total.spent.setdefault(name, Spent())
+                sums.calls += spent.calls
+                sums.seconds += spent.seconds
+        return total
 
     @property
     def seconds(self) -> float:

@@ -132,8 +132,9 @@ class SimPrefill:
             prompt=range(self._around.prompt_tokens(ticket.request_id) + prefill.answered),
             sampling=_SAMPLING,
             ticket=ticket,
-            hashes=split_hashes(prefill.block_hashes),
         )
+        if self._around.worker.prefix_caching:
+            job.hashes = split_hashes(prefill.block_hashes)
         try:
             self.schedule.add(job)
         except InvalidJobError as error:

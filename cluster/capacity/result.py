@@ -9,7 +9,8 @@ from rich import box
 from rich.table import Table
 
 from cluster.bench.report import number
-from cluster.capacity.run import Played, Setting, simulate
+from cluster.capacity.cells import simulate_cells
+from cluster.capacity.run import Played, Setting
 from cluster.preparation import Progress
 from cluster.workload.asks import Workload
 from cluster.workload.figures import Figures, figures
@@ -27,11 +28,19 @@ class Result:
     tried: tuple[tuple[float, float], ...] = field(default=())
 
     @classmethod
-    def of(cls, setting: Setting, workload: Workload, slo: Slo, on_progress: Progress) -> "Result":
+    def of(
+        cls,
+        setting: Setting,
+        workload: Workload,
+        slo: Slo,
+        on_progress: Progress,
+        jobs: int = 1,
+    ) -> "Result":
+        """Raises SimulationError."""
         total = len(workload.asks)
         what = f"simulating {total:,} requests"
         on_progress(what, 0.0)
-        played = simulate(setting, workload, lambda done: on_progress(what, done / total))
+        played = simulate_cells(setting, workload, jobs, lambda n: on_progress(what, n / total))
         return cls(setting, workload.name, played, figures(played.outcomes, slo))
 
     @property

@@ -14,7 +14,6 @@ from router.commands import (
     OverloadError,
     ToDecode,
     ToPrefill,
-    Trouble,
 )
 from router.dispatcher import Dispatcher
 from router.request import Request
@@ -93,14 +92,13 @@ class SimRouter:
 
     def _carry_out(self, commands: Iterable[Command]) -> None:
         for command in commands:
-            kind = type(command)
-            if kind is ToPrefill or kind is ToDecode:
+            if isinstance(command, ToPrefill | ToDecode):
                 self._send(command.worker_id, command.command)
-            elif kind is Finished:
+            elif isinstance(command, Finished):
                 self._let_go(command.request)  # that D need not keep it: nobody here would ask
                 self._ended(command.request, "")
-            elif kind is Failed:
-                self._ended(command.request, _name(command.trouble))
+            elif isinstance(command, Failed):
+                self._ended(command.request, type(command.trouble).__name__)
         self._place_soon()
 
     def _send(self, worker_id: str, message: Any) -> None:
@@ -121,7 +119,3 @@ class SimRouter:
     def _reap(self) -> None:
         self._carry_out(self._expire(self._around.now_ms))
         self._around.timeline.call_later(_REAP_EVERY_S, self._reap)
-
-
-def _name(trouble: Trouble) -> str:
-    return type(trouble).__name__

@@ -3,9 +3,10 @@
 import gc
 import hashlib
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 
 import numpy as np
@@ -80,7 +81,6 @@ class Played:
     meter: Meter | None = None
     local_prompts: int = 0  # computed by decode workers
     attempts: int = 0  # placements of all requests
-    per_router: dict[str, float] = field(default_factory=dict)
 
 
 def simulate(setting: Setting, workload: Workload, on_progress: OnProgress | None = None) -> Played:
@@ -192,7 +192,8 @@ class _Run:
             began_s = self._began_s - self._around.network_s
             outcome.first_token_s = answer[0] / STAMPS_A_SECOND - began_s
             outcome.last_token_s = answer[-1] / STAMPS_A_SECOND - began_s
-            outcome.gaps_s = ((stamps[1:] - stamps[:-1]) / STAMPS_A_SECOND).astype(np.float32)
+            gaps_s = ((stamps[1:] - stamps[:-1]) / STAMPS_A_SECOND).astype(np.float32)
+            outcome.gaps_s = array("f", gaps_s.tobytes())
             outcome.cached_tokens = request.times.cached_tokens
             outcome.prefill_ms = request.times.prefill_ms
             outcome.hand_off_ms = request.times.kv_exposed_ms

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.capacity.device import DeviceProfile
 from cluster.simulation.loop import Timeline
 from kvrelay.announcer import Announcer
-from kvrelay.config import RouterConfig, WorkerConfig
+from kvrelay.config import PROTOCOL_VERSION, RouterConfig, WorkerConfig
 from kvrelay.engine.step_cost import StepCost, StepFit
 from kvrelay.kv.block_journal import BlockJournal
 from kvrelay.kv.layout import KVLayout
@@ -54,22 +54,37 @@ class Surroundings:
 
 
 class SimSession(RouterSession[Any]):
-    """A session that is no stream: events arrive at the router a while later, in order."""
+    """A session that is no stream: events arrive at the router a while later, in order. What is
+    said at one time arrives as one entry of the timeline."""
 
     def __init__(self, around: Surroundings, worker: Any, router: str) -> None:
         self.open = True
         self.router = router
-        self._around = around
-        self._heard = partial(around.routers[router].heard, worker)
+        self._worker = worker
+        self._timeline = around.timeline
+        self._delay_s = around.network_s
+        self._hear = around.routers[router].heard
+        self._said_s = -1.0  # the last time
+        self._saying: list[Any] = []  # then
 
     def send(self, event: Any) -> None:
-        if self.open:
-            around = self._around
-            at_s = around.timeline.now_s + around.network_s
-            around.timeline.put(at_s, None, partial(self._heard, event))
+        if not self.open:
+            return
+        now_s = self._timeline.now_s
+        if now_s == self._said_s and self._saying:
+            self._saying.append(event)
+            return
+        self._said_s, self._saying = now_s, [event]
+        self._timeline.put(now_s + self._delay_s, None, partial(self._arrive, self._saying))
 
     def end(self) -> None:
         self.open = False
+
+    def _arrive(self, events: list[Any]) -> None:
+        said, worker, hear = events[:], self._worker, self._hear
+        events.clear()  # what comes at this time from now on arrives by itself
+        for event in said:
+            hear(worker, event)
 
 
 class Speaker:
@@ -130,27 +145,28 @@ class CostWord:
         return self._word
 
 
-_FIT_ALL = 64  # of a worker's steps of a kind its fit is told all first,
+_FIT_ALL = 8  # of a worker's steps of a kind its fit is told the first,
 _FIT_EVERY = 16  # then one of so many: simulated steps do not scatter, and a fit is dear
 
 
 class Measuring:
-    """Tells a worker's fit of its steps, as EngineHost does: of all at first, then of a share."""
+    """Tells a worker's fit of its steps, as EngineHost does; of those that it knows, of some."""
 
     def __init__(self, fit: StepFit) -> None:
         self._fit = fit
-        self._told = 0
+        self._seen: dict[tuple[int, int], int] = {}  # by about how many tokens and sequences
 
     def step(self, prompt_tokens: int, sequences: int, step_ms: float) -> None:
-        self._told += 1
-        if self._told <= _FIT_ALL or self._told % _FIT_EVERY == 0:
+        """All that have both, for chunks of prompts beside answers go by the last of them."""
+        kind = prompt_tokens.bit_length(), sequences.bit_length()
+        seen = self._seen[kind] = self._seen.get(kind, 0) + 1
+        both = prompt_tokens > 0 and sequences > 0
+        if both or seen <= _FIT_ALL or seen % _FIT_EVERY == 0:
             self._fit.measured(prompt_tokens, sequences, step_ms)
 
 
 def info(around: Surroundings, name: str, chunk_tokens: int) -> worker_pb2.WorkerInfo:
     """What EngineHost.info says of a real worker."""
-    from kvrelay.config import PROTOCOL_VERSION
-
     return worker_pb2.WorkerInfo(
         protocol_version=PROTOCOL_VERSION,
         instance_id=name,

@@ -169,7 +169,8 @@ class BlockLedger:
     def cached(self, blocks: Iterable[int]) -> tuple[list[int], list[int]]:
         """Those of `blocks` that are cached, and the others; each in order."""
         states, is_cached = self._states, BlockState.CACHED
-        inside, outside = [], []
+        inside: list[int] = []
+        outside: list[int] = []
         for block in blocks:
             (inside if states[block] is is_cached else outside).append(block)
         return inside, outside

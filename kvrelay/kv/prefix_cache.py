@@ -138,9 +138,9 @@ class PrefixCache:
         named = list(map(self._block_of.get, hashes))
         if named == shared:
             return  # nearly always: they stand as they should
-        for block in reversed(named):
-            if block is not None and block in self._unused:
-                self._unused.move_to_end(block)
+        for place in reversed(named):
+            if place is not None and place in self._unused:
+                self._unused.move_to_end(place)
 
     def forget(self, hashes: Iterable[bytes]) -> None:
         """Nobody shares these any more: what is in them is in doubt."""
