@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from kv_fixtures import sampling
 
 from decode_worker.batch import Running
-from decode_worker.slack import _TARGET_SHARE, step_left_ms
+from decode_worker.slack import _TARGET_SHARE, ENDLESS, step_room
 
 TARGET_MS = 10 / _TARGET_SHARE  # of which 10 ms are for steps
 PLAIN_MS = 6.0
@@ -17,7 +17,7 @@ def answer(tokens: int, begun_ms: float, max_tokens: int = 50) -> Running:
 
 
 def left_ms(*running: Running, now_ms: float = 1000.0, **more) -> float:
-    return step_left_ms(running, now_ms, TARGET_MS, PLAIN_MS, **more)
+    return step_room(running, now_ms, TARGET_MS, PLAIN_MS, **more).left_ms
 
 
 def test_a_new_answer_leaves_a_step_of_the_target():
@@ -44,9 +44,19 @@ def test_who_can_not_meet_the_target_any_more_has_nothing_to_lose():
     assert left_ms(lost, answer(1, begun_ms=1000)) == pytest.approx(10)
 
 
-def test_without_answers_there_is_no_bound_unless_one_may_join():
-    assert left_ms() == inf
-    assert left_ms(expecting=True) == pytest.approx(10)
+def test_without_answers_there_is_no_bound():
+    assert step_room([], 1000.0, TARGET_MS, PLAIN_MS) == ENDLESS
+
+
+def test_where_answers_may_join_no_step_holds_them_up_for_long():
+    def most_ms(*running: Running, target_ms: float = TARGET_MS, expects: bool = False) -> float:
+        room = step_room(running, 0.0, target_ms, PLAIN_MS, receives=True, expects=expects)
+        return room.most_ms
+
+    assert most_ms(answer(1, begun_ms=0)) == pytest.approx(10)
+    assert most_ms(expects=True) == pytest.approx(10)
+    assert most_ms() == 50  # whoever is not expected yet comes later than that
+    assert most_ms(target_ms=100 / _TARGET_SHARE) == pytest.approx(100)
 
 
 @given(
@@ -61,7 +71,7 @@ def test_no_answer_misses_the_target_because_of_chunks(chunk_ms, max_tokens, joi
     for step in range(200):
         running += [answer(1, now_ms, max_tokens) for join in joins if join == step]
         with_chunk = PLAIN_MS + chunk_ms
-        affords = with_chunk <= step_left_ms(running, now_ms, TARGET_MS, PLAIN_MS)
+        affords = with_chunk <= left_ms(*running, now_ms=now_ms)
         now_ms += with_chunk if affords else PLAIN_MS
         for one in running:
             one.answer.append(0)
