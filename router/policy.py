@@ -323,11 +323,12 @@ def _takes(worker: PrefillView | DecodeView, tokens: int, wish: Wish) -> bool:
 
 
 def _runs_out(worker: PrefillView | DecodeView, tokens: int, aim: Aim) -> bool:
-    """Whether it might have nothing to compute before it could be told of another prompt. A decode
-    worker has its answers to go on with."""
+    """Whether it might have nothing to compute before it could be told of another prompt, as in its
+    last step for those it has. More than that would only take turns with them, and make all later.
+    A decode worker has its answers to go on with."""
     if isinstance(worker, DecodeView):
         return worker.queued_tokens + tokens <= 2 * aimed_chunk(worker, aim.tpot_ms)
-    return worker.queued_prompts == 1 or worker.queued_tokens + tokens <= worker.chunk_tokens
+    return worker.queued_tokens <= worker.chunk_tokens
 
 
 # ---- the formulas
