@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import inf
 
 from decode_worker.reservation import Key
+from decode_worker.slack import ENDLESS, Room
 from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.engine.step_cost import StepFit
@@ -86,15 +87,12 @@ class LocalPrompts:
             self._turns.leave(prompt)
 
     def next_chunks(
-        self, running: int, fit: StepFit, left_ms: float = inf
+        self, running: int, fit: StepFit, room: Room = ENDLESS
     ) -> list[Chunk[LocalPrompt]]:
-        """Oldest first, in turns, for a step that also gives `running` sequences a token.
-
-        left_ms: what their answers can afford (step_left_ms); inf: they have no target.
-        """
+        """Oldest first, in turns, for a step that also gives `running` sequences a token."""
         if not self._prompts:
             return []
-        tokens = self._tokens(running, fit, left_ms)
+        tokens = self._tokens(running, fit, room)
         self._waits = 0 if tokens else self._waits + 1
         return self._turns.next_chunks(tokens)
 
@@ -110,12 +108,16 @@ class LocalPrompts:
             self._turns.join(prompt)
         return True
 
-    def _tokens(self, running: int, fit: StepFit, left_ms: float) -> int:
-        affords = fit.cost.predict_ms(self._block_size, running) <= left_ms
+    def _tokens(self, running: int, fit: StepFit, room: Room) -> int:
+        affords = fit.cost.predict_ms(self._block_size, running) <= room.left_ms
         if running and not affords and self._waits < _WAITS_MAX:
             return 0
-        bound_ms = min(left_ms, self._itl_target_ms or inf) if running else left_ms
+        bound_ms = min(room.left_ms, room.most_ms)
+        if running and self._itl_target_ms:
+            bound_ms = min(bound_ms, self._itl_target_ms)
         if bound_ms == inf:
             return self.chunk_tokens
+        if room is not ENDLESS and not fit.cost.ms_per_prompt_token:
+            return self._block_size  # nobody knows what more would cost
         within = fit.prompt_tokens_within(bound_ms, running)
         return max(self._block_size, min(within, self.chunk_tokens))

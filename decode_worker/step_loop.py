@@ -7,7 +7,6 @@ or leave when they are let go of. What each step computes is decided by Batch an
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from math import inf
 
 from decode_worker import messages
 from decode_worker.batch import Batch, Ending, Output, Running
@@ -15,7 +14,7 @@ from decode_worker.handoff import HandOff
 from decode_worker.kept import Kept
 from decode_worker.prompts import LocalPrompt, LocalPrompts
 from decode_worker.reservation import Key, ReservationEvent
-from decode_worker.slack import step_left_ms
+from decode_worker.slack import ENDLESS, step_room
 from decode_worker.step import DecodeStep
 from kvrelay.clock import now_ms, now_s
 from kvrelay.engine.host import EngineHangsError, EngineHost
@@ -57,6 +56,7 @@ class StepLoop:
         self._tpot_target_ms = tpot_target_ms
         self._freed = freed
         self._failpoints = failpoints
+        self._receives = False  # prompts that others have computed
         self._in_step: set[Key] = set()
         self._work = asyncio.Event()
 
@@ -94,16 +94,18 @@ class StepLoop:
         running, fit = self._batch.next_step(), self._engine.fit
         if not len(self._prompts):
             return DecodeStep(running)
-        left_ms = inf
+        room = ENDLESS
         if self._tpot_target_ms:
-            left_ms = step_left_ms(
+            coming = len(self._handoff) - len(self.decoding) - len(self._prompts)
+            room = step_room(
                 running,
                 now_ms(),
                 self._tpot_target_ms,
-                fit.cost.predict_ms(0, len(running)),
-                expecting=len(self._handoff) > len(self.decoding) + len(self._prompts),
+                fit,
+                coming=coming,
+                receives=self._receives,
             )
-        return DecodeStep(running, self._prompts.next_chunks(len(running), fit, left_ms))
+        return DecodeStep(running, self._prompts.next_chunks(len(running), fit, room))
 
     def add(self, prompt: LocalPrompt) -> None:
         """A prompt to be computed here; raises PromptsFullError."""
@@ -112,6 +114,7 @@ class StepLoop:
 
     def join(self, sequence: Running, first_token: int) -> None:
         """A sequence whose prompt has come as a whole."""
+        self._receives = True
         self._publish([self._join(sequence, first_token)])
         self._work.set()
 

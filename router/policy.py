@@ -323,11 +323,12 @@ def _takes(worker: PrefillView | DecodeView, tokens: int, wish: Wish) -> bool:
 
 
 def _runs_out(worker: PrefillView | DecodeView, tokens: int, aim: Aim) -> bool:
-    """Whether it might have nothing to compute before it could be told of another prompt. A decode
-    worker has its answers to go on with."""
+    """Whether it might have nothing to compute before it could be told of another prompt, as in its
+    last step for those it has. More than that would only take turns with them, and make all later.
+    A decode worker has its answers to go on with."""
     if isinstance(worker, DecodeView):
         return worker.queued_tokens + tokens <= 2 * aimed_chunk(worker, aim.tpot_ms)
-    return worker.queued_prompts == 1 or worker.queued_tokens + tokens <= worker.chunk_tokens
+    return worker.queued_tokens <= worker.chunk_tokens
 
 
 # ---- the formulas
@@ -383,9 +384,9 @@ def prompt_share(rates: Rates, decoding: int, tpot_ms: float) -> float:
 
 
 def aimed_chunk(d: DecodeView, tpot_ms: float) -> float:
-    """Prompt tokens that D computes in a step, on average, within the target of its answers; never
-    none: prompts are not held back for ever."""
-    share = prompt_share(d.rates, d.decoding, tpot_ms)
+    """Prompt tokens that D computes in a step, on average, within the target of its answers, those
+    on their way included; never none: prompts are not held back for ever."""
+    share = prompt_share(d.rates, d.sequences, tpot_ms)
     if share == 1:
         return d.chunk_tokens
     return min(d.chunk_tokens, max(1.0, share * _TARGET_SHARE * tpot_ms / d.rates.prompt_token_ms))
@@ -393,6 +394,6 @@ def aimed_chunk(d: DecodeView, tpot_ms: float) -> float:
 
 def aimed_local_ms(d: DecodeView, tokens: int, tpot_ms: float) -> float:
     """TTFT of a prompt that D computes itself, in steps that its answers can afford."""
-    step_ms = d.rates.base_ms + d.decoding * d.rates.sequence_ms
+    step_ms = d.rates.base_ms + d.sequences * d.rates.sequence_ms
     tokens += tokens_ahead(d, tokens, d.chunk_tokens)
     return tokens / aimed_chunk(d, tpot_ms) * step_ms + tokens * d.rates.prompt_token_ms

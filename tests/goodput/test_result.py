@@ -77,7 +77,7 @@ def test_a_row_has_a_cell_for_every_column_even_without_figures():
         assert {len(row) for row in found.rows()} == {len(found.columns())}
     row = next(run_of(2.0, 3.0, 3.3).rows())
     assert row[0] == "2x, 20 ms"
-    assert row[-1] == "1.40x, 14 ms"
+    assert row[-1] == "1.40x"
 
 
 @pytest.mark.parametrize("goodputs", [(2.0, 3.0, 3.3), (0.0, 0.0, 0.0), ()])

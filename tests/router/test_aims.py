@@ -120,14 +120,14 @@ def test_as_many_are_in_time_as_can_be(prompts):
 
 def test_a_late_request_is_placed_when_nobody_else_waits():
     made = bench()
-    first, second = made.submit("r1", prompt=400), made.submit("r2", prompt=400)
-    long, short = made.submit("r3", prompt=900), made.submit("r4", prompt=100)
-    assert (long.state, short.state) == (S.QUEUED, S.QUEUED)  # one is computed, one comes next
-    made.now = 300.0
+    first = made.submit("r1", prompt=400)
+    long, short = made.submit("r2", prompt=900), made.submit("r3", prompt=300)
+    assert (long.state, short.state) == (S.QUEUED, S.QUEUED)
+    made.now = 400.0
     made.bring(first, S.DECODING)
     made.take(made.dispatcher.pump(made.now))
     assert (long.state, short.state) == (S.QUEUED, S.RESERVING)
-    made.bring(second, S.DECODING)
+    made.bring(short, S.DECODING)
     made.take(made.dispatcher.pump(made.now))
     assert long.state is S.RESERVING
 

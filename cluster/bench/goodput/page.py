@@ -43,7 +43,9 @@ def draw(found: Goodput) -> "Figure":
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     if not sides:
         return figure
-    rows = figure.subplots(2, len(sides), squeeze=False, height_ratios=(3, 2), sharex="col")
+    rows = figure.subplots(
+        2, len(sides), squeeze=False, height_ratios=(3, 2), sharex="col", sharey="row"
+    )
     for column, (label, curves) in enumerate(sides):
         above, below = rows[0][column], rows[1][column]
         for name in NAMES:

@@ -102,8 +102,8 @@ class Goodput:
             "TPOT",
             "TTFT",
             *(f"{name}, req/s" for name in NAMES),
-            "disagg./coloc.",
-            "adaptive/best",
+            "disagg. to coloc.",
+            "adaptive to best",
             *(f"ITL p99/p50, {name}" for name in NAMES),
         )
 
@@ -141,4 +141,4 @@ def _tail(cell: Cell | None) -> str:
     itl = cell.itl if cell else None
     if itl is None or not itl.p50:
         return MISSING
-    return f"{itl.p99 / itl.p50:.2f}x, {itl.p99:.3g} ms"
+    return f"{itl.p99 / itl.p50:.2f}x"
