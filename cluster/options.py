@@ -50,6 +50,8 @@ class ServeOptions:
     kv_gib: float = 1.0
     chunk_tokens: int = 256
     itl_target_ms: int = 150
+    ttft_target_ms: float = 0.0
+    tpot_target_ms: float = 0.0
     local_prefill: LocalPrefill = "auto"
     block_size: int = 16
     prefix_caching: bool = True

@@ -156,6 +156,20 @@ class _Finite(click.FloatRange):
     help="The gap between tokens that decode workers keep to while they compute prompts; 0: any.",
 )
 @click.option(
+    "--ttft-target-ms",
+    type=_Finite(0, 3_600_000),
+    default=0.0,
+    help="What first tokens are good for: under load, requests that cannot have theirs in time any"
+    " more wait for those that can; 0: none.",
+)
+@click.option(
+    "--tpot-target-ms",
+    type=_Finite(0, 60_000),
+    default=0.0,
+    help="What each answer's tokens may take on the mean: decode workers compute prompts, and take"
+    " answers, as far as all keep to it; 0: none.",
+)
+@click.option(
     "--prefix-caching/--no-prefix-caching",
     default=True,
     help="Keep the KV of ended requests for prompts that begin alike; on by default.",

@@ -157,6 +157,8 @@ def _configs(
         http_port=options.http_port,
         drain_ms=int(options.drain_s * 1000),
         local_prefill=options.local_prefill,
+        ttft_target_ms=options.ttft_target_ms,
+        tpot_target_ms=options.tpot_target_ms,
         api_keys=options.api_keys.absolute() if options.api_keys else None,
         certificates=certificates,
         insecure=options.insecure,
@@ -182,6 +184,7 @@ def _configs(
         prefix_caching=options.prefix_caching,
         chunk_tokens=options.chunk_tokens,
         itl_target_ms=options.itl_target_ms,
+        tpot_target_ms=options.tpot_target_ms,
     )
     return routers, worker
 

@@ -30,6 +30,7 @@ class Running:
     blocks: list[int]
     answer: list[int] = field(default_factory=list)
     history: TokenHistory | None = None  # where sampling needs one
+    begun_ms: float = 0.0  # it joined the batch, by the service's clock
 
     @property
     def next_position(self) -> int:

@@ -18,6 +18,7 @@ from decode_worker.reservation import (
     ReservationEvent,
     ReservationState,
 )
+from decode_worker.tickets import TicketSigner
 from decode_worker.transfers import Transfers
 from kvrelay.draining import DrainingError
 from kvrelay.engine.sampling import SamplingParams
@@ -42,6 +43,7 @@ class HandOff:
         reservations_max: int,
         resends_max: int,
         claims: Claims | None = None,
+        signer: TicketSigner | None = None,
     ) -> None:
         self.ledger = ledger
         self.cache = PrefixCache(ledger)
@@ -53,7 +55,9 @@ class HandOff:
         self._claims = Claims() if claims is None else claims
         self._by_key: dict[Key, Reservation] = {}
         self._engine_lease_end_ms = 0.0
-        transfers = Transfers(ledger, lease_ms=lease_ms, resends_max=resends_max)
+        transfers = Transfers(
+            ledger, lease_ms=lease_ms, resends_max=resends_max, signer=signer or TicketSigner()
+        )
         self._transfers = transfers
         self.sign, self.begin = transfers.sign, transfers.begin
         self.expect, self.received = transfers.expect, transfers.received

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from decode_worker.batch import Ending, Output
+from decode_worker.batch import Batch, Ending, Output
+from decode_worker.handoff import HandOff
 from decode_worker.kept import KeptAnswer
-from decode_worker.prompts import LocalPrompt
+from decode_worker.prompts import LocalPrompt, LocalPrompts
 from decode_worker.reservation import InvalidReservationError, Key, Reservation
 from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.sampling import SamplingParams, history_of
@@ -13,7 +14,7 @@ from kvrelay.kv.prefix import PrefixChain, split_hashes
 from kvrelay.wire import transfer_pb2, worker_pb2
 from kvrelay.wire.worker_pb2 import DecodeEvent
 
-_ENDINGS = {
+ENDINGS = {
     Ending.NONE: worker_pb2.ENDING_NONE,
     Ending.EOS: worker_pb2.ENDING_EOS,
     Ending.LENGTH: worker_pb2.ENDING_LENGTH,
@@ -71,7 +72,7 @@ def ticket(
     reserve: worker_pb2.Reserve,
     *,
     instance_id: str,
-    layout: transfer_pb2.KvLayout,
+    layout: transfer_pb2.KvLayout | None,
     endpoints: Sequence[transfer_pb2.Endpoint],
     lease_ms: int,
 ) -> transfer_pb2.Ticket:
@@ -106,7 +107,7 @@ def adopted(number: int, answer: KeptAnswer) -> DecodeEvent:
         key=number,
         reserve=answer.reserve,
         token_ids=answer.token_ids,
-        ending=_ENDINGS[answer.ending],
+        ending=ENDINGS[answer.ending],
     )
     for names_of_blocks in ("block_hashes", "hash_root", "tail_token_ids"):
         event.reserve.ClearField(names_of_blocks)
@@ -131,10 +132,44 @@ def step_outputs(
                 key=key,
                 offset=output.offset,
                 token_ids=[output.token],
-                ending=_ENDINGS[output.ending],
+                ending=ENDINGS[output.ending],
             )
         )
     return {
         session: DecodeEvent(step=worker_pb2.StepOutput(outputs=messages))
         for session, messages in by_session.items()
     }
+
+
+def write_load(
+    load: worker_pb2.DecodeLoad,
+    handoff: HandOff,
+    batch: Batch,
+    prompts: LocalPrompts,
+    cost: worker_pb2.StepCost,
+) -> None:
+    """What a worker says of itself with every event."""
+    load.blocks_free = handoff.ledger.available
+    load.running = len(batch)
+    load.queued_tokens = prompts.queued_tokens
+    load.queued_prompts = prompts.queued_prompts
+    load.cost.CopyFrom(cost)
+    load.draining = handoff.draining
+
+
+class RoomNews:
+    """Whether routers must be told that there are more blocks: requests may be waiting for them.
+
+    told: what the last event that every router could see has said.
+    """
+
+    def __init__(self, available: int) -> None:
+        self._told = available
+
+    def told(self, available: int) -> None:
+        self._told = available
+
+    def grew(self, available: int) -> bool:
+        """Since then; from now on they know."""
+        before, self._told = self._told, available
+        return available > before

@@ -2,17 +2,22 @@
 
 A pure object; decode_worker/service.py runs the chunks it names. While sequences run, a step has as
 many prompt tokens as its predicted time allows, and at least a block, so that prompts always
-advance; while none runs, a whole chunk.
+advance; while none runs, a whole chunk. Where answers have a target for their mean time per token,
+prompts wait for as many steps as it takes until all can afford a block (decode_worker/slack.py).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 from decode_worker.reservation import Key
+from decode_worker.slack import ENDLESS, Room
 from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.sampling import SamplingParams
 from kvrelay.engine.step_cost import StepFit
 from kvrelay.engine.turns import Chunk, Turns, nothing_new
+
+_WAITS_MAX = 64  # steps in a row without a chunk, while prompts are here
 
 
 class PromptsFullError(Exception):
@@ -51,6 +56,7 @@ class LocalPrompts:
         self._prompts_max = prompts_max
         self._turns: Turns[LocalPrompt] = Turns(block_size, look_again)
         self._prompts: dict[Key, LocalPrompt] = {}
+        self._waits = 0  # steps in a row
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -80,9 +86,15 @@ class LocalPrompts:
         if prompt is not None:
             self._turns.leave(prompt)
 
-    def next_chunks(self, running: int, fit: StepFit) -> list[Chunk[LocalPrompt]]:
+    def next_chunks(
+        self, running: int, fit: StepFit, room: Room = ENDLESS
+    ) -> list[Chunk[LocalPrompt]]:
         """Oldest first, in turns, for a step that also gives `running` sequences a token."""
-        return self._turns.next_chunks(self._tokens(running, fit))
+        if not self._prompts:
+            return []
+        tokens = self._tokens(running, fit, room)
+        self._waits = 0 if tokens else self._waits + 1
+        return self._turns.next_chunks(tokens)
 
     def computed(self, chunk: Chunk[LocalPrompt]) -> bool:
         """A step with this chunk has ended. False when its prompt left meanwhile."""
@@ -96,8 +108,16 @@ class LocalPrompts:
             self._turns.join(prompt)
         return True
 
-    def _tokens(self, running: int, fit: StepFit) -> int:
-        if not running or not self._itl_target_ms:
+    def _tokens(self, running: int, fit: StepFit, room: Room) -> int:
+        affords = fit.cost.predict_ms(self._block_size, running) <= room.left_ms
+        if running and not affords and self._waits < _WAITS_MAX:
+            return 0
+        bound_ms = min(room.left_ms, room.most_ms)
+        if running and self._itl_target_ms:
+            bound_ms = min(bound_ms, self._itl_target_ms)
+        if bound_ms == inf:
             return self.chunk_tokens
-        within = fit.prompt_tokens_within(self._itl_target_ms, running)
+        if room is not ENDLESS and not fit.cost.ms_per_prompt_token:
+            return self._block_size  # nobody knows what more would cost
+        within = fit.prompt_tokens_within(bound_ms, running)
         return max(self._block_size, min(within, self.chunk_tokens))

@@ -107,10 +107,11 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             self._prompts,
             self._kept,
             self._sessions,
+            tpot_target_ms=config.tpot_target_ms,
             freed=self._announce_load,
             failpoints=self._failpoints,
         )
-        self._announced_free = self.ledger.available
+        self._room = messages.RoomNews(self.ledger.available)
         self._changed = asyncio.Event()  # something may have ended
         book = Book(self._handoff, now_ms, self._committed, self._writer_lost, self._failpoints)
         self._listener = listener(config, self.instance_id, engine.pool, book)
@@ -223,7 +224,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             self._sessions.fail(key, FailureCode.FAILURE_CODE_INVALID, str(error))
             return
         self._kept.reserved(key, reserve)
-        self._announced_free = self.ledger.available
+        self._room.told(self.ledger.available)
         reserved = worker_pb2.Reserved(key=reserve.key)
         if reserve.prefill_here:
             self._handoff.claim_for_engine(key)
@@ -340,16 +341,9 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
             self._listener.abort(transfer_id, reason)
 
     def _announce_load(self) -> None:
-        """Tells every router when there are more blocks: requests may be waiting for them."""
         self._changed.set()
-        if self.ledger.available > self._announced_free:
+        if self._room.grew(self.ledger.available):
             self._sessions.tell_load()
-        self._announced_free = self.ledger.available
 
     def _write_load(self, load: worker_pb2.DecodeLoad) -> None:
-        load.blocks_free = self.ledger.available
-        load.running = len(self._batch)
-        load.queued_tokens = self._prompts.queued_tokens
-        load.queued_prompts = self._prompts.queued_prompts
-        load.cost.CopyFrom(self._engine.cost())
-        load.draining = self._handoff.draining
+        messages.write_load(load, self._handoff, self._batch, self._prompts, self._engine.cost())

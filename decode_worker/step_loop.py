@@ -14,6 +14,7 @@ from decode_worker.handoff import HandOff
 from decode_worker.kept import Kept
 from decode_worker.prompts import LocalPrompt, LocalPrompts
 from decode_worker.reservation import Key, ReservationEvent
+from decode_worker.slack import ENDLESS, step_room
 from decode_worker.step import DecodeStep
 from kvrelay.clock import now_ms, now_s
 from kvrelay.engine.host import EngineHangsError, EngineHost
@@ -28,7 +29,8 @@ log = logging.getLogger(__name__)
 
 
 class StepLoop:
-    """freed: called when there may be more blocks than before."""
+    """tpot_target_ms: that of answers, 0 for none. freed: called when there may be more blocks than
+    before."""
 
     def __init__(
         self,
@@ -39,6 +41,7 @@ class StepLoop:
         kept: Kept,
         sessions: Sessions[DecodeEvent],
         *,
+        tpot_target_ms: float,
         freed: Callable[[], None],
         failpoints: Failpoints,
     ) -> None:
@@ -50,16 +53,17 @@ class StepLoop:
         self._prompts = prompts
         self._kept = kept
         self._sessions = sessions
+        self._tpot_target_ms = tpot_target_ms
         self._freed = freed
         self._failpoints = failpoints
+        self._receives = False  # prompts that others have computed
         self._in_step: set[Key] = set()
         self._work = asyncio.Event()
 
     async def run(self) -> None:
         """Never returns. Raises EngineHangsError: the worker is lost."""
         while True:
-            running = self._batch.next_step()
-            step = DecodeStep(running, self._prompts.next_chunks(len(running), self._engine.fit))
+            step = self._next_step()
             if not step:
                 self._work.clear()
                 await self._work.wait()
@@ -86,6 +90,23 @@ class StepLoop:
             else:
                 self._done(step, tokens)
 
+    def _next_step(self) -> DecodeStep:
+        running, fit = self._batch.next_step(), self._engine.fit
+        if not len(self._prompts):
+            return DecodeStep(running)
+        room = ENDLESS
+        if self._tpot_target_ms:
+            coming = len(self._handoff) - len(self.decoding) - len(self._prompts)
+            room = step_room(
+                running,
+                now_ms(),
+                self._tpot_target_ms,
+                fit,
+                coming=coming,
+                receives=self._receives,
+            )
+        return DecodeStep(running, self._prompts.next_chunks(len(running), fit, room))
+
     def add(self, prompt: LocalPrompt) -> None:
         """A prompt to be computed here; raises PromptsFullError."""
         self._prompts.add(prompt)
@@ -93,6 +114,7 @@ class StepLoop:
 
     def join(self, sequence: Running, first_token: int) -> None:
         """A sequence whose prompt has come as a whole."""
+        self._receives = True
         self._publish([self._join(sequence, first_token)])
         self._work.set()
 
@@ -155,6 +177,7 @@ class StepLoop:
 
     def _join(self, sequence: Running, first_token: int) -> Output:
         self.decoding[sequence.key] = sequence
+        sequence.begun_ms = now_ms()
         self._kept.begun(sequence.key, sequence.answer)
         return self._batch.join(sequence, first_token)
 

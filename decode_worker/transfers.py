@@ -18,13 +18,15 @@ _WRITING = (ReservationState.RECEIVING, ReservationState.REVOKING)
 class Transfers:
     """Of all reservations that are not closed. Times are in ms of any one monotonic clock."""
 
-    def __init__(self, ledger: BlockLedger, *, lease_ms: int, resends_max: int) -> None:
+    def __init__(
+        self, ledger: BlockLedger, *, lease_ms: int, resends_max: int, signer: TicketSigner
+    ) -> None:
         self._ledger = ledger
         self._lease_ms = lease_ms
         self._resends_max = resends_max
         self._by_id: dict[int, Reservation] = {}
         self._next_id = 1
-        self._signer = TicketSigner()
+        self._signer = signer
 
     def __iter__(self) -> Iterator[Reservation]:
         return iter(self._by_id.values())

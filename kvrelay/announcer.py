@@ -36,8 +36,8 @@ class Announcer(Generic[Event]):
     ) -> None:
         self._journal = journal
         self._send = send
-        self._silence_s = config.heartbeat_ms / 1000
-        self._gather_s = min(config.block_changes_ms / 1000, self._silence_s)
+        self.silence_s = config.heartbeat_ms / 1000  # the longest
+        self.gather_s = min(config.block_changes_ms / 1000, self.silence_s)  # from word to word
         self._numbers: dict[RouterSession[Event], int] = {}  # of the last message to each
         self._news = asyncio.Event()
         journal.on_news = self._news.set
@@ -60,14 +60,18 @@ class Announcer(Generic[Event]):
     async def run(self) -> None:
         """Never returns. The first change after a quiet time is told at once."""
         # What comes while changes gather is told after it: the two make up the longest silence.
-        wait_s = self._silence_s - self._gather_s
+        wait_s = self.silence_s - self.gather_s
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._news.wait()
-            if not self.tell():
-                self.beat()
-            await asyncio.sleep(self._gather_s)
+            self.speak()
+            await asyncio.sleep(self.gather_s)
+
+    def speak(self) -> None:
+        """What has changed, or that the worker lives."""
+        if not self.tell():
+            self.beat()
 
     def tell(self) -> bool:
         """Tells all routers what has changed; False when there is nothing to tell."""

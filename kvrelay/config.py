@@ -61,6 +61,8 @@ class WorkerConfig(_Frozen):
     reservations_max: int = 4096
     claims_max: int = 256  # routers whose requests wait for more blocks than are free
     itl_target_ms: int = Field(default=150, ge=0)  # of steps with chunks of prompts; 0: no bound
+    tpot_target_ms: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # of every answer, on
+    # average: chunks of prompts wait until all answers can afford them; 0: none
     local_prompts_max: int = Field(default=256, ge=1)  # to be computed here, begun or not
     kept_ms: int = Field(default=30_000, ge=1)  # an answer whose router is gone waits for another
     kept_max: int = Field(default=4096, ge=1)  # whole answers that no router has acknowledged
@@ -122,6 +124,10 @@ class RouterConfig(_Frozen):
     prefill_backlog_tokens: int = 4096  # a worker with more waiting gets no new prompt
     local_prefill: LocalPrefill = "auto"  # prompts computed by decode workers: where it is
     # predicted to be better, or only when there are no prefill workers
+    ttft_target_ms: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # what a first token is
+    # good for; 0: none. Who cannot have it in time any more waits for those who can
+    tpot_target_ms: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # as the workers' own
+    late_wait_ms: int = Field(default=10_000, ge=1)  # who waits for longer goes first, late or not
     measured_fade_ms: int = Field(default=10_000, ge=0)  # a worker without work for longer: what it
     # has measured fades to what is usual, or one bad figure would keep work from it for ever
     index_names_max: int = 65_536  # cached blocks of one worker that the router remembers

@@ -17,7 +17,10 @@ Event = TypeVar("Event")
 
 
 class Sessions(Generic[Event]):
-    """event: the type of the worker's events; load: writes what the worker's load is into one."""
+    """event: the type of the worker's events; load: writes what the worker's load is into one.
+
+    session: makes one of (events_max, router); the simulation's have no stream.
+    """
 
     def __init__(
         self,
@@ -25,18 +28,20 @@ class Sessions(Generic[Event]):
         journal: BlockJournal,
         event: Callable[..., Event],
         load: Callable[[Any], None],
+        session: Callable[[int, str], RouterSession[Event]] = RouterSession,
     ) -> None:
         self.announcer: Announcer[Event] = Announcer(config, journal, self._announce)
         self._events_max = config.session_events_max
         self._event = event
         self._load = load
+        self._session = session
         self._open: dict[RouterSession[Event], None] = {}  # in order of coming
         self._over = False
 
     def open(self, info: WorkerInfo, router: str = "") -> RouterSession[Event]:
         """A new one, which hears first who we are, then all that is cached. After `end` it has
         ended already."""
-        session: RouterSession[Event] = RouterSession(self._events_max, router)
+        session = self._session(self._events_max, router)
         if self._over:
             session.end()
             return session

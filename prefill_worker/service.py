@@ -32,6 +32,7 @@ from kvrelay.transport.nccl_link import find_nccl
 from kvrelay.transport.writer_pool import WriterPool
 from kvrelay.wire import worker_pb2, worker_pb2_grpc
 from kvrelay.wire.worker_pb2 import FailureCode, PrefillCommand, PrefillEvent
+from prefill_worker import messages
 from prefill_worker.push import Push
 from prefill_worker.schedule import (
     InvalidJobError,
@@ -255,10 +256,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
             push.step_begins()
             if chunk.is_first:
                 push.started_s = now_s()
-                started = worker_pb2.PrefillStarted(
-                    key=chunk.job.key[1], cached_tokens=chunk.job.cached_tokens
-                )
-                self._sessions.send(chunk.job.key[0], PrefillEvent(started=started))
+                self._sessions.send(chunk.job.key[0], messages.started(chunk.job))
 
     def _step_done(self, step: Sequence[Chunk[Job]], tokens: Sequence[int | None]) -> None:
         remaining = iter(tokens)
@@ -281,13 +279,8 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         job.first_token = token
         push = self._running[job]
         push.computed_s = now_s()
-        event = worker_pb2.FirstToken(
-            key=job.key[1],
-            token_id=token,
-            prefill_ms=(push.computed_s - push.started_s) * 1000,
-            cached_tokens=job.cached_tokens,
-        )
-        self._sessions.send(job.key[0], PrefillEvent(first_token=event))
+        prefill_ms = (push.computed_s - push.started_s) * 1000
+        self._sessions.send(job.key[0], messages.first_token(job, token, prefill_ms))
 
     def _step_failed(self, step: Sequence[Chunk[Job]], error: Exception) -> None:
         for chunk in step:
@@ -300,11 +293,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
     # ---- the load
 
     def _write_load(self, load: worker_pb2.PrefillLoad) -> None:
-        load.queued_tokens = self._schedule.queued_tokens
-        load.queued_prompts = self._schedule.queued_prompts
-        load.cost.CopyFrom(self._engine.cost())
-        load.draining = self._schedule.draining
-        load.blocks_free = self.ledger.available
+        messages.write_load(load, self._schedule, self._engine.cost())
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:

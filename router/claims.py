@@ -39,6 +39,7 @@ class Claims:
         claim.decode.measured.answers.note()
         claim.decode.asked_blocks += claim.blocks
         claim.decode.asked += 1
+        claim.decode.coming += 1
         self._rank(claim.computes)
         self._rank(claim.decode)
 
@@ -46,13 +47,11 @@ class Claims:
         """From now on the decode worker's own figure knows of the blocks."""
         claim = self._by_key[key]
         claim.moved_blocks -= cached_blocks
-        self._give_back(claim, blocks=True)
+        self._give_blocks_back(claim)
 
     def computed(self, key: int) -> None:
         """The prompt is no backlog any more."""
-        claim = self._by_key[key]
-        if claim.prompt_tokens:  # called for every token of the answer
-            self._give_back(claim, prompt=True)
+        self._give_prompt_back(self._by_key[key])
 
     def handed_off(self, key: int, exposed_ms: float) -> None:
         """Notes what the hand-off cost."""
@@ -66,15 +65,18 @@ class Claims:
     def release(self, key: int) -> None:
         claim = self._by_key.pop(key)
         claim.decode.asked -= 1
-        self._give_back(claim, blocks=True, prompt=True)
+        self._give_prompt_back(claim)
+        self._give_blocks_back(claim)
 
-    def _give_back(self, claim: Claim, *, blocks: bool = False, prompt: bool = False) -> None:
-        if blocks:
-            claim.decode.asked_blocks -= claim.blocks
-            claim.blocks = 0
-        if prompt and claim.prompt_tokens:
+    def _give_blocks_back(self, claim: Claim) -> None:
+        claim.decode.asked_blocks -= claim.blocks
+        claim.blocks = 0
+        self._rank(claim.decode)
+
+    def _give_prompt_back(self, claim: Claim) -> None:
+        if claim.prompt_tokens:
             claim.computes.asked_prompts -= 1
             claim.computes.asked_tokens -= claim.prompt_tokens
+            claim.decode.coming -= 1
             claim.prompt_tokens = 0
-        self._rank(claim.computes)
-        self._rank(claim.decode)
+            self._rank(claim.computes)

@@ -10,6 +10,7 @@ from kvrelay.config import RouterConfig
 from kvrelay.wire import worker_pb2
 from kvrelay.wire.worker_pb2 import FailureCode
 from router.adoption import Adoptions
+from router.aims import Aims
 from router.attempts import Attempts
 from router.commands import (
     Command,
@@ -44,6 +45,7 @@ class Dispatcher:
         self._queue = WaitingQueue(config)
         self._hold = Hold(config)
         self._workers = Workers(config)
+        self._aims = Aims(config, self._workers)
         self._attempts = Attempts(self._workers)
         self._requests = Requests(self._queue, self._workers, self._attempts)
         self._strikes = Strikes(config)
@@ -219,7 +221,7 @@ class Dispatcher:
         self._hold.end_if_over(now_ms)
         self._workers.room_grew = self._queue.changed = False
         left = self._config.queue_lookahead
-        for request in self._queue.heads():
+        for request in self._aims.in_order(self._queue.heads(), now_ms):
             if left == 0:
                 # Without a success the next call would find no more than this one.
                 self._queue.changed = bool(commands)
@@ -242,7 +244,7 @@ class Dispatcher:
         if self.context_tokens is not None and tokens > most:
             trouble = f"prompt and answer may need {tokens} tokens, the workers hold {most}"
             return self._requests.fail(request, InvalidTrouble(trouble))
-        choice = self._workers.choose(request, without)
+        choice = self._workers.choose(request, without, self._aims.of(request, now_ms))
         if choice is None or not choice.now:
             return self._keep_one(request, choice, without, now_ms)
         if ended := self._recovery.end_wait(request, now_ms):

@@ -46,9 +46,14 @@ class MeasuredRates:
         self.prompts = _Use()
         self.answers = _Use()
         self._told = _UNKNOWN  # last
+        self._word: tuple[float, float, float] | None = None  # the same, as it came
 
     def hear(self, cost: worker_pb2.StepCost, usual: Rates) -> None:
         """What a worker says without work of that kind is no news: its fit moves all figures."""
+        word = (cost.base_ms, cost.ms_per_prompt_token, cost.ms_per_sequence)
+        if word == self._word:  # nearly always
+            return
+        self._word = word
         told = rates_of(cost, _UNKNOWN)
         if told == self._told:
             return

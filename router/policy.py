@@ -5,7 +5,7 @@ what workers have measured of their own steps.
 """
 
 from collections.abc import Mapping, Sequence
-from math import ceil
+from math import ceil, inf
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from kvrelay.wire import worker_pb2
 
 CHUNK_TOKENS = 256  # of prompts in one step of a worker that does not say how many it takes
 _ANSWER_TOKENS_MAX = 64  # of an answer that count: most end before their limit
+_LOCAL_RISK = 1.25  # answers that join D meanwhile make a prompt that it computes take longer
+_TARGET_SHARE = 0.94  # of the target for answers, as decode_worker/slack.py has it
 _MESSAGES_MS = 2.0  # of a hand-off: what is said before and after, which no worker measures
 
 
@@ -82,6 +84,7 @@ class DecodeView(NamedTuple):
     queued_prompts: int = 0  # as of a prefill worker
     chunk_tokens: int = CHUNK_TOKENS
     shunned: bool = False  # it has failed whoever was there last
+    decoding: int = 0  # of `sequences`, whose prompts are computed
 
 
 Pair = tuple[str | None, str]
@@ -99,11 +102,18 @@ class Placement(NamedTuple):
         return self.prefill, self.decode
 
 
+class Aim(NamedTuple):
+    """What a request is to meet."""
+
+    ttft_left_ms: float = inf  # until its first token is due; below 0: it is late
+    tpot_ms: float = 0.0  # of every answer, on average; 0: none
+
+
 class Wish(NamedTuple):
     """What placement needs to know of a request.
 
     failures: attempts of it that have failed, by worker. local: decode workers may compute the
-    prompt themselves although there are prefill workers.
+    prompt themselves although there are prefill workers. aim: None where there are no targets.
     """
 
     prompt_tokens: int
@@ -111,6 +121,7 @@ class Wish(NamedTuple):
     backlog_tokens_max: int
     failures: Mapping[str, int] = MappingProxyType({})
     local: bool = True
+    aim: Aim | None = None
 
 
 class Choice(NamedTuple):
@@ -134,6 +145,12 @@ def place(
     A worker that would compute more than backlog_tokens_max, with what comes before this prompt,
     does not take it now: what cannot start soon stays where it can still go elsewhere. An idle one
     takes any prompt. Whoever has just refused is left out.
+
+    With an aim, what counts before the cost is that the request meets its targets, and of such
+    placements that it need not wait: a worker without work while prompts wait is lost. Then workers
+    take only as many prompts as they need not to run out of them, no decode worker takes an answer
+    that would make those it writes late, and chunks on D cost others nothing: they wait until all
+    can afford them (decode_worker/slack.py).
     """
     able_d = [
         d
@@ -171,6 +188,7 @@ class _Option(NamedTuple):
     failures: int  # of both, for this request
     shunned: int  # how many of both are
     late: bool  # a target is missed
+    waits: bool  # with an aim: it may not go there now
     cost_ms: float
     sequences: int  # on D
     blocks_lacking: int  # on D: less room is more
@@ -182,7 +200,7 @@ class _Option(NamedTuple):
     now: bool  # whether it may go there now
 
 
-_PlainOption = tuple[int, int, bool, float, int, int, str, str, float, float, int, bool]
+_PlainOption = tuple[int, int, bool, bool, float, int, int, str, str, float, float, int, bool]
 
 
 class _Computing(NamedTuple):
@@ -203,6 +221,7 @@ class _Answer(NamedTuple):
     tpot_ms: float
     ms: float
     late: bool
+    crowded: bool  # with an aim: others would be late for it
 
 
 def _most_trusted(
@@ -222,10 +241,18 @@ def _computing(p: PrefillView, wish: Wish) -> _Computing:
 
 
 def _answer(d: DecodeView, wish: Wish) -> _Answer:
-    tpot_ms = d.rates.base_ms + (d.sequences + 1) * d.rates.sequence_ms
-    ms = min(wish.max_tokens, _ANSWER_TOKENS_MAX) * tpot_ms
     failures = wish.failures.get(d.worker_id, 0)
-    return _Answer(d, failures, tpot_ms, ms, 0 < d.itl_target_ms < tpot_ms)
+    tokens = min(wish.max_tokens, _ANSWER_TOKENS_MAX)
+    if wish.aim is None:
+        tpot_ms = d.rates.base_ms + (d.sequences + 1) * d.rates.sequence_ms
+        late = 0 < d.itl_target_ms < tpot_ms
+        return _Answer(d, failures, tpot_ms, tokens * tpot_ms, late, crowded=False)
+    target_ms = wish.aim.tpot_ms
+    tpot_ms = d.rates.base_ms + (d.decoding + 1) * d.rates.sequence_ms
+    late = 0 < target_ms < tpot_ms
+    # A target that not even a lone answer meets is no reason to write one at a time.
+    crowded = late and d.decoding > 0 and d.rates.base_ms + d.rates.sequence_ms <= target_ms
+    return _Answer(d, failures, tpot_ms, tokens * tpot_ms, late, crowded)
 
 
 def _through_p(
@@ -237,10 +264,12 @@ def _through_p(
     costs_ms = [ms + blocks * block_ms for _, ms, block_ms, *_ in computing]
     ttft_ms = min(costs_ms)
     p = computing[costs_ms.index(ttft_ms)]
+    now, aim = p.now and not answer.crowded, wish.aim
     return (
         answer.failures + trust[0],
         d.shunned + trust[1],
-        answer.late,
+        answer.late or (aim is not None and ttft_ms > aim.ttft_left_ms),
+        aim is not None and not now,
         ttft_ms + answer.ms,
         d.sequences,
         -d.blocks_free,
@@ -249,7 +278,7 @@ def _through_p(
         ttft_ms,
         answer.tpot_ms,
         p.tokens,
-        p.now,
+        now,
     )
 
 
@@ -258,11 +287,20 @@ def _here_on_d(answer: _Answer, wish: Wish, *, p_refused: bool) -> _PlainOption:
     reason to make running answers late."""
     d = answer.d
     tokens = tokens_left(d, wish)
-    ttft_ms, harm_ms, harmless = local_ms(d, tokens)
+    now, aim = _takes(d, tokens, wish), wish.aim
+    if aim is None:
+        ttft_ms, harm_ms, harmless = local_ms(d, tokens)
+        now = now and (harmless or not p_refused)
+        late = answer.late or not harmless
+    else:
+        ttft_ms, harm_ms = aimed_local_ms(d, tokens, aim.tpot_ms), 0.0
+        now = now and not answer.crowded
+        late = answer.late or ttft_ms * _LOCAL_RISK > aim.ttft_left_ms
     return (
         answer.failures,
         int(d.shunned),
-        answer.late or not harmless,
+        late,
+        aim is not None and not now,
         ttft_ms + answer.ms + harm_ms,
         d.sequences,
         -d.blocks_free,
@@ -271,15 +309,26 @@ def _here_on_d(answer: _Answer, wish: Wish, *, p_refused: bool) -> _PlainOption:
         ttft_ms,
         answer.tpot_ms,
         tokens,
-        _takes(d, tokens, wish) and (harmless or not p_refused),
+        now,
     )
 
 
 def _takes(worker: PrefillView | DecodeView, tokens: int, wish: Wish) -> bool:
     if not worker.queued_tokens:
         return True
+    if wish.aim is not None:
+        return _runs_out(worker, tokens, wish.aim)
     ahead = tokens_ahead(worker, tokens, worker.chunk_tokens)
     return ahead + tokens <= wish.backlog_tokens_max
+
+
+def _runs_out(worker: PrefillView | DecodeView, tokens: int, aim: Aim) -> bool:
+    """Whether it might have nothing to compute before it could be told of another prompt, as in its
+    last step for those it has. More than that would only take turns with them, and make all later.
+    A decode worker has its answers to go on with."""
+    if isinstance(worker, DecodeView):
+        return worker.queued_tokens + tokens <= 2 * aimed_chunk(worker, aim.tpot_ms)
+    return worker.queued_tokens <= worker.chunk_tokens
 
 
 # ---- the formulas
@@ -324,3 +373,27 @@ def local_ms(d: DecodeView, tokens: int) -> tuple[float, float, bool]:
     harm_ms = (d.sequences + 1) * tokens * token_ms
     tokens += tokens_ahead(d, tokens, chunk)
     return ceil(tokens / chunk) * step_ms + tokens * token_ms, harm_ms, harmless
+
+
+def prompt_share(rates: Rates, decoding: int, tpot_ms: float) -> float:
+    """Of D's time, that is left for prompts when its answers take as long as they may."""
+    step_ms = rates.base_ms + decoding * rates.sequence_ms
+    if not decoding or not tpot_ms:
+        return 1.0
+    return max(0.0, 1 - step_ms / (_TARGET_SHARE * tpot_ms))
+
+
+def aimed_chunk(d: DecodeView, tpot_ms: float) -> float:
+    """Prompt tokens that D computes in a step, on average, within the target of its answers, those
+    on their way included; never none: prompts are not held back for ever."""
+    share = prompt_share(d.rates, d.sequences, tpot_ms)
+    if share == 1:
+        return d.chunk_tokens
+    return min(d.chunk_tokens, max(1.0, share * _TARGET_SHARE * tpot_ms / d.rates.prompt_token_ms))
+
+
+def aimed_local_ms(d: DecodeView, tokens: int, tpot_ms: float) -> float:
+    """TTFT of a prompt that D computes itself, in steps that its answers can afford."""
+    step_ms = d.rates.base_ms + d.sequences * d.rates.sequence_ms
+    tokens += tokens_ahead(d, tokens, d.chunk_tokens)
+    return tokens / aimed_chunk(d, tpot_ms) * step_ms + tokens * d.rates.prompt_token_ms

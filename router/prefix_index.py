@@ -101,12 +101,23 @@ class PrefixIndex:
                 told.names.remove(name)
                 self._remove(name, worker)
         share = min(told.names_max, max(1, self._names_total_max // len(self._told)))
+        room = min(share - len(told.names), self._names_total_max - self._names)
+        if len(added) <= room and self._holders.keys().isdisjoint(added):  # nearly always
+            self._add_new(told, added, worker)
+            return
         for name in added[:share]:
             if len(told.names) >= share or self._names >= self._names_total_max:
                 break
             if name not in told.names:
                 told.names.add(name)
                 self._add(name, worker)
+
+    def _add_new(self, told: _Told, names: Sequence[bytes], worker: int) -> None:
+        """Names that nobody else holds, nor this worker."""
+        before = len(told.names)
+        told.names.update(names)
+        self._names += len(told.names) - before
+        self._holders.update(dict.fromkeys(names, worker))
 
     def _add(self, name: bytes, worker: int) -> None:
         self._names += 1

@@ -79,7 +79,11 @@ class WaitingQueue:
 
     def impatient(self, request: Request, now_ms: float) -> bool:
         """It has waited for so long that a worker may be kept for it."""
-        return now_ms - request.queued_at_ms > self._config.queue_patience_ms
+        config = self._config
+        aims = config.ttft_target_ms or config.tpot_target_ms
+        # With targets, who waits for longer than these is late, and others come first.
+        patience_ms = max(config.queue_patience_ms, config.late_wait_ms if aims else 0)
+        return now_ms - request.queued_at_ms > patience_ms
 
     def wait_ms(self, request: Request, each_ms: float) -> float:
         """Predicted wait of a request that comes now: for all who would be before it.

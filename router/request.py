@@ -153,6 +153,7 @@ class Request:
     nonce: int = 0  # tells it from another router's of the same name
 
     number: int = 0  # in the order of arrival
+    uncached_tokens: int = 0  # of its prompt, when it was first looked at; 0: it was not
     compute_ms: float = 0.0  # of its prompt, at least, as predicted at arrival; 0: nobody knows
 
     # What earlier attempts have taught

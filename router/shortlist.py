@@ -46,11 +46,17 @@ class Shortlist(Generic[W]):
         """
         if self._workers.get(worker.number) is not worker:
             return False
-        load_ms = worker.load_ms + (_SHUNNED_MS if worker.shunned else 0)
-        self._by_load.put(worker.number, inf if worker.full else load_ms)
-        standing = NO_ROOM if worker.full else (worker.backlog_tokens, -worker.room_blocks)
+        if worker.refused or worker.draining:  # worker.full, asked for with every event
+            load_ms, standing = inf, NO_ROOM
+        else:
+            load_ms = worker.load_ms + (_SHUNNED_MS if worker.shunned else 0)
+            standing = (max(worker.queued_tokens, worker.asked_tokens), -worker.room_blocks)
+        self._by_load.put(worker.number, load_ms)
+        before = worker.standing
+        if standing == before:
+            return False
         self._by_room.put(worker.number, standing[1])
-        before, worker.standing = worker.standing, standing
+        worker.standing = standing
         return standing[0] < before[0] or standing[1] < before[1]
 
     def roomiest(self, without: Collection[str] = ()) -> W | None:

@@ -66,7 +66,8 @@ class PrefillWorker(_Known):
 
     @property
     def load_ms(self) -> float:
-        return self.backlog_tokens * self.rates.prompt_token_ms
+        # Without the properties: it is asked for with every event.
+        return max(self.queued_tokens, self.asked_tokens) * self.measured.rates.prompt_token_ms
 
     def view(self, cached_blocks: int) -> PrefillView:
         return PrefillView(
@@ -94,6 +95,7 @@ class DecodeWorker(_Known):
     running: int = 0  # its own figure, which knows of other routers
     asked_blocks: int = 0  # of our Reserves that it has not answered yet
     asked: int = 0  # sequences of ours, running and on their way
+    coming: int = 0  # of these, whose prompts are not computed yet
 
     @property
     def room_blocks(self) -> int:
@@ -101,12 +103,17 @@ class DecodeWorker(_Known):
 
     @property
     def load_ms(self) -> float:
-        step_ms = self.rates.base_ms + self.sequences * self.rates.sequence_ms
-        return step_ms + self.backlog_tokens * self.rates.prompt_token_ms
+        base_ms, token_ms, sequence_ms = self.measured.rates
+        sequences_ms = max(self.running, self.asked) * sequence_ms
+        return base_ms + sequences_ms + max(self.queued_tokens, self.asked_tokens) * token_ms
 
     @property
     def sequences(self) -> int:
         return max(self.running, self.asked)
+
+    @property
+    def decoding(self) -> int:
+        return max(self.running, self.asked - self.coming)
 
     def view(self, cached_blocks: int) -> DecodeView:
         return DecodeView(
@@ -122,6 +129,7 @@ class DecodeWorker(_Known):
             self.backlog_prompts,
             self.chunk_tokens,
             self.shunned,
+            self.decoding,
         )
 
 

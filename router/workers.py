@@ -16,12 +16,14 @@ from router.measured import MeasuredRates, usual_of
 from router.policy import (
     CHUNK_TOKENS,
     NEUTRAL,
+    Aim,
     Choice,
     DecodeView,
     Placement,
     Rates,
     Wish,
     place,
+    prompt_share,
 )
 from router.request import Request, RequestState
 from router.shortlist import Shortlist
@@ -29,6 +31,7 @@ from router.shunned import Shunned
 from router.worker import DecodeWorker, PrefillWorker, Worker
 
 _SAMPLE = 64  # workers of each role that say what is usual when another comes
+_PACE_SAMPLE = 8  # workers of each role that say how fast prompts are computed
 _DISTRUSTED_MAX = 8  # workers that failed, and in whose place others are looked at
 
 
@@ -221,12 +224,14 @@ class Workers:
         prompt, answer = request.prompt_tokens_now, request.max_tokens_now
         return reserved_blocks(prompt, answer, d.block_size) <= d.room_blocks
 
-    def choose(self, request: Request, without: Collection[str] = ()) -> Choice | None:
+    def choose(
+        self, request: Request, without: Collection[str] = (), aim: Aim | None = None
+    ) -> Choice | None:
         """The best placement of a request now; None when no decode worker has room for it.
 
         Its cost does not grow with the number of workers, or as its logarithm.
 
-        without: workers that it may not go to.
+        without: workers that it may not go to. aim: as in Wish.
         """
         if not self.have_room(request, without):
             return None
@@ -237,7 +242,7 @@ class Workers:
             for d, blocks in self._decode_list.pick(self._hashes(request), looks)
             if d.worker_id not in without and request.failures[d.worker_id] <= failures_max
         ]
-        return self._place(request, decode, without)
+        return self._place(request, decode, without, aim)
 
     def choose_at(
         self, worker_id: str, request: Request, without: Collection[str] = ()
@@ -248,7 +253,11 @@ class Workers:
         return self._place(request, [view], without)
 
     def _place(
-        self, request: Request, decode: list[DecodeView], without: Collection[str]
+        self,
+        request: Request,
+        decode: list[DecodeView],
+        without: Collection[str],
+        aim: Aim | None = None,
     ) -> Choice | None:
         wish = Wish(
             request.prompt_tokens_now,
@@ -256,6 +265,7 @@ class Workers:
             self._config.prefill_backlog_tokens,
             request.failures,
             self._config.local_prefill == "auto",
+            aim,
         )
         looks = self._distrusted(request) + len(without)
         prefill = [
@@ -302,6 +312,23 @@ class Workers:
         """Those that could ever hold it."""
         tokens = request.tokens_max
         return [d for d in self.decode.values() if tokens <= d.max_model_tokens and not d.draining]
+
+    def prompt_pace(self, tpot_target_ms: float) -> tuple[float, float]:
+        """(Time for one token of a prompt, time until the next prompt) where all workers that
+        compute prompts share them. Looks at a few workers, whatever the size of the fleet."""
+        tokens: list[int] = []
+        pace, workers = 0.0, len(self.prefill)  # tokens a millisecond of all workers, their number
+        for p in islice(self.prefill.values(), _PACE_SAMPLE):
+            tokens.append(p.backlog_tokens)
+            pace += 1 / p.rates.prompt_token_ms * max(1.0, len(self.prefill) / _PACE_SAMPLE)
+        if self._config.local_prefill == "auto" or not self.prefill:
+            workers += len(self.decode)
+            for d in islice(self.decode.values(), _PACE_SAMPLE):
+                share = prompt_share(d.rates, d.decoding, tpot_target_ms)
+                tokens += [d.backlog_tokens] if share else []
+                own = share / d.rates.prompt_token_ms
+                pace += own * max(1.0, len(self.decode) / _PACE_SAMPLE)
+        return (1 / pace, min(tokens) * workers / pace) if pace else (0.0, 0.0)
 
     def computing(self, placement: Placement) -> tuple[Rates, int]:
         """The rates of the worker that would compute the prompt, and how many have its role."""
@@ -359,6 +386,8 @@ class Workers:
             ]
             assert d.asked_blocks == sum(blocks), (d, blocks)
             assert d.asked == len(mine), (d, len(mine))
+            coming = [r for r in mine if r.prefill_here or not r.prefill_settled]
+            assert d.coming == _uncomputed(coming)[1], (d, mine)
             here = [r for r in mine if r.prefill_here]
             assert (d.asked_tokens, d.asked_prompts) == _uncomputed(here), (d, mine)
             self._decode_list.check(d)

@@ -5,6 +5,7 @@ Loads neither torch nor transformers.
 
 import os
 import platform
+import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,6 +47,15 @@ def describe_machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         **{package: _version(package) for package in ("kvrelay", "torch", "transformers")},
     }
+
+
+def commit() -> str:
+    """Of the checkout that this runs from; nothing where it was installed."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 class OtherPrograms:

@@ -67,11 +67,14 @@ def draw(seed: int) -> Settings:
         keepalive_s=rng.choice((1.0, 3.0)),
     )
     cost = StepCost(rng.choice((1.0, 4.0)), rng.choice((0.1, 0.5)), rng.choice((0.2, 1.0)))
+    ttft_ms, tpot_ms = _targets(generator(seed, "targets"))
     return Settings(
         seed,
         shape,
-        _worker(rng),
-        _router(rng),
+        _worker(rng).model_copy(update={"tpot_target_ms": tpot_ms}),
+        _router(rng).model_copy(
+            update={"ttft_target_ms": ttft_ms, "tpot_target_ms": tpot_ms, "late_wait_ms": 500}
+        ),
         cost,
         delays,
         _arrivals(generator(seed, "arrivals"), shape),
@@ -133,6 +136,11 @@ def _router(rng: Random) -> RouterConfig:
         prefill_backlog_tokens=rng.choice((16, 4096)),
         local_prefill=rng.choice(("auto", "never", "never")),
     )
+
+
+def _targets(rng: Random) -> tuple[float, float]:
+    """For first tokens and for answers, in ms; 0: none. Some that nobody can meet."""
+    return rng.choice((0.0, 0.0, 5.0, 100.0)), rng.choice((0.0, 0.0, 1.0, 6.0, 20.0))
 
 
 def _arrivals(rng: Random, shape: Shape) -> tuple[Arrival, ...]:

@@ -36,13 +36,13 @@ class BlockJournal:
         self._overflowed = False
         self._quiet = True  # nothing since the last take
 
-    def add(self, name: bytes) -> None:
-        """The index has this name now, and had not before."""
-        self._note(name, self._added, self._removed)
+    def add(self, names: Collection[bytes]) -> None:
+        """The index has these names now, and had none of them before."""
+        self._note(names, self._added, self._removed)
 
-    def remove(self, name: bytes) -> None:
-        """The index had this name, and has not any more."""
-        self._note(name, self._removed, self._added)
+    def remove(self, names: Collection[bytes]) -> None:
+        """The index had these names, and has none of them any more."""
+        self._note(names, self._removed, self._added)
 
     def take(self) -> Changes | None:
         """What has changed since the last take, or None."""
@@ -58,16 +58,24 @@ class BlockJournal:
         and to hear of them again afterwards does no harm."""
         return Changes(True, list(self._index))
 
-    def _note(self, name: bytes, to: dict[bytes, None], undone: dict[bytes, None]) -> None:
+    def _note(
+        self, names: Collection[bytes], to: dict[bytes, None], undone: dict[bytes, None]
+    ) -> None:
+        if not names:
+            return
         if self._quiet:
             self._quiet = False
             self.on_news()
         if self._overflowed:
             return
-        if name in undone:
-            del undone[name]
-            return
-        to[name] = None
+        if undone.keys().isdisjoint(names):
+            to.update(dict.fromkeys(names))
+        else:
+            for name in names:
+                if name in undone:
+                    del undone[name]
+                else:
+                    to[name] = None
         if len(self._added) + len(self._removed) > self._names_max:
             self._added, self._removed, self._overflowed = {}, {}, True
 

@@ -5,11 +5,13 @@ used. The states and moves are the one table MOVES; anything not in it raises an
 """
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from enum import Enum
 
 
 class BlockState(Enum):
+    __hash__ = object.__hash__  # in C: a request asks for hundreds
+
     FREE = "free"
     CACHED = "cached"  # holds a finished part of a prefix; read by any number, written by none
     RESERVED = "reserved"  # promised to a request, nobody writes yet
@@ -19,6 +21,8 @@ class BlockState(Enum):
 
 
 class BlockEvent(Enum):
+    __hash__ = object.__hash__
+
     RESERVE = "reserve"
     BEGIN = "begin"  # a peer gets leave to write
     COMMIT = "commit"  # every byte is in and checked
@@ -68,7 +72,9 @@ class BlockLedger:
     def __init__(self, total: int) -> None:
         self.total = total
         self._states = [BlockState.FREE] * total
-        self._owners: dict[int, set[object]] = {}  # of blocks that have any
+        # Of blocks that have any. One owner is a tuple, which all blocks that came to it together
+        # share, so that they are soon seen to be alike; several are a set.
+        self._owners: dict[int, tuple[object] | set[object]] = {}
         self._free = list(range(total - 1, -1, -1))
         self._counts = Counter({BlockState.FREE: total})
         self._unused = 0  # cached without a user
@@ -96,10 +102,13 @@ class BlockLedger:
         """
         if count > len(self._free):
             raise OutOfBlocksError(f"{count} KV blocks asked for, {len(self._free)} free")
-        blocks = [self._free.pop() for _ in range(count)]
-        for block in blocks:
-            self._owners[block] = {owner}
-            self._set(block, BlockState.RESERVED)
+        if not count:
+            return []
+        blocks = self._free[-count:]
+        blocks.reverse()
+        del self._free[-count:]
+        self._owners.update(dict.fromkeys(blocks, (owner,)))
+        self._set(blocks, BlockState.FREE, BlockState.RESERVED)
         return blocks
 
     def move(self, owner: object, blocks: Sequence[int], event: BlockEvent) -> None:
@@ -107,16 +116,64 @@ class BlockLedger:
 
         EVICT is nobody's: its owner is None.
         """
+        if not blocks:
+            return
+        if self._are_alike(owner, blocks, event):
+            self._move_alike(blocks, event)
+            return
         targets = [self._target(owner, block, event) for block in blocks]
         if len(set(blocks)) != len(blocks):
             raise IllegalMoveError(f"{event.name}: a block is named twice in {list(blocks)}")
         for block, target in zip(blocks, targets, strict=True):
             self._unused -= self._is_unused(block)
             self._set_owners(owner, block, event, target)
-            self._set(block, target)
+            self._set([block], self._states[block], target)
             self._unused += self._is_unused(block)
             if target is BlockState.FREE:
                 self._free.append(block)
+
+    def _are_alike(self, owner: object, blocks: Sequence[int], event: BlockEvent) -> bool:
+        """Whether they are all in one state and this owner's alone, and may all move: what nearly
+        every call is about, and quickly found out. False where that is not sure."""
+        if event is BlockEvent.SHARE or event is BlockEvent.RESERVE:
+            return False
+        if min(blocks) < 0 or max(blocks) >= self.total or len(set(blocks)) < len(blocks):
+            return False
+        states, owner_of = self._states, self._owners.get
+        state, held = states[blocks[0]], owner_of(blocks[0])
+        mine = held is None if event is BlockEvent.EVICT else held == (owner,)
+        if not mine or (state, event) not in MOVES:
+            return False
+        count = len(blocks)
+        return (
+            list(map(states.__getitem__, blocks)).count(state) == count
+            and list(map(owner_of, blocks)).count(held) == count
+        )
+
+    def _move_alike(self, blocks: Sequence[int], event: BlockEvent) -> None:
+        state = self._states[blocks[0]]
+        target = MOVES[state, event]
+        self._set(blocks, state, target)
+        if event is BlockEvent.EVICT:
+            self._unused -= len(blocks)
+        elif event is BlockEvent.UNSHARE:
+            self._unused += len(blocks)
+        if target is BlockState.FREE:
+            self._free.extend(blocks)
+        if event is not BlockEvent.EVICT and (
+            target is BlockState.FREE or event is BlockEvent.UNSHARE
+        ):
+            for block in blocks:
+                del self._owners[block]
+
+    def cached(self, blocks: Iterable[int]) -> tuple[list[int], list[int]]:
+        """Those of `blocks` that are cached, and the others; each in order."""
+        states, is_cached = self._states, BlockState.CACHED
+        inside: list[int] = []
+        outside: list[int] = []
+        for block in blocks:
+            (inside if states[block] is is_cached else outside).append(block)
+        return inside, outside
 
     def counts(self) -> dict[BlockState, int]:
         """Blocks in each state; they add up to `total`."""
@@ -157,22 +214,28 @@ class BlockLedger:
         return MOVES[state, event]
 
     def _set_owners(self, owner: object, block: int, event: BlockEvent, target: BlockState) -> None:
+        owners = self._owners.get(block, ())
         if event is BlockEvent.SHARE:
-            self._owners.setdefault(block, set()).add(owner)
-        elif event is BlockEvent.UNSHARE:
-            self._owners[block].discard(owner)
-            if not self._owners[block]:
-                del self._owners[block]
-        elif target is BlockState.FREE:
+            if isinstance(owners, set):
+                owners.add(owner)
+            else:
+                self._owners[block] = {*owners, owner} if owners else (owner,)
+        elif event is BlockEvent.UNSHARE and len(owners) > 1:
+            assert isinstance(owners, set)
+            owners.discard(owner)
+        elif event is BlockEvent.UNSHARE or target is BlockState.FREE:
             self._owners.pop(block, None)
 
     def _is_unused(self, block: int) -> bool:
         return self._states[block] is BlockState.CACHED and block not in self._owners
 
-    def _set(self, block: int, state: BlockState) -> None:
-        self._counts[self._states[block]] -= 1
-        self._counts[state] += 1
-        self._states[block] = state
+    def _set(self, blocks: Sequence[int], state: BlockState, target: BlockState) -> None:
+        """All of them are in `state`."""
+        states = self._states
+        for block in blocks:
+            states[block] = target
+        self._counts[state] -= len(blocks)
+        self._counts[target] += len(blocks)
 
     def __repr__(self) -> str:
         counts = " ".join(f"{state.value}={n}" for state, n in self.counts().items() if n)

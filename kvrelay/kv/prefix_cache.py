@@ -97,20 +97,28 @@ class PrefixCache:
         first = min(first, end)
         if first and (self._in_doubt or hashes[first - 1] not in self._block_of):
             first = 0  # something before it has gone
-        for place in range(first, end):
-            block, name = blocks[place], hashes[place]
+        new = self._new(blocks[first:end], hashes[first:end])
+        self.ledger.move(owner, list(new.values()), BlockEvent.CACHE)
+        self._block_of.update(new)
+        self._hash_of.update(zip(new.values(), new, strict=True))
+        self.journal.add(new)
+
+    def _new(self, blocks: Sequence[int], hashes: Sequence[bytes]) -> dict[bytes, int]:
+        """By name, those of somebody's complete blocks that are to be cached."""
+        if not self.ledger.cached(blocks)[0] and self._block_of.keys().isdisjoint(hashes):
+            return dict(zip(hashes, blocks, strict=True))  # nearly always
+        new: dict[bytes, int] = {}
+        for block, name in zip(blocks, hashes, strict=True):
             if self.ledger.state(block) is BlockState.CACHED:
                 if block not in self._hash_of:
-                    return
+                    break
             elif name not in self._block_of:
-                self.ledger.move(owner, [block], BlockEvent.CACHE)
-                self._block_of[name] = block
-                self._hash_of[block] = name
-                self.journal.add(name)
+                new.setdefault(name, block)
+        return new
 
     def private(self, blocks: Iterable[int]) -> list[int]:
         """Those of somebody's blocks that nobody else may read."""
-        return [block for block in blocks if self.ledger.state(block) is not BlockState.CACHED]
+        return self.ledger.cached(blocks)[1]
 
     def let_go(
         self, owner: object, blocks: Sequence[int], event: BlockEvent, hashes: Iterable[bytes] = ()
@@ -119,8 +127,7 @@ class PrefixCache:
 
         hashes: the owner's whole chain, which counts as used just now.
         """
-        private = self.private(blocks)
-        shared = [block for block in blocks if self.ledger.state(block) is BlockState.CACHED]
+        shared, private = self.ledger.cached(blocks)
         self.ledger.move(owner, private, event)
         self.ledger.move(owner, shared, BlockEvent.UNSHARE)
         for block in reversed(shared):
@@ -128,10 +135,12 @@ class PrefixCache:
                 self._rest(block)
         # The chain may name blocks that others have put here, and that this owner had twice:
         # they too must outlive their children.
-        for name in reversed(list(hashes)):
-            block = self._block_of.get(name, -1)
-            if block in self._unused:
-                self._unused.move_to_end(block)
+        named = list(map(self._block_of.get, hashes))
+        if named == shared:
+            return  # nearly always: they stand as they should
+        for place in reversed(named):
+            if place is not None and place in self._unused:
+                self._unused.move_to_end(place)
 
     def forget(self, hashes: Iterable[bytes]) -> None:
         """Nobody shares these any more: what is in them is in doubt."""
@@ -140,7 +149,7 @@ class PrefixCache:
             if block is None:
                 continue
             del self._hash_of[block]
-            self.journal.remove(name)
+            self.journal.remove([name])
             if block in self._unused:
                 del self._unused[block]
                 self.ledger.move(None, [block], BlockEvent.EVICT)
@@ -165,9 +174,11 @@ class PrefixCache:
             self.ledger.move(None, [block], BlockEvent.EVICT)
 
     def _evict(self, count: int) -> None:
-        for _ in range(count):
-            block, _ = self._unused.popitem(last=False)
-            name = self._hash_of.pop(block)
+        if count <= 0:
+            return
+        blocks = [self._unused.popitem(last=False)[0] for _ in range(count)]
+        names = [self._hash_of.pop(block) for block in blocks]
+        for name in names:
             del self._block_of[name]
-            self.journal.remove(name)
-            self.ledger.move(None, [block], BlockEvent.EVICT)
+        self.journal.remove(names)
+        self.ledger.move(None, blocks, BlockEvent.EVICT)

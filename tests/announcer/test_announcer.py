@@ -45,12 +45,12 @@ class Telling:
     def put(self, numbers: Iterable[int]) -> None:
         for number in numbers:
             self.index.add(name(number))
-            self.journal.add(name(number))
+            self.journal.add([name(number)])
 
     def drop(self, numbers: Iterable[int]) -> None:
         for number in numbers:
             self.index.remove(name(number))
-            self.journal.remove(name(number))
+            self.journal.remove([name(number)])
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

@@ -5,6 +5,7 @@ from kv_fixtures import sampling
 
 from decode_worker.batch import Running
 from decode_worker.prompts import LocalPrompt, LocalPrompts, PromptsFullError
+from decode_worker.slack import Room
 from decode_worker.step import DecodeStep
 from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.step import Slice
@@ -206,3 +207,50 @@ def test_a_step_asks_for_a_token_of_all_but_the_chunks_that_do_not_end_a_prompt(
 def test_a_step_of_nothing_is_false():
     assert not DecodeStep()
     assert DecodeStep([], prompts_of(3).next_chunks(0, StepFit()))
+
+
+# ---- where answers have a target
+
+
+def afforded(
+    prompts: LocalPrompts, room: Room, running: int = 5, fit: StepFit | None = None
+) -> list[tuple[int, int, int]]:
+    chunks = prompts.next_chunks(running, fit or measured(), room)
+    for chunk in chunks:
+        assert prompts.computed(chunk)
+    return plan(chunks)
+
+
+def test_a_chunk_is_what_the_answers_can_afford():
+    assert afforded(prompts_of(100, target_ms=0), Room(20 + 13)) == [(0, 0, 12)]
+
+
+def test_prompts_wait_until_the_answers_can_afford_a_block():
+    prompts = prompts_of(100, target_ms=0)
+    assert afforded(prompts, Room(20 + 3.9)) == []
+    assert afforded(prompts, Room(20 + 4.1)) == [(0, 0, BLOCK)]
+
+
+def test_the_bounds_of_one_step_hold_beside_what_answers_can_afford():
+    assert afforded(prompts_of(100), Room(500)) == [(0, 0, 28)]
+    assert afforded(prompts_of(100), Room(500, most_ms=20 + 9)) == [(0, 0, 8)]
+
+
+def test_a_block_that_answers_can_afford_may_take_longer_than_a_step():
+    assert afforded(prompts_of(100), Room(500, most_ms=1)) == [(0, 0, BLOCK)]
+
+
+def test_prompts_do_not_wait_for_ever():
+    prompts = prompts_of(100, target_ms=0)
+    assert [afforded(prompts, Room(-1.0)) for _ in range(64)] == [[]] * 64
+    assert afforded(prompts, Room(-1.0)) == [(0, 0, BLOCK)]
+    assert afforded(prompts, Room(-1.0)) == []
+
+
+def test_where_nobody_runs_a_block_never_waits():
+    assert afforded(prompts_of(100), Room(most_ms=10 + 9), running=0) == [(0, 0, 8)]
+    assert afforded(prompts_of(100), Room(most_ms=1), running=0) == [(0, 0, BLOCK)]
+
+
+def test_while_nobody_knows_what_prompts_cost_a_step_has_a_block():
+    assert afforded(prompts_of(100), Room(500), fit=StepFit()) == [(0, 0, BLOCK)]

@@ -16,11 +16,11 @@ class Index(set[bytes]):
 
     def put(self, name: bytes) -> None:
         self.add(name)
-        self.journal.add(name)
+        self.journal.add([name])
 
     def drop(self, name: bytes) -> None:
         self.remove(name)
-        self.journal.remove(name)
+        self.journal.remove([name])
 
     def hear(self) -> Changes | None:
         changes = self.journal.take()

@@ -1,0 +1,1 @@
+"""`kvrelay bench goodput`: the highest rate that meets its SLOs, for several arrangements."""

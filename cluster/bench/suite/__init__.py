@@ -1,0 +1,1 @@
+"""`kvrelay bench all`: every benchmark in its short form, and one page of what they found."""

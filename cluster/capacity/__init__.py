@@ -1,0 +1,1 @@
+"""How fast a cluster is that is not there: a trace on any number of workers, in virtual time."""

@@ -1,0 +1,83 @@
+"""A cluster as several cells, each with its part of the workers and of the requests: `--jobs`.
+
+That is how routers scale: nothing is shared between cells, so each is simulated by a process of its
+own, and what came of them is put together.
+"""
+
+import hashlib
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from random import Random
+
+from cluster.capacity.meter import Meter
+from cluster.capacity.run import OnProgress, Played, Setting, SimulationError, simulate
+from cluster.workload.asks import Workload
+
+
+def simulate_cells(
+    setting: Setting, workload: Workload, jobs: int, on_progress: OnProgress | None = None
+) -> Played:
+    """Raises SimulationError when there are too few workers or requests for so many cells."""
+    if jobs == 1:
+        return simulate(setting, workload, on_progress)
+    if setting.decode < jobs or 0 < setting.prefill < jobs or len(workload.asks) < jobs:
+        raise SimulationError(
+            f"--jobs {jobs}: each has a part of the workers of both roles, and of the requests; "
+            "take fewer jobs or more workers"
+        )
+    settings = [
+        replace(
+            setting,
+            prefill=_part(setting.prefill, cell, jobs),
+            decode=_part(setting.decode, cell, jobs),
+            routers=max(1, _part(setting.routers, cell, jobs)),
+            seed=setting.seed * jobs + cell,
+        )
+        for cell in range(jobs)
+    ]
+    # Not forked: gRPC's and torch's threads would not be there.
+    context = multiprocessing.get_context("spawn")
+    played = []
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        for cell in pool.map(simulate, settings, _dealt(workload, jobs, setting.seed)):
+            played.append(cell)
+            if on_progress is not None:
+                on_progress(sum(len(one.outcomes) for one in played))
+    return _together(played)
+
+
+def _part(count: int, cell: int, jobs: int) -> int:
+    return count // jobs + (cell < count % jobs)
+
+
+def _dealt(workload: Workload, jobs: int, seed: int) -> list[Workload]:
+    """At random: a load balancer before the routers knows nothing of requests."""
+    dice = Random(f"{seed} cells")
+    order = [number % jobs for number in range(len(workload.asks))]
+    dice.shuffle(order)
+    return [
+        replace(
+            workload,
+            asks=tuple(a for a, to in zip(workload.asks, order, strict=True) if to == cell),
+        )
+        for cell in range(jobs)
+    ]
+
+
+def _together(cells: Sequence[Played]) -> Played:
+    outcomes = [outcome for cell in cells for outcome in cell.outcomes]
+    outcomes.sort(key=lambda outcome: outcome.ask.at_s)
+    meters = [cell.meter for cell in cells if cell.meter is not None]
+    return Played(
+        outcomes=outcomes,
+        virtual_s=max(cell.virtual_s for cell in cells),
+        cpu_s=sum(cell.cpu_s for cell in cells),
+        entries=sum(cell.entries for cell in cells),
+        kills=sum(cell.kills for cell in cells),
+        hash=hashlib.blake2b("".join(c.hash for c in cells).encode(), digest_size=16).hexdigest(),
+        meter=Meter.together(meters) if meters else None,
+        local_prompts=sum(cell.local_prompts for cell in cells),
+        attempts=sum(cell.attempts for cell in cells),
+    )

@@ -1,0 +1,1 @@
+"""`kvrelay profile`: what steps and hand-offs of a model take on this machine, and their fit."""

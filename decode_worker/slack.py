@@ -1,0 +1,63 @@
+"""How long a step may take so that every answer keeps its mean time per token.
+
+Pure; step_loop.py asks before each step with prompts to compute. TPOT is a mean over an answer, so
+an answer that has had short steps can afford a long one: what its tokens may take by the target,
+less what they have taken. That is never more than it has saved, for it may end with any token; and
+it keeps what it will need itself when those have joined who are on their way.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+from decode_worker.batch import Running
+from kvrelay.engine.step_cost import StepFit
+
+_TARGET_SHARE = 0.94  # of the target: the rest is for the way of tokens to the client
+_CATCH_UP_STEPS = 4  # in which an answer that has waited for a step is to be in time again
+_QUIET_MS = 50.0  # an answer that is not expected yet does not come sooner: its prompt takes longer
+
+
+@dataclass(frozen=True)
+class Room:
+    """For a step with prompts. left_ms: what all answers can afford; below 0 when somebody is
+    behind already. most_ms: what it takes at most, unless it has a single block of prompts."""
+
+    left_ms: float = inf
+    most_ms: float = inf
+
+
+ENDLESS = Room()
+
+
+def step_room(
+    running: Sequence[Running],
+    now_ms: float,
+    target_ms: float,
+    fit: StepFit,
+    *,
+    coming: int = 0,
+    receives: bool = False,
+) -> Room:
+    """Who misses the target even if no prompt delays what is left of its answer has nothing to
+    lose.
+
+    coming: answers on their way, whose prompts others compute. receives: there have been such; they
+    join during a step, and wait for its end.
+    """
+    target_ms *= _TARGET_SHARE
+    plain_ms = fit.cost.predict_ms(0, len(running))
+    # What each step leaves when all are here; the prompt of this one becomes an answer as well.
+    spare_ms = target_ms - fit.cost.predict_ms(0, len(running) + coming + 1)
+    left_ms = inf
+    for sequence in running:
+        spent_ms = now_ms - sequence.begun_ms
+        gaps = len(sequence.answer)  # with the one that this step ends
+        after = sequence.sampling.max_tokens - 1 - gaps
+        saved_ms = gaps * target_ms - spent_ms
+        if saved_ms - plain_ms + after * (target_ms - plain_ms) >= 0:
+            left_ms = min(left_ms, saved_ms - after * max(0.0, -spare_ms))
+    if not receives:
+        return Room(left_ms)
+    most_ms = target_ms + _CATCH_UP_STEPS * max(0.0, spare_ms)
+    return Room(left_ms, most_ms if running or coming > 0 else max(most_ms, _QUIET_MS))

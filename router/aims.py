@@ -1,0 +1,86 @@
+"""What the operator aims at: first tokens and answers within their targets, for as many as can be.
+
+Pure, used by the Dispatcher alone. Without targets it does nothing. Goodput counts requests that
+meet their targets, so a request that has missed its own takes nothing from those that still can
+meet theirs: it waits for them, `late_wait_ms` at most.
+"""
+
+from collections.abc import Sequence
+from heapq import heappop, heappush
+from math import inf
+from typing import NamedTuple
+
+from kvrelay.config import RouterConfig
+from router.policy import Aim
+from router.request import Request
+from router.workers import Workers
+
+_TARGET_SHARE = 0.95  # of the target for first tokens: the rest is for the way to the client
+
+
+class _Kept(NamedTuple):
+    """A request that is in time as far as it is known; the first to be let go of is the least."""
+
+    priority: int  # negated: the least urgent goes first
+    cost_ms: float  # negated: of these the one that takes the most
+    place: int  # in the queue, negated
+
+
+class Aims:
+    def __init__(self, config: RouterConfig, workers: Workers) -> None:
+        self._config = config
+        self._workers = workers
+        self.on = bool(config.ttft_target_ms or config.tpot_target_ms)
+
+    def of(self, request: Request, now_ms: float) -> Aim | None:
+        """What to place it by. None: there are no targets, or it has waited for others so long
+        that they count no more."""
+        if not self.on or now_ms - request.queued_at_ms > self._config.late_wait_ms:
+            return None
+        return Aim(self._due_ms(request) - now_ms, self._config.tpot_target_ms)
+
+    def in_order(self, waiting: Sequence[Request], now_ms: float) -> Sequence[Request]:
+        """Those who wait, in order: first those who can have their first tokens in time.
+
+        As many as can be (Moore and Hodgson): in the order of the queue, and whenever somebody
+        would be late, the longest of those so far, of the least urgent, is left out. So under more
+        load than there is time for, it is the longest prompts that come late.
+        """
+        if not self._config.ttft_target_ms or len(waiting) < 2:
+            return waiting
+        token_ms, free_at_ms = self._workers.prompt_pace(self._config.tpot_target_ms)
+        at_ms = now_ms + free_at_ms
+        kept: list[_Kept] = []
+        late: set[int] = set()
+        for place, request in enumerate(waiting):
+            if self.of(request, now_ms) is None:
+                continue
+            cost_ms = self._tokens(request) * token_ms
+            at_ms += cost_ms
+            if self._due_ms(request) == inf:
+                continue
+            heappush(kept, _Kept(-request.priority, -cost_ms, -place))
+            while kept and at_ms > self._due_ms(request):
+                longest = heappop(kept)
+                late.add(-longest.place)
+                at_ms += longest.cost_ms
+                if -longest.place == place:
+                    break
+        in_time = [r for place, r in enumerate(waiting) if place not in late]
+        return in_time + [waiting[place] for place in sorted(late)]
+
+    def _due_ms(self, request: Request) -> float:
+        """When its first token is due; inf when it has it, or nobody waits for it."""
+        if request.times.first_token_at_ms is not None:
+            return inf
+        target_ms = self._config.ttft_target_ms
+        due_ms = request.times.arrived_at_ms + _TARGET_SHARE * target_ms if target_ms else inf
+        return min(due_ms, request.deadline_at_ms)
+
+    def _tokens(self, request: Request) -> int:
+        """Of its prompt that are cached nowhere, as far as it was seen when it came."""
+        if not request.uncached_tokens:
+            choice = self._workers.choose(request)
+            tokens = choice.placement.tokens if choice else request.prompt_tokens_now
+            request.uncached_tokens = tokens
+        return request.uncached_tokens
