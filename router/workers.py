@@ -13,18 +13,8 @@ from kvrelay.kv.layout import blocks_for, reserved_blocks
 from kvrelay.wire import worker_pb2
 from router.claims import Claim, Claims
 from router.measured import MeasuredRates, usual_of
-from router.policy import (
-    CHUNK_TOKENS,
-    NEUTRAL,
-    Aim,
-    Choice,
-    DecodeView,
-    Placement,
-    Rates,
-    Wish,
-    place,
-    prompt_share,
-)
+from router.policy import Aim, Choice, Placement, Wish, place
+from router.prediction import CHUNK_TOKENS, NEUTRAL, DecodeView, Rates, prompt_share
 from router.request import Request, RequestState
 from router.shortlist import Shortlist
 from router.shunned import Shunned
