@@ -7,14 +7,17 @@ meet theirs: it waits for them, `late_wait_ms` at most.
 
 from collections.abc import Sequence
 from heapq import heappop, heappush
+from itertools import islice
 from math import inf
 from typing import NamedTuple
 
 from kvrelay.config import RouterConfig
 from router.policy import Aim
+from router.prediction import prompt_share
 from router.request import Request
 from router.workers import Workers
 
+_PACE_SAMPLE = 8  # workers of each role that say how fast prompts are computed
 _TARGET_SHARE = 0.95  # of the target for first tokens: the rest is for the way to the client
 
 
@@ -48,7 +51,7 @@ class Aims:
         """
         if not self._config.ttft_target_ms or len(waiting) < 2:
             return waiting
-        token_ms, free_at_ms = self._workers.prompt_pace(self._config.tpot_target_ms)
+        token_ms, free_at_ms = self._pace()
         at_ms = now_ms + free_at_ms
         kept: list[_Kept] = []
         late: set[int] = set()
@@ -68,6 +71,23 @@ class Aims:
                     break
         in_time = [r for place, r in enumerate(waiting) if place not in late]
         return in_time + [waiting[place] for place in sorted(late)]
+
+    def _pace(self) -> tuple[float, float]:
+        """(Time for one token of a prompt, time until the next prompt) where all workers that
+        compute prompts share them. Looks at a few workers, whatever the size of the fleet."""
+        prefill, decode = self._workers.prefill, self._workers.decode
+        tokens: list[int] = []
+        pace, workers = 0.0, len(prefill)  # tokens a millisecond of all workers, their number
+        for p in islice(prefill.values(), _PACE_SAMPLE):
+            tokens.append(p.backlog_tokens)
+            pace += max(1.0, len(prefill) / _PACE_SAMPLE) / p.rates.prompt_token_ms
+        if self._config.local_prefill == "auto" or not prefill:
+            workers += len(decode)
+            for d in islice(decode.values(), _PACE_SAMPLE):
+                share = prompt_share(d.rates, d.decoding, self._config.tpot_target_ms)
+                tokens += [d.backlog_tokens] if share else []
+                pace += max(1.0, len(decode) / _PACE_SAMPLE) * share / d.rates.prompt_token_ms
+        return (1 / pace, min(tokens) * workers / pace) if pace else (0.0, 0.0)
 
     def _due_ms(self, request: Request) -> float:
         """When its first token is due; inf when it has it, or nobody waits for it."""

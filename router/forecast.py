@@ -6,7 +6,7 @@ counts: nobody is turned away on a guess.
 
 from kvrelay.config import RouterConfig
 from router.commands import DeadlineError
-from router.policy import NEUTRAL
+from router.prediction import NEUTRAL
 from router.queue import WaitingQueue
 from router.request import Request
 from router.workers import Workers

@@ -11,7 +11,7 @@ from math import inf
 from statistics import median, median_low
 
 from kvrelay.wire import worker_pb2
-from router.policy import NEUTRAL_BLOCK_MS, Rates, rates_of
+from router.prediction import NEUTRAL_BLOCK_MS, Rates, rates_of
 
 _FADE_SHARE = 0.2  # of the way to what is usual, at each look
 _KEPT = 5  # hand-offs whose middle one counts: two may have been held up by anything

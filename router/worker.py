@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from router.measured import HandOffs, MeasuredRates
-from router.policy import CHUNK_TOKENS, NEUTRAL, DecodeView, PrefillView, Rates
+from router.prediction import CHUNK_TOKENS, NEUTRAL, DecodeView, PrefillView, Rates
 
 _Standing = tuple[float, float]  # backlog in tokens, blocks that are lacking: less is better
 NO_ROOM: _Standing = (inf, inf)

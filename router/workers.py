@@ -13,25 +13,14 @@ from kvrelay.kv.layout import blocks_for, reserved_blocks
 from kvrelay.wire import worker_pb2
 from router.claims import Claim, Claims
 from router.measured import MeasuredRates, usual_of
-from router.policy import (
-    CHUNK_TOKENS,
-    NEUTRAL,
-    Aim,
-    Choice,
-    DecodeView,
-    Placement,
-    Rates,
-    Wish,
-    place,
-    prompt_share,
-)
+from router.policy import Aim, Choice, Placement, Wish, place
+from router.prediction import CHUNK_TOKENS, NEUTRAL, DecodeView, Rates
 from router.request import Request, RequestState
 from router.shortlist import Shortlist
 from router.shunned import Shunned
 from router.worker import DecodeWorker, PrefillWorker, Worker
 
 _SAMPLE = 64  # workers of each role that say what is usual when another comes
-_PACE_SAMPLE = 8  # workers of each role that say how fast prompts are computed
 _DISTRUSTED_MAX = 8  # workers that failed, and in whose place others are looked at
 
 
@@ -312,23 +301,6 @@ class Workers:
         """Those that could ever hold it."""
         tokens = request.tokens_max
         return [d for d in self.decode.values() if tokens <= d.max_model_tokens and not d.draining]
-
-    def prompt_pace(self, tpot_target_ms: float) -> tuple[float, float]:
-        """(Time for one token of a prompt, time until the next prompt) where all workers that
-        compute prompts share them. Looks at a few workers, whatever the size of the fleet."""
-        tokens: list[int] = []
-        pace, workers = 0.0, len(self.prefill)  # tokens a millisecond of all workers, their number
-        for p in islice(self.prefill.values(), _PACE_SAMPLE):
-            tokens.append(p.backlog_tokens)
-            pace += 1 / p.rates.prompt_token_ms * max(1.0, len(self.prefill) / _PACE_SAMPLE)
-        if self._config.local_prefill == "auto" or not self.prefill:
-            workers += len(self.decode)
-            for d in islice(self.decode.values(), _PACE_SAMPLE):
-                share = prompt_share(d.rates, d.decoding, tpot_target_ms)
-                tokens += [d.backlog_tokens] if share else []
-                own = share / d.rates.prompt_token_ms
-                pace += own * max(1.0, len(self.decode) / _PACE_SAMPLE)
-        return (1 / pace, min(tokens) * workers / pace) if pace else (0.0, 0.0)
 
     def computing(self, placement: Placement) -> tuple[Rates, int]:
         """The rates of the worker that would compute the prompt, and how many have its role."""

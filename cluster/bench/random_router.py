@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from itertools import product
 
 from router import main, policy, workers
-from router.policy import Choice, DecodeView, PrefillView, Wish
+from router.policy import Choice, Wish
+from router.prediction import DecodeView, PrefillView
 
 _dice = random.Random(0)
 

@@ -14,7 +14,8 @@ from cluster.bench.prefix import PrefixBench
 from cluster.bench.report import BenchError
 from cluster.cli import main
 from router import policy, workers
-from router.policy import DecodeView, PrefillView, Wish
+from router.policy import Wish
+from router.prediction import DecodeView, PrefillView
 
 ASKED = PrefixBench(requests=12, clients=2, system_tokens=100, prefill=1, decode=1, quantize="none")
 

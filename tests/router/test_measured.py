@@ -4,7 +4,7 @@ import pytest
 
 from kvrelay.wire.worker_pb2 import StepCost
 from router.measured import HandOffs, MeasuredRates, usual_of
-from router.policy import NEUTRAL, NEUTRAL_BLOCK_MS, Rates
+from router.prediction import NEUTRAL, NEUTRAL_BLOCK_MS, Rates
 
 USUAL = Rates(10, 1, 2)
 FADE_MS = 10_000

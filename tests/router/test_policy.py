@@ -4,16 +4,13 @@ from hypothesis import strategies as st
 
 from kvrelay.kv.layout import reserved_blocks
 from kvrelay.wire.worker_pb2 import StepCost
-from router.policy import (
+from router.policy import Choice, Placement, Wish, place
+from router.prediction import (
     NEUTRAL,
-    Choice,
     DecodeView,
-    Placement,
     PrefillView,
     Rates,
-    Wish,
     local_ms,
-    place,
     prefill_ms,
     rates_of,
     tokens_left,
@@ -184,7 +181,7 @@ def test_figures_that_cannot_be_are_the_usual_ones(wrong):
     ("prompt", "cached", "left"), [(10, 0, 10), (10, 2, 2), (8, 2, 4), (9, 9, 1), (1, 1, 1)]
 )
 def test_the_last_token_of_a_prompt_is_always_computed(prompt, cached, left):
-    assert tokens_left(p(cached_blocks=cached), wish(prompt)) == left
+    assert tokens_left(p(cached_blocks=cached), prompt) == left
 
 
 def test_a_prompt_waits_for_all_that_the_prefill_worker_has_queued():

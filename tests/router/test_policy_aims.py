@@ -6,15 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.policy import (
-    Aim,
+from router.policy import Aim, Wish, place
+from router.prediction import (
     DecodeView,
     PrefillView,
     Rates,
-    Wish,
     aimed_chunk,
     aimed_local_ms,
-    place,
     prompt_share,
 )
 

@@ -10,7 +10,8 @@ from kvrelay.kv.prefix import PrefixChain, chain_root, join_hashes
 from kvrelay.wire import transfer_pb2
 from kvrelay.wire import worker_pb2 as pb
 from router.admission import Sampling
-from router.policy import NEUTRAL_BLOCK_MS, Placement
+from router.policy import Placement
+from router.prediction import NEUTRAL_BLOCK_MS
 from router.request import Request, Times
 from router.shortlist import Shortlist
 from router.workers import Workers
