@@ -35,7 +35,8 @@ class Sessions(Generic[Event]):
         self._event = event
         self._load = load
         self._session = session
-        self._open: dict[RouterSession[Event], None] = {}  # in order of coming
+        # In order of coming, and the load that each was told last.
+        self._open: dict[RouterSession[Event], Any] = {}
         self._over = False
 
     def open(self, info: WorkerInfo, router: str = "") -> RouterSession[Event]:
@@ -66,6 +67,11 @@ class Sessions(Generic[Event]):
 
     def send(self, session: Any, event: Any) -> None:
         self._load(event.load)
+        self._send(session, event)
+
+    def _send(self, session: Any, event: Any) -> None:
+        if session in self._open:
+            self._open[session] = event.load
         session.send(event)
 
     def fail(self, key: tuple[Any, int], code: FailureCode, message: str) -> None:
@@ -74,9 +80,12 @@ class Sessions(Generic[Event]):
         self.send(session, self._event(failed=Failed(key=number, code=code, message=message)))
 
     def tell_load(self) -> None:
-        """An event with nothing but the load, to all."""
-        for session in self._open:
-            self.send(session, self._event())
+        """An event with nothing but the load, to all who have not just heard the same."""
+        for session, told in self._open.items():
+            event: Any = self._event()
+            self._load(event.load)
+            if event.load != told:
+                self._send(session, event)
 
     def _announce(self, session: RouterSession[Event], blocks: BlockChanges | None) -> None:
         self.send(session, self._event(blocks=blocks))

@@ -52,7 +52,8 @@ class Result:
         routers = "1 router" if setting.routers == 1 else f"{setting.routers} routers"
         return (
             f"{self.workload} on {setting.prefill:,} prefill and {setting.decode:,} decode workers,"
-            f" {routers}\n{setting.profile.name} ({setting.profile.source}) · seed {setting.seed}"
+            f" {routers}\n{setting.profile.name}: {_short(str(setting.profile.source))}"
+            f" · seed {setting.seed}"
         )
 
     def rows(self) -> list[tuple[str, float | int, str]]:
@@ -116,3 +117,8 @@ class Result:
             "tried": self.tried,
         }
         return json.dumps(body, allow_nan=False)
+
+
+def _short(source: str) -> str:
+    """Its first sentence; the rest is in the profile."""
+    return source.split(". ")[0]
