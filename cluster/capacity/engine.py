@@ -12,8 +12,7 @@ from cluster.simulation.loop import Timeline
 
 
 class Host:
-    """The engines of one host. factors: by phase, how many times as long a step takes while
-    another one computes."""
+    """The engines of one host."""
 
     def __init__(self) -> None:
         self.engines: list[Engine] = []
@@ -29,7 +28,8 @@ class Host:
 
 
 class Engine:
-    """One step, or several in a row, at a time."""
+    """One step, or several in a row, at a time. factor: so many times as long a step takes while
+    another engine of its host computes."""
 
     def __init__(self, timeline: Timeline, host: Host | None, factor: float) -> None:
         self.busy = False

@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from cluster.capacity import cells
 from cluster.capacity.cells import simulate_cells
 from cluster.capacity.commands import known_profiles, read_profile, simulate
+from cluster.capacity.device import DeviceProfile
 from cluster.capacity.run import Setting, SimulationError
 from cluster.workload.mixes import make_mix
 
@@ -84,8 +87,22 @@ def test_every_profile_that_comes_along_can_be_read_and_says_its_source():
         assert str(read_profile(name).source).startswith("entered by hand from ")
 
 
-@pytest.mark.timeout(120)
-def test_cells_share_out_workers_and_requests(device):
+class Serial:
+    """In the place of a pool of processes."""
+
+    def __init__(self, jobs: int, **_: Any) -> None:
+        self.jobs = jobs
+
+    def __enter__(self) -> "Serial":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing was begun."""
+
+    map = staticmethod(map)
+
+
+def check_cells(device: DeviceProfile) -> None:
     workload = make_mix("uniform", 10.0, None, 1, requests=40, prompt=(8, 60), answer=(2, 9))
     setting = Setting(device, 2, 3)
     played = simulate_cells(setting, workload, 2)
@@ -93,6 +110,16 @@ def test_cells_share_out_workers_and_requests(device):
     assert not any(outcome.error for outcome in played.outcomes)
     with pytest.raises(SimulationError, match="fewer jobs"):
         simulate_cells(setting, workload, 3)
+
+
+def test_cells_share_out_workers_and_requests(device, monkeypatch):
+    monkeypatch.setattr(cells, "ProcessPoolExecutor", Serial)
+    check_cells(device)
+
+
+@pytest.mark.slow
+def test_cells_are_processes_of_their_own(device):
+    check_cells(device)
 
 
 def test_a_profile_file_is_read(tmp_path):
