@@ -95,6 +95,7 @@ def settings(wanted: list[Ask], local: str) -> Settings:
         "reservations_max": 64,
         "prefix_caching": True,
         "itl_target_ms": 60,
+        "tpot_target_ms": 0.0,
         "lease_ms": 120_000,
         "push_bytes_max": 1 << 20,
     }
@@ -102,6 +103,8 @@ def settings(wanted: list[Ask], local: str) -> Settings:
         "queue_max": 1_000,
         "queue_wait_ms": 120_000,
         "prefill_backlog_tokens": 4_096,
+        "ttft_target_ms": 0.0,
+        "tpot_target_ms": 0.0,
         "local_prefill": "auto" if here else "never",
         "reserve_ms": 10_000,
     }
