@@ -1,9 +1,10 @@
 """How long a step may take so that every answer keeps its mean time per token.
 
-Pure; step_loop.py asks before each step with prompts to compute. TPOT is a mean over an answer, so
-an answer that has had short steps can afford a long one: what its tokens may take by the target,
-less what they have taken. That is never more than it has saved, for it may end with any token; and
-it keeps what it will need itself when those have joined who are on their way.
+Pure; step_loop.py, and the capacity simulation, ask before each step with prompts to compute. TPOT
+is a mean over an answer, so an answer that has had short steps can afford a long one: what its
+tokens may take by the target, less what they have taken. That is never more than it has saved, for
+it may end with any token; and it keeps what it will need itself when those have joined who are on
+their way.
 """
 
 from collections.abc import Sequence
@@ -61,3 +62,22 @@ def step_room(
         return Room(left_ms)
     most_ms = target_ms + _CATCH_UP_STEPS * max(0.0, spare_ms)
     return Room(left_ms, most_ms if running or coming > 0 else max(most_ms, _QUIET_MS))
+
+
+class Slack:
+    """What the steps of one worker may take. tpot_target_ms: of its answers; 0: they have none."""
+
+    def __init__(self, tpot_target_ms: float) -> None:
+        self.target_ms = tpot_target_ms
+        self._receives = False
+
+    def received(self) -> None:
+        """A prompt that others have computed."""
+        self._receives = True
+
+    def room(self, running: Sequence[Running], now_ms: float, fit: StepFit, coming: int) -> Room:
+        """For the next step. coming: as of step_room."""
+        if not self.target_ms:
+            return ENDLESS
+        receives = self._receives
+        return step_room(running, now_ms, self.target_ms, fit, coming=coming, receives=receives)

@@ -14,7 +14,7 @@ from decode_worker.handoff import HandOff
 from decode_worker.kept import Kept
 from decode_worker.prompts import LocalPrompt, LocalPrompts
 from decode_worker.reservation import Key, ReservationEvent
-from decode_worker.slack import ENDLESS, step_room
+from decode_worker.slack import Slack
 from decode_worker.step import DecodeStep
 from kvrelay.clock import now_ms, now_s
 from kvrelay.engine.host import EngineHangsError, EngineHost
@@ -53,10 +53,9 @@ class StepLoop:
         self._prompts = prompts
         self._kept = kept
         self._sessions = sessions
-        self._tpot_target_ms = tpot_target_ms
+        self._slack = Slack(tpot_target_ms)
         self._freed = freed
         self._failpoints = failpoints
-        self._receives = False  # prompts that others have computed
         self._in_step: set[Key] = set()
         self._work = asyncio.Event()
 
@@ -94,17 +93,8 @@ class StepLoop:
         running, fit = self._batch.next_step(), self._engine.fit
         if not len(self._prompts):
             return DecodeStep(running)
-        room = ENDLESS
-        if self._tpot_target_ms:
-            coming = len(self._handoff) - len(self.decoding) - len(self._prompts)
-            room = step_room(
-                running,
-                now_ms(),
-                self._tpot_target_ms,
-                fit,
-                coming=coming,
-                receives=self._receives,
-            )
+        coming = len(self._handoff) - len(self.decoding) - len(self._prompts)
+        room = self._slack.room(running, now_ms(), fit, coming)
         return DecodeStep(running, self._prompts.next_chunks(len(running), fit, room))
 
     def add(self, prompt: LocalPrompt) -> None:
@@ -114,7 +104,7 @@ class StepLoop:
 
     def join(self, sequence: Running, first_token: int) -> None:
         """A sequence whose prompt has come as a whole."""
-        self._receives = True
+        self._slack.received()
         self._publish([self._join(sequence, first_token)])
         self._work.set()
 

@@ -101,7 +101,15 @@ def _tokens(context: click.Context, param: click.Parameter, value: str | None) -
     help="Prompts computed by decode workers; only: without prefill workers.",
 )
 @click.option(
-    "--itl-target-ms", type=click.IntRange(0), help="Of decode workers' steps. [--tpot-ms]"
+    "--itl-target-ms",
+    type=click.IntRange(0),
+    help="Of decode workers' steps. [--tpot-ms; with --aim none]",
+)
+@click.option(
+    "--aim",
+    is_flag=True,
+    help="Routers and workers know the SLO, as of `kvrelay serve --ttft-target-ms "
+    "--tpot-target-ms`.",
 )
 @click.option("--block-size", type=click.IntRange(1), help="Tokens of a KV block. [the profile's]")
 @click.option("--chunk-tokens", type=click.IntRange(1), help="Of a step. [the profile's]")
@@ -189,14 +197,18 @@ def _setting(choice: dict[str, Any], profile: DeviceProfile) -> "Setting":
     from cluster.capacity.run import Setting
 
     only = choice["local_prefill"] == "only"
-    itl_target_ms = choice["itl_target_ms"]
+    aim, itl_target_ms = choice["aim"], choice["itl_target_ms"]
+    if itl_target_ms is None:
+        itl_target_ms = 0 if aim else int(choice["tpot_ms"])
     return Setting(
         profile,
         prefill=0 if only else choice["prefill"],
         decode=choice["decode"],
         routers=choice["routers"],
         local_prefill="auto" if only else choice["local_prefill"],
-        itl_target_ms=int(choice["tpot_ms"]) if itl_target_ms is None else itl_target_ms,
+        itl_target_ms=itl_target_ms,
+        ttft_target_ms=choice["ttft_ms"] if aim else 0.0,
+        tpot_target_ms=choice["tpot_ms"] if aim else 0.0,
         network_ms=choice["network_ms"],
         link=choice["link"],
         block_tokens=choice["block_size"],

@@ -39,7 +39,7 @@ class SimulationError(Exception):
 class Setting:
     """What is simulated. together: see Surroundings; False plays every step by itself.
 
-    kill_every_s 0: nobody dies. itl_target_ms: as of `kvrelay serve`.
+    kill_every_s 0: nobody dies. Targets: as of `kvrelay serve`.
     """
 
     profile: DeviceProfile
@@ -48,6 +48,8 @@ class Setting:
     routers: int = 1
     local_prefill: LocalPrefill = "auto"
     itl_target_ms: int = 150
+    ttft_target_ms: float = 0.0
+    tpot_target_ms: float = 0.0
     network_ms: float = 0.1
     link: str | None = None
     block_tokens: int | None = None
@@ -223,6 +225,7 @@ def _surroundings(
         chunk_tokens=setting.chunk_tokens or profile.chunk_tokens,
         batch_max=profile.batch_max,
         itl_target_ms=setting.itl_target_ms,
+        tpot_target_ms=setting.tpot_target_ms,
         prefix_caching=setting.prefix_caching,
     )
     router = RouterConfig(
@@ -231,6 +234,8 @@ def _surroundings(
         cluster_key=KEY,
         control_socket=NOWHERE,
         local_prefill=setting.local_prefill,
+        ttft_target_ms=setting.ttft_target_ms,
+        tpot_target_ms=setting.tpot_target_ms,
         queue_max=setting.queue_max,
         queue_wait_ms=setting.queue_wait_ms,
         prefill_backlog_tokens=setting.backlog_tokens,

@@ -19,6 +19,7 @@ from decode_worker.batch import Batch, Ending, Output, Running
 from decode_worker.handoff import HandOff
 from decode_worker.prompts import LocalPrompt, LocalPrompts
 from decode_worker.reservation import Key, ReservationEvent
+from decode_worker.slack import Slack
 from decode_worker.step import DecodeStep
 from kvrelay.engine.step_cost import StepFit
 from kvrelay.engine.turns import Chunk
@@ -47,6 +48,7 @@ class SimSteps:
             look_again=lambda prompt: handoff.catch_up(prompt.key, prompt.computed),
         )
         self.fit = StepFit()
+        self._slack = Slack(config.tpot_target_ms)
         self.handoff = handoff
         self._around = around
         self._send = send
@@ -68,6 +70,7 @@ class SimSteps:
 
     def join(self, sequence: Running, first_token: int) -> None:
         """A sequence whose prompt has come as a whole."""
+        self._slack.received()
         self._publish([self._join(sequence, first_token)])
         self._freed()
         self.go_on()
@@ -107,7 +110,7 @@ class SimSteps:
         """Begins the next step, or several in a row, unless one runs."""
         if self._engine.busy:
             return
-        together = self._together and len(self.batch) <= self._around.worker.batch_max
+        together = self._together and not self._in_turns
         if together:
             self._played.go_on()
             running, sequences = [], len(self.batch)
@@ -115,7 +118,7 @@ class SimSteps:
             self._played.settle()
             running = self.batch.next_step()
             sequences = len(running)
-        chunks = self.prompts.next_chunks(sequences, self.fit)
+        chunks = self._chunks(running, sequences)
         if not sequences and not chunks:
             return
         self._begin_chunks(chunks)
@@ -134,6 +137,20 @@ class SimSteps:
             ms = step.ms(tokens, looked_at, sequences, self._context)
         self._step_ms = ms / max(1, self._planned)
         self._engine.start(ms, self._done)
+
+    @property
+    def _in_turns(self) -> bool:
+        """Whether the next step depends on how each sequence stands."""
+        if len(self.batch) > self._around.worker.batch_max:
+            return True
+        return len(self.prompts) > 0 and self._slack.target_ms > 0
+
+    def _chunks(self, running: Sequence[Running], sequences: int) -> list[Chunk[LocalPrompt]]:
+        if not len(self.prompts):
+            return []
+        coming = len(self.handoff) - len(self) - len(self.prompts)
+        room = self._slack.room(running, self._around.now_ms, self.fit, coming)
+        return self.prompts.next_chunks(sequences, self.fit, room)
 
     def _begin_chunks(self, chunks: Sequence[Chunk[LocalPrompt]]) -> None:
         for chunk in chunks:
@@ -235,6 +252,7 @@ class SimSteps:
         return steps
 
     def _join(self, sequence: Running, first_token: int) -> Output:
+        sequence.begun_ms = self._around.now_ms
         self._played.join(sequence, self._joining_step())
         return self.batch.join(sequence, first_token)
 

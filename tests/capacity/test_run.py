@@ -112,6 +112,20 @@ def test_every_request_ends_although_workers_are_killed(device):
         assert min(outcome.gaps_s, default=0) >= 0
 
 
+def test_with_a_target_prompts_on_a_decode_worker_wait_until_answers_can_afford_them(device):
+    asks = [Ask(0.0, 16, 60)] + [Ask(0.2 + 0.3 * n, 150, 2) for n in range(3)]
+    target_ms = 6.4
+    how = {"prefill": 0, "local_prefill": "auto", "itl_target_ms": 0}
+
+    def answer_ms(**targets: float) -> float:
+        (answer,) = (o for o in play(device, *asks, **how, **targets).outcomes if o.tokens == 60)
+        assert answer.tpot_ms is not None
+        return answer.tpot_ms
+
+    assert answer_ms() > target_ms
+    assert answer_ms(tpot_target_ms=target_ms, ttft_target_ms=2_000.0) <= target_ms
+
+
 def test_prompts_that_share_a_prefix_find_it_cached(device):
     shared = tuple(range(8))  # 128 tokens
     asks = [Ask(n * 0.5, 140, 2, shared) for n in range(4)]
