@@ -113,8 +113,8 @@ def test_every_request_ends_although_workers_are_killed(device):
 
 
 def test_with_a_target_prompts_on_a_decode_worker_wait_until_answers_can_afford_them(device):
-    asks = [Ask(0.0, 16, 60)] + [Ask(0.2 + 0.3 * n, 150, 2) for n in range(3)]
-    target_ms = 6.4
+    asks = [Ask(0.0, 16, 60)] + [Ask(0.1 + 0.05 * n, 300, 2) for n in range(2)]
+    target_ms = 8.0
     how = {"prefill": 0, "local_prefill": "auto", "itl_target_ms": 0}
 
     def answer_ms(**targets: float) -> float:
