@@ -277,7 +277,7 @@ def _check_search(choice: dict[str, Any]) -> None:
 def _searched(setting: "Setting", choice: dict[str, Any], slo: Slo, on_progress: Any) -> "Result":
     from cluster.capacity.search import find_rate
 
-    return find_rate(setting, lambda rate: _mixed(choice, rate), slo, on_progress)
+    return find_rate(setting, lambda rate: _mixed(choice, rate), slo, on_progress, choice["jobs"])
 
 
 def _show(result: "Result", as_json: bool) -> None:

@@ -117,6 +117,19 @@ def test_cells_share_out_workers_and_requests(device, monkeypatch):
     check_cells(device)
 
 
+def test_a_search_has_cells_too(monkeypatch):
+    jobs = []
+
+    class Noting(Serial):
+        def __init__(self, count: int, **_: Any) -> None:
+            jobs.append(count)
+
+    monkeypatch.setattr(cells, "ProcessPoolExecutor", Noting)
+    words = ("--mix", "uniform", "--requests", "20", "--profile", A100, "--find-rate", "--json")
+    told = json.loads(run(*words, "--prefill", "2", "--decode", "2", "--jobs", "2"))
+    assert jobs == [2] * len(told["tried"])
+
+
 @pytest.mark.slow
 def test_cells_are_processes_of_their_own(device):
     check_cells(device)
