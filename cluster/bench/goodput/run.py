@@ -77,7 +77,7 @@ def bench_goodput(model: PreparedModel, asked: GoodputBench, on_progress: Progre
         "goal": asked.goal,
         "others busy": busy,
     }
-    notes = (*_notes(unloaded, unit), *_late(cells), *unrest(busy))
+    notes = (*_notes(unloaded, unit, asked.goal), *_late(cells), *unrest(busy))
     return Goodput(machine, unit, unloaded, todo, cells, notes)
 
 
@@ -164,15 +164,15 @@ class _Bench:
             serving.stop()
 
 
-def _notes(unloaded: Mapping[str, Unloaded], unit: Unloaded) -> list[str]:
+def _notes(unloaded: Mapping[str, Unloaded], unit: Unloaded, goal: float) -> list[str]:
     alone = "; ".join(
         f"{name} {one.ttft_ms:.0f} and {one.tpot_ms:.1f} ms" for name, one in unloaded.items()
     )
     return [
         f"1x is TTFT {unit.ttft_ms:.0f} ms and TPOT {unit.tpot_ms:.1f} ms: of requests that are"
         f" alone, in the middle, of the slower arrangement ({alone}).",
-        "goodput: requests/s at which 90 % meet both, between the highest rate that was run and met"
-        " them and the next that did not. ITL: at that highest rate.",
+        f"goodput: requests/s at which {goal * 100:.0f} % meet both, between the highest rate that"
+        " was run and met them and the next that did not. ITL: at that highest rate.",
     ]
 
 
