@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from kvrelay.failpoints import Failpoint
 
 PROTOCOL_VERSION = 4
+TPOT_SHARE = 0.94  # of the target for answers: the rest is for the way of tokens to the client
 
 Transport = Literal["auto", "shm", "tcp", "nccl"]
 Dtype = Literal["float32", "bfloat16", "float16"]
