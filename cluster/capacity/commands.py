@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from cluster.bench.plot import check_plot
 from cluster.bench.report import BenchError
 from cluster.capacity.device import DeviceProfile, ProfileError
-from cluster.progress import console, errors_in_one_line, reporting
+from cluster.progress import console, errors_in_one_line, reporting, result_console
 from cluster.workload.asks import WorkloadError
 from cluster.workload.options import chosen_workload, workload_options
 from cluster.workload.slo import Slo
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from cluster.capacity.run import Setting
 
 PROFILES = Path(__file__).parent / "profiles"
-_PIPE_COLUMNS = 200  # no figure is cut short in a file
 _LOCAL = ("auto", "never", "only")
 
 
@@ -219,9 +217,7 @@ def _show(result: "Result", as_json: bool) -> None:
         return
     from cluster.load.table import time_table, value_table
 
-    out = Console(highlight=False, markup=False)
-    if not out.is_terminal:
-        out.width = _PIPE_COLUMNS
+    out = result_console()
     out.print(result.heading(), soft_wrap=True)
     out.print(time_table(result.figures))
     out.print(value_table(result.figures))

@@ -5,21 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from cluster.bench.commands import bench
 from cluster.bench.plot import check_plot
 from cluster.bench.report import BenchError
 from cluster.load.plan import TIMEOUT_S, LoadError, Plan, Target
 from cluster.load.result import LoadResult
-from cluster.progress import console, errors_in_one_line, reporting
+from cluster.progress import console, errors_in_one_line, reporting, result_console
 from cluster.workload.asks import WorkloadError
 from cluster.workload.figures import Figures
 from cluster.workload.options import UNIFORM, chosen_workload, workload_options
 from cluster.workload.slo import Slo
 
 _EXIT_STOPPED = 130
-_PIPE_COLUMNS = 200  # no figure is cut short in a file
 
 
 @bench.command()
@@ -100,9 +98,7 @@ def _show(result: LoadResult, found: Figures, as_json: bool) -> None:
     if as_json:
         print(result.to_json(found.slo))
     else:
-        out = Console(highlight=False, markup=False)
-        if not out.is_terminal:
-            out.width = _PIPE_COLUMNS
+        out = result_console()
         out.print(heading(result), soft_wrap=True)
         out.print(time_table(found))
         out.print(value_table(found))
