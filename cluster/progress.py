@@ -1,4 +1,6 @@
-"""What a person sees while things start: a bar or a line on stderr. Used by the commands."""
+"""What a person sees: a bar or a line on stderr while things start, results on stdout. Used by the
+commands.
+"""
 
 import contextlib
 import sys
@@ -10,6 +12,16 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from cluster.preparation import Progress as Report
 
 console = Console(stderr=True, highlight=False)
+
+_PIPE_COLUMNS = 200  # no figure is cut short in a file
+
+
+def result_console() -> Console:
+    """For tables and sentences on stdout."""
+    out = Console(highlight=False, markup=False)
+    if not out.is_terminal:
+        out.width = _PIPE_COLUMNS
+    return out
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from math import inf
 
 from decode_worker.batch import Running
+from kvrelay.config import TPOT_SHARE
 from kvrelay.engine.step_cost import StepFit
 
-_TARGET_SHARE = 0.94  # of the target: the rest is for the way of tokens to the client
 _CATCH_UP_STEPS = 4  # in which an answer that has waited for a step is to be in time again
 _QUIET_MS = 50.0  # an answer that is not expected yet does not come sooner: its prompt takes longer
 
@@ -46,7 +46,7 @@ def step_room(
     coming: answers on their way, whose prompts others compute. receives: there have been such; they
     join during a step, and wait for its end.
     """
-    target_ms *= _TARGET_SHARE
+    target_ms *= TPOT_SHARE
     plain_ms = fit.cost.predict_ms(0, len(running))
     # What each step leaves when all are here; the prompt of this one becomes an answer as well.
     spare_ms = target_ms - fit.cost.predict_ms(0, len(running) + coming + 1)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from kvrelay.failpoints import Failpoint
 
 PROTOCOL_VERSION = 4
+TPOT_SHARE = 0.94  # of the target for answers: the rest is for the way of tokens to the client
 
 Transport = Literal["auto", "shm", "tcp", "nccl"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -105,7 +106,8 @@ class RouterConfig(_Frozen):
     queue_wait_ms: int = 120_000
     queue_aging_ms: int = Field(default=500, ge=1)  # of waiting, for one step of priority
     queue_lookahead: int = Field(default=8, ge=1)  # requests that are tried in one go
-    queue_scan_max: int = Field(default=128, ge=1)  # looked at in one go for some that may fit
+    queue_scan_max: int = Field(default=128, ge=1)  # looked at in one go for some that may fit;
+    # with a target for first tokens, as many late ones beside them
     queue_pump_ms: int = Field(default=4, ge=0)  # at least, between two goes
     queue_patience_ms: int = 2_000  # who has waited longer for room may have a worker kept for it
     queue_hold_ms: int = Field(default=5_000, ge=1)  # for so long, one worker at a time

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from kvrelay.config import RouterConfig
 from router.policy import Aim
 from router.prediction import prompt_share
+from router.queue import WaitingQueue
 from router.request import Request
 from router.workers import Workers
 
@@ -42,6 +43,17 @@ class Aims:
             return None
         return Aim(self._due_ms(request) - now_ms, self._config.tpot_target_ms)
 
+    def next_of(self, queue: WaitingQueue, now_ms: float) -> Sequence[Request]:
+        """Those to be looked at when there may be room, in order."""
+        if not self._config.ttft_target_ms:
+            return queue.heads()
+
+        def is_late(request: Request) -> bool:
+            """Or the late ones, who came first, would hide all others under overload."""
+            return self._due_ms(request) < now_ms and self.of(request, now_ms) is not None
+
+        return self.in_order(queue.heads(is_late), now_ms)
+
     def in_order(self, waiting: Sequence[Request], now_ms: float) -> Sequence[Request]:
         """Those who wait, in order: first those who can have their first tokens in time.
 
@@ -52,18 +64,20 @@ class Aims:
         if not self._config.ttft_target_ms or len(waiting) < 2:
             return waiting
         token_ms, free_at_ms = self._pace()
-        at_ms = now_ms + free_at_ms
+        at_ms = first_ms = now_ms + free_at_ms  # first_ms: after those who go first in any case
         kept: list[_Kept] = []
         late: set[int] = set()
         for place, request in enumerate(waiting):
-            if self.of(request, now_ms) is None:
+            cost_ms, due_ms = self._tokens(request) * token_ms, self._due_ms(request)
+            if self.of(request, now_ms) is None or due_ms == inf:
+                first_ms += cost_ms
+            elif first_ms + cost_ms > due_ms:
+                late.add(place)  # whoever is left out for it
                 continue
-            cost_ms = self._tokens(request) * token_ms
+            else:
+                heappush(kept, _Kept(-request.priority, -cost_ms, -place))
             at_ms += cost_ms
-            if self._due_ms(request) == inf:
-                continue
-            heappush(kept, _Kept(-request.priority, -cost_ms, -place))
-            while kept and at_ms > self._due_ms(request):
+            while kept and at_ms > due_ms:
                 longest = heappop(kept)
                 late.add(-longest.place)
                 at_ms += longest.cost_ms
@@ -77,16 +91,19 @@ class Aims:
         compute prompts share them. Looks at a few workers, whatever the size of the fleet."""
         prefill, decode = self._workers.prefill, self._workers.decode
         tokens: list[int] = []
-        pace, workers = 0.0, len(prefill)  # tokens a millisecond of all workers, their number
+        pace, workers = 0.0, 0.0  # tokens a millisecond of all that have time, their number
+        each = max(1.0, len(prefill) / _PACE_SAMPLE)  # worker of the sample stands for so many
         for p in islice(prefill.values(), _PACE_SAMPLE):
             tokens.append(p.backlog_tokens)
-            pace += max(1.0, len(prefill) / _PACE_SAMPLE) / p.rates.prompt_token_ms
+            workers += each
+            pace += each / p.rates.prompt_token_ms
         if self._config.local_prefill == "auto" or not prefill:
-            workers += len(decode)
+            each = max(1.0, len(decode) / _PACE_SAMPLE)
             for d in islice(decode.values(), _PACE_SAMPLE):
-                share = prompt_share(d.rates, d.decoding, self._config.tpot_target_ms)
-                tokens += [d.backlog_tokens] if share else []
-                pace += max(1.0, len(decode) / _PACE_SAMPLE) * share / d.rates.prompt_token_ms
+                if share := prompt_share(d.rates, d.decoding, self._config.tpot_target_ms):
+                    tokens.append(d.backlog_tokens)
+                    workers += each
+                    pace += each * share / d.rates.prompt_token_ms
         return (1 / pace, min(tokens) * workers / pace) if pace else (0.0, 0.0)
 
     def _due_ms(self, request: Request) -> float:

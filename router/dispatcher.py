@@ -221,7 +221,7 @@ class Dispatcher:
         self._hold.end_if_over(now_ms)
         self._workers.room_grew = self._queue.changed = False
         left = self._config.queue_lookahead
-        for request in self._aims.in_order(self._queue.heads(), now_ms):
+        for request in self._aims.next_of(self._queue, now_ms):
             if left == 0:
                 # Without a success the next call would find no more than this one.
                 self._queue.changed = bool(commands)

@@ -7,10 +7,10 @@ Costs are milliseconds, from what workers have measured of their own steps.
 from math import ceil
 from typing import NamedTuple
 
+from kvrelay.config import TPOT_SHARE
 from kvrelay.wire import worker_pb2
 
 CHUNK_TOKENS = 256  # of prompts in one step of a worker that does not say how many it takes
-_TARGET_SHARE = 0.94  # of the target for answers, as decode_worker/slack.py has it
 
 
 class Rates(NamedTuple):
@@ -130,7 +130,7 @@ def prompt_share(rates: Rates, decoding: int, tpot_ms: float) -> float:
     step_ms = rates.base_ms + decoding * rates.sequence_ms
     if not decoding or not tpot_ms:
         return 1.0
-    return max(0.0, 1 - step_ms / (_TARGET_SHARE * tpot_ms))
+    return max(0.0, 1 - step_ms / (TPOT_SHARE * tpot_ms))
 
 
 def aimed_chunk(d: DecodeView, tpot_ms: float) -> float:
@@ -139,7 +139,7 @@ def aimed_chunk(d: DecodeView, tpot_ms: float) -> float:
     share = prompt_share(d.rates, d.sequences, tpot_ms)
     if share == 1:
         return d.chunk_tokens
-    return min(d.chunk_tokens, max(1.0, share * _TARGET_SHARE * tpot_ms / d.rates.prompt_token_ms))
+    return min(d.chunk_tokens, max(1.0, share * TPOT_SHARE * tpot_ms / d.rates.prompt_token_ms))
 
 
 def aimed_local_ms(d: DecodeView, tokens: int, tpot_ms: float) -> float:

@@ -11,6 +11,7 @@ Room. A request that finds no room holds up nobody: those behind it are tried as
 that has waited for `queue_patience_ms` a worker may be kept (router/hold.py).
 """
 
+from collections.abc import Callable
 from itertools import islice
 
 from sortedcontainers import SortedDict, SortedList
@@ -73,9 +74,24 @@ class WaitingQueue:
 
     # ---- who is next
 
-    def heads(self) -> list[Request]:
-        """Those to be looked at when there may be room, in order."""
-        return list(islice(self._order.values(), self._config.queue_scan_max))
+    def heads(self, is_late: Callable[[Request], bool] | None = None) -> list[Request]:
+        """Those to be looked at when there may be room, in order.
+
+        is_late: who waits for others, and so takes no place of theirs; as many of them come too.
+        """
+        most, waiting = self._config.queue_scan_max, self._order.values()
+        if is_late is None or len(self) <= most:
+            return list(islice(waiting, most))
+        left = {True: most, False: most}
+        heads = []
+        for request in waiting:
+            late = is_late(request)
+            left[late] -= 1
+            if left[late] >= 0:
+                heads.append(request)
+            elif max(left.values()) <= 0:
+                break
+        return heads
 
     def impatient(self, request: Request, now_ms: float) -> bool:
         """It has waited for so long that a worker may be kept for it."""

@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
-from rich.console import Console
 
 from cluster.bench.machine import cores_usable
 from cluster.bench.report import BenchError, Report
 from cluster.bench.text import TEXT, read_text
 from cluster.model_store import BUILT_IN, ModelError, PreparedModel, prepare
 from cluster.preparation import Progress
-from cluster.progress import console, errors_in_one_line, reporting
+from cluster.progress import console, errors_in_one_line, reporting, result_console
 from kvrelay.config import KvDtype, Quantize
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 BASELINE = "transformers"
-_PIPE_COLUMNS = 200  # no figure is cut short in a file
 
 
 @click.group()
@@ -259,9 +257,7 @@ def show(report: Report, as_json: bool, table: "Callable[[], Table]") -> None:
         for note in report.notes:
             console.print(note, markup=False)
         return
-    out = Console(highlight=False, markup=False)
-    if not out.is_terminal:
-        out.width = _PIPE_COLUMNS
+    out = result_console()
     out.print(report.heading(), soft_wrap=True)
     out.print(table())
     for note in report.notes:

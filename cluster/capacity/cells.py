@@ -33,6 +33,7 @@ def simulate_cells(
             prefill=_part(setting.prefill, cell, jobs),
             decode=_part(setting.decode, cell, jobs),
             routers=max(1, _part(setting.routers, cell, jobs)),
+            kill_every_s=setting.kill_every_s * jobs,
             seed=setting.seed * jobs + cell,
         )
         for cell in range(jobs)

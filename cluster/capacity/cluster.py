@@ -19,8 +19,7 @@ _REPLACED_S = 5.0  # after its death another one is ready
 
 
 class Cluster:
-    """Every router has a session with every worker. ended: as SimRouter's; it hears the number of
-    the router, too."""
+    """Every router has a session with every worker. ended: as SimRouter's."""
 
     def __init__(
         self,

@@ -1,28 +1,23 @@
 """`kvrelay simulate`: registered by cluster/cli.py. Loads the workers' code only when it runs."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from cluster.bench.plot import check_plot
 from cluster.bench.report import BenchError
 from cluster.capacity.device import DeviceProfile, ProfileError
-from cluster.progress import console, errors_in_one_line, reporting
-from cluster.workload.arrivals import Arrivals
-from cluster.workload.asks import Workload, WorkloadError
-from cluster.workload.mixes import MIXES, UNIFORM_ANSWER, UNIFORM_PROMPT, make_mix
+from cluster.progress import console, errors_in_one_line, reporting, result_console
+from cluster.workload.asks import WorkloadError
+from cluster.workload.options import chosen_workload, workload_options
 from cluster.workload.slo import Slo
-from cluster.workload.traces import read_trace, scaled
 
 if TYPE_CHECKING:
     from cluster.capacity.result import Result
     from cluster.capacity.run import Setting
 
 PROFILES = Path(__file__).parent / "profiles"
-_RATE, _SECONDS = 1.0, 60.0
-_PIPE_COLUMNS = 200  # no figure is cut short in a file
 _LOCAL = ("auto", "never", "only")
 
 
@@ -50,22 +45,8 @@ def read_profile(name: str) -> DeviceProfile:
     return DeviceProfile.read(file)
 
 
-def _tokens(context: click.Context, param: click.Parameter, value: str | None) -> Any:
-    if value is None:
-        return None
-    least, _, most = value.partition(":")
-    if not (least.isdigit() and (most or least).isdigit()):
-        raise click.BadParameter(f"{value!r} is not of the form A:B, tokens from A to B")
-    return int(least), int(most or least)
-
-
 @click.command()
-@click.option(
-    "--trace",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Requests and their times from a file: an Azure trace (CSV) or Mooncake's (JSON lines).",
-)
-@click.option("--mix", type=click.Choice(MIXES), help="Requests drawn from --seed.")
+@workload_options
 @click.option("--prefill", type=click.IntRange(0, 100_000), default=1, show_default=True)
 @click.option("--decode", type=click.IntRange(1, 100_000), default=1, show_default=True)
 @click.option(
@@ -82,17 +63,6 @@ def _tokens(context: click.Context, param: click.Parameter, value: str | None) -
     help="What workers' steps cost: of `kvrelay profile`, or one that comes along.",
 )
 @click.option("--link", help="Of the profile's hand-offs. [the first]")
-@click.option("--ttft-ms", type=float, default=2000.0, show_default=True, help="SLO.")
-@click.option("--tpot-ms", type=float, default=150.0, show_default=True, help="SLO.")
-@click.option("--rate", type=float, help=f"Requests a second. [{_RATE:g}; of a trace, its own]")
-@click.option("--rate-scale", type=float, help="A trace's own rate, times this.")
-@click.option("--length-scale", type=float, default=1.0, help="Lengths of prompts and answers.")
-@click.option("--requests", type=click.IntRange(1), help="At most so many.")
-@click.option("--seconds", type=float, help=f"For so long. [{_SECONDS:g}; a trace: all of it]")
-@click.option("--arrivals", type=click.Choice(get_args(Arrivals)), help="Of a mix. [poisson]")
-@click.option("--prompt", callback=_tokens, metavar="A:B", help="Tokens, of mix uniform.")
-@click.option("--answer", callback=_tokens, metavar="A:B", help="Tokens, of mix uniform.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
     "--local-prefill",
     type=click.Choice(_LOCAL),
@@ -175,7 +145,7 @@ def simulate(*, as_json: bool, page: Path | None, **choice: Any) -> None:
         profile.hand_off(choice["link"])
         if choice["find_rate"]:
             _check_search(choice)
-        workload = _workload(choice)
+        workload = chosen_workload(choice)
         from cluster.capacity.result import Result
         from cluster.capacity.run import SimulationError
 
@@ -222,51 +192,6 @@ def _setting(choice: dict[str, Any], profile: DeviceProfile) -> "Setting":
     )
 
 
-def _workload(choice: dict[str, Any]) -> Workload:
-    trace, mix = choice["trace"], choice["mix"]
-    if (trace is None) == (mix is None):
-        raise OptionsError(f"what is asked? --trace FILE or --mix {'|'.join(MIXES)}, one of them")
-    if trace is None:
-        _refuse(choice, ("rate_scale",), "--trace")
-        return _mixed(choice, _RATE if choice["rate"] is None else choice["rate"])
-    _refuse(choice, ("arrivals", "prompt", "answer"), "--mix")
-    if choice["rate"] is not None and choice["rate_scale"] is not None:
-        raise OptionsError("--rate and --rate-scale: take one of them")
-    return scaled(
-        read_trace(trace),
-        rate=1.0 if choice["rate_scale"] is None else choice["rate_scale"],
-        requests_per_s=choice["rate"],
-        length=choice["length_scale"],
-        requests=choice["requests"],
-        seconds=choice["seconds"],
-    )
-
-
-def _mixed(choice: dict[str, Any], rate: float) -> Workload:
-    seconds = choice["seconds"]
-    if choice["mix"] != "uniform":
-        _refuse(choice, ("prompt", "answer"), "--mix uniform")
-    if seconds is None and choice["requests"] is None:
-        seconds = _SECONDS
-    drawn = make_mix(
-        choice["mix"],
-        rate,
-        seconds,
-        choice["seed"],
-        choice["arrivals"] or "poisson",
-        requests=choice["requests"],
-        prompt=choice["prompt"] or UNIFORM_PROMPT,
-        answer=choice["answer"] or UNIFORM_ANSWER,
-    )
-    return scaled(drawn, length=choice["length_scale"])
-
-
-def _refuse(choice: dict[str, Any], names: tuple[str, ...], whose: str) -> None:
-    for name in names:
-        if choice[name] is not None:
-            raise OptionsError(f"--{name.replace('_', '-')} goes with {whose} alone: drop it")
-
-
 def _check_search(choice: dict[str, Any]) -> None:
     if choice["mix"] is None:
         raise OptionsError("--find-rate draws requests at many rates: it needs a --mix")
@@ -277,7 +202,13 @@ def _check_search(choice: dict[str, Any]) -> None:
 def _searched(setting: "Setting", choice: dict[str, Any], slo: Slo, on_progress: Any) -> "Result":
     from cluster.capacity.search import find_rate
 
-    return find_rate(setting, lambda rate: _mixed(choice, rate), slo, on_progress)
+    return find_rate(
+        setting,
+        lambda rate: chosen_workload({**choice, "rate": rate}),
+        slo,
+        on_progress,
+        choice["jobs"],
+    )
 
 
 def _show(result: "Result", as_json: bool) -> None:
@@ -286,9 +217,7 @@ def _show(result: "Result", as_json: bool) -> None:
         return
     from cluster.load.table import time_table, value_table
 
-    out = Console(highlight=False, markup=False)
-    if not out.is_terminal:
-        out.width = _PIPE_COLUMNS
+    out = result_console()
     out.print(result.heading(), soft_wrap=True)
     out.print(time_table(result.figures))
     out.print(value_table(result.figures))

@@ -19,7 +19,11 @@ _LEAST, _MOST = 1e-4, 1e4  # of each worker: beyond them there is no answer
 
 
 def find_rate(
-    setting: Setting, workload: Callable[[float], Workload], slo: Slo, on_progress: Progress
+    setting: Setting,
+    workload: Callable[[float], Workload],
+    slo: Slo,
+    on_progress: Progress,
+    jobs: int = 1,
 ) -> Result:
     """The run at the highest rate that was found; the lowest tried where none is kept."""
     workers = setting.prefill + setting.decode
@@ -27,7 +31,7 @@ def find_rate(
 
     def run(each: float) -> Result:
         on_progress(f"trying {each * workers:.4g} requests/s", None)
-        result = Result.of(setting, workload(each * workers), slo, _silent)
+        result = Result.of(setting, workload(each * workers), slo, _silent, jobs)
         tried.append((each * workers, result.figures.attainment))
         return result
 

@@ -59,6 +59,11 @@ class _Form:
         return json.dumps(fields).encode()
 
     @property
+    def counts_always(self) -> bool:
+        """Asks for the count of tokens with every message."""
+        return "continuous_usage_stats" in self.extras.get("stream_options", {})
+
+    @property
     def notes(self) -> tuple[str, ...]:
         options = self.extras.get("stream_options", {})
         found = {
@@ -102,23 +107,27 @@ class HttpTarget:
             prompts = Prompts(seed, block_tokens, ids_end)
             opened = cls(endpoint, target, form, prompts, tokens_max)
             try:
-                await opened._try()
+                counted = await opened._try()
             except StatusError as error:
                 _check_refusal(target, error)
                 refused = refused or str(error)
             else:
-                return opened
+                if counted or not form.counts_always:
+                    return opened
         raise LoadError(f"{target.url} takes no request of ours: {refused}")
 
-    async def _try(self) -> None:
-        """One short request, with the highest id. Raises StatusError, LoadError."""
+    async def _try(self) -> bool:
+        """One short request, with the highest id. Whether messages came with a count of tokens:
+        some servers pass over an option that they do not know. Raises StatusError, LoadError."""
         ids = array("I", [self._form.ids_end - 1, self._form.ids_end - 1])
+        counted = False
         try:
-            async for _ in self._answer(self._form.body(ids, 1)):
-                pass
+            async for event in self._answer(self._form.body(ids, 1)):
+                counted = counted or bool(event.get("choices") and event.get("usage"))
         except (LostError, Failure) as error:
             where = self._endpoint.authority
             raise LoadError(f"{where} does not answer as an OpenAI server: {error}") from None
+        return counted
 
     def prepare(self, ask: Ask, number: int) -> bytes:
         return self._form.body(self._prompts.tokens(ask, number), ask.answer_tokens)
@@ -128,7 +137,7 @@ class HttpTarget:
 
     async def ask(self, prepared: bytes, reading: Reading, clock: Clock) -> None:
         usage: Mapping[str, Any] = {}
-        always = bool(self._form.extras.get("stream_options", {}).get("continuous_usage_stats"))
+        always = self._form.counts_always
         try:
             async with contextlib.aclosing(self._answer(prepared)) as answer:
                 async for event in answer:

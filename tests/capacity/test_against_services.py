@@ -20,6 +20,7 @@ from cluster.simulation.network import Delays
 from cluster.simulation.settings import Arrival, Settings, Shape, draw
 from cluster.simulation.world import World
 from cluster.workload.asks import Ask, Workload
+from kvrelay.config import LocalPrefill
 from kvrelay.engine.step_cost import StepCost
 
 REQUESTS = 60
@@ -29,6 +30,20 @@ HOP_MS = 0.5
 HOPS = 3  # of a client's call: to connect, to ask, and for the answer
 BLOCK_MS = 2 * links._BLOCK_S * 1000  # to be sent, and to be read
 FIRST_S = 1.0  # when the workers of both have met
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Of the workers, beside one that decodes, and what they and the router aim at."""
+
+    prefill: int
+    local_prefill: LocalPrefill
+    itl_target_ms: int = 60
+    ttft_target_ms: float = 0.0
+    tpot_target_ms: float = 0.0
+
+
+AIMED = Arrangement(0, "auto", itl_target_ms=0, ttft_target_ms=400.0, tpot_target_ms=30.0)
 
 
 @dataclass
@@ -48,7 +63,7 @@ def asks(gap_s: float) -> list[Ask]:
     return drawn
 
 
-def real_times(wanted: list[Ask], local: str, patch: pytest.MonkeyPatch) -> Seen:
+def real_times(wanted: list[Ask], how: Arrangement, patch: pytest.MonkeyPatch) -> Seen:
     seen = Seen()
     take = Client.tokens
 
@@ -58,7 +73,7 @@ def real_times(wanted: list[Ask], local: str, patch: pytest.MonkeyPatch) -> Seen
         seen.at_s.setdefault(self.ask.request_id, []).extend([now_s] * len(tokens))
 
     patch.setattr(Client, "tokens", note)
-    world = World(settings(wanted, local))
+    world = World(settings(wanted, how))
     began_s = world.clients.loop.time()
     result = world.play()
     assert result.violations == []
@@ -68,7 +83,7 @@ def real_times(wanted: list[Ask], local: str, patch: pytest.MonkeyPatch) -> Seen
     return seen
 
 
-def settings(wanted: list[Ask], local: str) -> Settings:
+def settings(wanted: list[Ask], how: Arrangement) -> Settings:
     """Nothing fails, every message takes as long, no limit is near."""
     dice = Random(3)
     arrivals = tuple(
@@ -85,8 +100,7 @@ def settings(wanted: list[Ask], local: str) -> Settings:
         for number, ask in enumerate(wanted)
     )
     drawn = draw(1)
-    here = local == "only"
-    shape = Shape(1, () if here else (2_000,), (2_000,), ("tcp",))
+    shape = Shape(1, (2_000,) * how.prefill, (2_000,), ("tcp",))
     limits = {
         "chunk_tokens": 32,
         "batch_max": 64,
@@ -94,8 +108,8 @@ def settings(wanted: list[Ask], local: str) -> Settings:
         "local_prompts_max": 64,
         "reservations_max": 64,
         "prefix_caching": True,
-        "itl_target_ms": 60,
-        "tpot_target_ms": 0.0,
+        "itl_target_ms": how.itl_target_ms,
+        "tpot_target_ms": how.tpot_target_ms,
         "lease_ms": 120_000,
         "push_bytes_max": 1 << 20,
     }
@@ -103,9 +117,10 @@ def settings(wanted: list[Ask], local: str) -> Settings:
         "queue_max": 1_000,
         "queue_wait_ms": 120_000,
         "prefill_backlog_tokens": 4_096,
-        "ttft_target_ms": 0.0,
-        "tpot_target_ms": 0.0,
-        "local_prefill": "auto" if here else "never",
+        "ttft_target_ms": how.ttft_target_ms,
+        "tpot_target_ms": how.tpot_target_ms,
+        "late_wait_ms": 10_000,
+        "local_prefill": how.local_prefill,
         "reserve_ms": 10_000,
     }
     return replace(
@@ -121,7 +136,7 @@ def settings(wanted: list[Ask], local: str) -> Settings:
     )
 
 
-def simulated_times(wanted: list[Ask], local: str) -> list[tuple[float, float]]:
+def simulated_times(wanted: list[Ask], how: Arrangement) -> list[tuple[float, float]]:
     device = DeviceProfile(
         name="services",
         source=ByHand(text="the cost of cluster/simulation"),
@@ -140,9 +155,11 @@ def simulated_times(wanted: list[Ask], local: str) -> list[tuple[float, float]]:
     )
     setting = Setting(
         device,
-        prefill=0 if local == "only" else 1,
-        local_prefill="auto" if local == "only" else "never",
-        itl_target_ms=60,
+        prefill=how.prefill,
+        local_prefill=how.local_prefill,
+        itl_target_ms=how.itl_target_ms,
+        ttft_target_ms=how.ttft_target_ms,
+        tpot_target_ms=how.tpot_target_ms,
         network_ms=HOP_MS,
         checked=True,
     )
@@ -155,11 +172,19 @@ def by_number(outcomes, wanted):
     return sorted(outcomes, key=lambda outcome: at[id(outcome.ask)])
 
 
-@pytest.mark.parametrize(("local", "gap_s"), [("never", 0.12), ("only", 0.25)])
-def test_clients_see_the_times_that_services_give_them(local, gap_s, monkeypatch):
+@pytest.mark.parametrize(
+    ("how", "gap_s"),
+    [
+        (Arrangement(1, "never"), 0.12),
+        (Arrangement(0, "auto"), 0.25),
+        (AIMED, 0.25),
+    ],
+    ids=["two workers", "one worker", "one worker with targets"],
+)
+def test_clients_see_the_times_that_services_give_them(how, gap_s, monkeypatch):
     wanted = asks(gap_s)
-    real = real_times(wanted, local, monkeypatch).at_s
-    pairs = simulated_times(wanted, local)
+    real = real_times(wanted, how, monkeypatch).at_s
+    pairs = simulated_times(wanted, how)
     assert len(real) == len(pairs) == REQUESTS
     ttfts, tpots = [], []
     for number, (ttft_ms, tpot_ms) in enumerate(pairs):

@@ -117,6 +117,28 @@ def test_cells_share_out_workers_and_requests(device, monkeypatch):
     check_cells(device)
 
 
+def test_as_many_workers_die_however_many_cells_there_are(device, monkeypatch):
+    monkeypatch.setattr(cells, "ProcessPoolExecutor", Serial)
+    workload = make_mix("uniform", 4.0, None, 1, requests=40, prompt=(8, 60), answer=(2, 9))
+    setting = Setting(device, 2, 4, kill_every_s=1.0)
+    whole, parts = (simulate_cells(setting, workload, jobs).kills for jobs in (1, 2))
+    assert whole >= 7
+    assert abs(parts - whole) <= 2
+
+
+def test_a_search_has_cells_too(monkeypatch):
+    jobs = []
+
+    class Noting(Serial):
+        def __init__(self, count: int, **_: Any) -> None:
+            jobs.append(count)
+
+    monkeypatch.setattr(cells, "ProcessPoolExecutor", Noting)
+    words = ("--mix", "uniform", "--requests", "20", "--profile", A100, "--find-rate", "--json")
+    told = json.loads(run(*words, "--prefill", "2", "--decode", "2", "--jobs", "2"))
+    assert jobs == [2] * len(told["tried"])
+
+
 @pytest.mark.slow
 def test_cells_are_processes_of_their_own(device):
     check_cells(device)

@@ -78,12 +78,19 @@ def test_a_part_without_what_it_wants_does_not_run(tmp_path: Path):
     assert "there is no x.json" in ran.error
 
 
+def test_what_a_part_that_failed_made_earlier_is_gone(tmp_path: Path):
+    (tmp_path / "x.json").write_text("of an earlier run")
+    parts = [part("makes", "fail", makes=("x.json",)), part("after", "works", wants=("x.json",))]
+    assert [one.error for one in run_parts(parts, MODEL, tmp_path, silent)] == [
+        "no model",
+        "there is no x.json, which another part makes",
+    ]
+
+
 def test_every_part_is_a_command_and_bounded(tmp_path: Path):
     parts = all_parts("smollm2", tmp_path)
     assert len({one.name for one in parts}) == len(parts)
-    assert [one.name for one in parts if str(tmp_path / DEVICE) in one.words and not one.wants] == [
-        "profile"
-    ]
+    assert [one.name for one in parts if one.makes == (DEVICE,)] == ["profile"]
     for one in parts:
         command: Any = main
         words = one.command(tmp_path, "grpc://127.0.0.1:1")

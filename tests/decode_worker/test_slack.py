@@ -6,10 +6,11 @@ from hypothesis import strategies as st
 from kv_fixtures import sampling
 
 from decode_worker.batch import Running
-from decode_worker.slack import _TARGET_SHARE, ENDLESS, step_room
+from decode_worker.slack import ENDLESS, step_room
+from kvrelay.config import TPOT_SHARE
 from kvrelay.engine.step_cost import StepCost, StepFit
 
-TARGET_MS = 10 / _TARGET_SHARE  # of which 10 ms are for steps
+TARGET_MS = 10 / TPOT_SHARE  # of which 10 ms are for steps
 PLAIN_MS = 6.0
 
 
@@ -64,7 +65,7 @@ def test_answers_keep_what_they_will_need_when_others_have_joined():
 
 def test_where_answers_may_join_no_step_holds_them_up_for_long():
     def most_ms(*running: Running, spare: float, coming: int = 0) -> float:
-        target_ms = (PLAIN_MS + spare) / _TARGET_SHARE
+        target_ms = (PLAIN_MS + spare) / TPOT_SHARE
         return step_room(running, 0.0, target_ms, fit_of(), receives=True, coming=coming).most_ms
 
     assert most_ms(answer(1, begun_ms=0), spare=4) == pytest.approx(10 + 4 * 4)

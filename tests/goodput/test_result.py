@@ -9,7 +9,11 @@ from cluster.bench.goodput.page import write_goodput_page
 from cluster.bench.goodput.result import Cell, Goodput, Tried
 from cluster.bench.goodput.scale import TPOT_BESIDE, TTFT_BESIDE, Unloaded, points
 from cluster.bench.report import BenchError
+from cluster.load.result import LoadResult, LoopLateness
+from cluster.load.targets import Server
+from cluster.workload.asks import Ask
 from cluster.workload.figures import Quantiles
+from cluster.workload.outcomes import Outcome
 from cluster.workload.slo import Slo
 
 UNIT = Unloaded(ttft_ms=200.0, tpot_ms=10.0)
@@ -35,6 +39,16 @@ def run_of(*goodputs: float) -> Goodput:
     }
     unloaded = dict.fromkeys(names[:2], UNIT)
     return Goodput({"model": "tiny"}, UNIT, unloaded, todo, cells, ["a note with <marks>"])
+
+
+@pytest.mark.parametrize(("sent_s", "woke_ms", "late_ms"), [(0.004, 30.0, 30.0), (0.05, 2.0, 50.0)])
+def test_a_load_generator_is_late_in_sending_or_in_reading(sent_s, woke_ms, late_ms):
+    outcomes = [Outcome(Ask(0.0, 8, 2), sent_s, 0.1, 0.2, tokens=2)]
+    server = Server("gRPC", "tiny", "token ids")
+    result = LoadResult("url", "uniform", 0, server, outcomes, LoopLateness(p99=woke_ms))
+    tried = Tried.of(3.0, result, Slo(2000, 150))
+    assert (tried.rate, tried.attainment, tried.failed) == (3.0, 1.0, 0)
+    assert tried.late_ms == pytest.approx(late_ms)
 
 
 def test_the_unit_is_what_every_arrangement_can_do():

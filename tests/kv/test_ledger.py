@@ -209,13 +209,16 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def move_own(self, data: st.DataObject) -> None:
-        """A legal move: random ones seldom are."""
+        """A move of blocks in one state, of one or of several owners: random ones are seldom legal,
+        and never of blocks that go together."""
         if self.model:
             block = data.draw(st.sampled_from(sorted(self.model)))
             owners, state = self.model[block]
             owner = data.draw(st.sampled_from(sorted(owners) or ["A"]))
+            alike = [b for b, (o, s) in self.model.items() if s is state and (owner in o or not o)]
+            blocks = data.draw(st.lists(st.sampled_from(sorted(alike)), min_size=1, unique=True))
             events = [event for s, event in MOVES if s is state]
-            self.move(owner, [block], data.draw(st.sampled_from(events)))
+            self.move(owner, blocks, data.draw(st.sampled_from(events)))
 
     @invariant()
     def the_books_balance(self) -> None:

@@ -64,6 +64,7 @@ async def test_all_that_a_server_tells_is_measured() -> None:
         ({"vocab_size": 300}, "token ids", ""),
         ({"takes_ignore_eos": False, "usage": "end"}, "token ids", "takes no ignore_eos"),
         ({"usage": "end"}, "token ids", "counts tokens at the end only"),
+        ({"usage": "passed over"}, "token ids", "counts tokens at the end only"),
         ({"usage": "never", "takes_ignore_eos": False}, "token ids", "does not count tokens"),
     ],
 )
@@ -79,10 +80,13 @@ async def test_what_a_server_lacks_is_left_out_and_said(
         assert {len(each["prompt"].split()) for each in double.asked[-3:]} == {40, 5}
 
 
-async def test_tokens_are_the_servers_count_even_where_messages_have_several() -> None:
-    async with openai_double(usage="end", tokens_a_message=3) as double:
+@pytest.mark.parametrize("usage", ["end", "passed over"])
+async def test_tokens_are_the_servers_count_even_where_messages_have_several(usage: str) -> None:
+    """And what comes after the last message is no token."""
+    async with openai_double(usage=usage, tokens_a_message=3) as double:
         result = await run(double)
     assert [outcome.tokens for outcome in result.outcomes] == [6, 6, 3]
+    assert [len(outcome.gaps_s) for outcome in result.outcomes] == [1, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,35 @@ def test_more_workers_have_time_for_more():
     assert order(bench("p1", "p2", "d1"), *requests) == ["a", "b", "c"]
 
 
+def test_who_is_late_whatever_happens_makes_nobody_late():
+    """Of one level, a deadline of its own comes first, also of who came later."""
+    made = bench(queue_aging_ms=60_000)
+    due = waiting("due", 500, came_ms=1900, ttft_deadline_ms=900)
+    late = waiting("late", 400, came_ms=0)
+    assert order(made, due, waiting("b", 300, came_ms=1900), late, now_ms=1950) == [
+        "due",
+        "b",
+        "late",
+    ]
+
+
+def test_who_goes_first_takes_time():
+    """Then the longer of the two others is late, where both would be in time without it."""
+    made = bench(late_wait_ms=2000)
+    old = waiting("old", 300)
+    new = [waiting("b", 500, came_ms=2400), waiting("c", 200, came_ms=2400)]
+    assert order(made, old, *new, now_ms=2500) == ["old", "c", "b"]
+
+
+def test_a_decode_worker_without_time_for_prompts_does_not_count():
+    """Else the prompts before it at the prefill worker would count twice."""
+    made = bench("p1", "d1", local_prefill="auto", tpot_target_ms=1.0)
+    workers = made.dispatcher.workers
+    workers.prefill["p1"].queued_tokens = 400
+    workers.decode["d1"].running = 10
+    assert aims_of(made)._pace() == (TOKEN_MS, 400 * TOKEN_MS)
+
+
 @given(st.lists(st.integers(1, 900), min_size=2, max_size=6))
 @settings(max_examples=60, deadline=None)
 def test_as_many_are_in_time_as_can_be(prompts):
@@ -141,3 +170,16 @@ def test_no_worker_is_kept_for_who_is_late():
     assert made.dispatcher._hold.worker_id == ""
     made.expire(5001.0)
     assert (late.state, made.dispatcher._hold.worker_id) == (S.QUEUED, "p1")
+
+
+def test_late_ones_do_not_hide_who_is_in_time():
+    """Under overload there are more of them than are looked at in one go, and they came first."""
+    made = bench(queue_scan_max=3)
+    first = made.submit("r0", prompt=400)
+    late = [made.submit(f"late{n}", prompt=900) for n in range(5)]
+    made.now = 1500.0
+    new = made.submit("new", prompt=300)
+    made.bring(first, S.DECODING)
+    made.take(made.dispatcher.pump(made.now))
+    assert [request.state for request in late] == [S.QUEUED] * 5
+    assert new.state is S.RESERVING

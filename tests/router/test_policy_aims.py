@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvrelay.config import TPOT_SHARE
 from router.policy import Aim, Wish, place
 from router.prediction import (
     DecodeView,
@@ -96,19 +97,19 @@ def test_failures_count_before_targets():
 
 def test_prompts_get_what_answers_leave_of_their_target():
     assert prompt_share(RATES, 0, 20) == prompt_share(RATES, 9, 0) == 1
-    assert prompt_share(RATES, 2, 20 / 0.94) == pytest.approx(0.5)
+    assert prompt_share(RATES, 2, 20 / TPOT_SHARE) == pytest.approx(0.5)
     assert prompt_share(RATES, 20, 20) == 0
 
 
 def test_a_chunk_fills_the_step_up_to_the_target():
-    assert aimed_chunk(d(decoding=2), 20 / 0.94) == pytest.approx(10)
+    assert aimed_chunk(d(decoding=2), 20 / TPOT_SHARE) == pytest.approx(10)
     assert aimed_chunk(d(decoding=20), 20) == 1
     assert aimed_chunk(d(decoding=2), 9000) == aimed_chunk(d(), 20) == 256
 
 
 def test_a_prompt_takes_as_many_steps_as_its_chunks():
     worker = d(decoding=2)
-    assert aimed_local_ms(worker, 100, 20 / 0.94) == pytest.approx(10 * 10 + 100)
+    assert aimed_local_ms(worker, 100, 20 / TPOT_SHARE) == pytest.approx(10 * 10 + 100)
     assert aimed_local_ms(d(), 256, 20) == 8 + 256
 
 

@@ -16,7 +16,8 @@ Headers = dict[str, str]
 
 @dataclass
 class OpenAIDouble:
-    """`pause_s`: before each token. usage: "always", "end" or "never". `status`: what it answers
+    """`pause_s`: before each token. usage: "always", "end", "passed over" (at the
+    end, whatever is asked for) or "never". `status`: what it answers
     requests with, but for those of one token, which come before the load. hold: a request of more
     tokens waits for it before its first token."""
 
@@ -80,7 +81,7 @@ class OpenAIDouble:
                 return "a token id is out of range"
         if "ignore_eos" in asked and not self.takes_ignore_eos:
             return "there is no field ignore_eos"
-        if "continuous_usage_stats" in options and self.usage != "always":
+        if "continuous_usage_stats" in options and self.usage in ("end", "never"):
             return "there is no option continuous_usage_stats"
         return "there are no stream_options" if options and self.usage == "never" else ""
 

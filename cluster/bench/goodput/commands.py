@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
-from rich.console import Console
 
 from cluster.bench.commands import bench
 from cluster.bench.goodput.scale import TPOT_SCALE, TTFT_SCALE
 from cluster.bench.plot import check_plot
 from cluster.bench.report import BenchError, Report
 from cluster.model_store import BUILT_IN, ModelError, prepare
-from cluster.progress import console, errors_in_one_line, reporting
+from cluster.progress import console, errors_in_one_line, reporting, result_console
 from cluster.workload.mixes import UNIFORM_ANSWER, UNIFORM_PROMPT, Range
 from cluster.workload.slo import Slo
 from kvrelay.config import Quantize
@@ -23,7 +22,6 @@ from kvrelay.config import Quantize
 _REQUESTS, _REQUESTS_QUICK = 120, 40
 _QUICK_SCALE = (2.0, 10.0)
 _SLO = (Slo(2000.0, 150.0),)
-_PIPE_COLUMNS = 200  # no figure is cut short in a file
 
 
 class _Scale(click.ParamType[tuple[float, ...]]):
@@ -151,9 +149,7 @@ def goodput(
         if as_json:
             print(found.to_json())
             return
-        out = Console(highlight=False, markup=False)
-        if not out.is_terminal:
-            out.width = _PIPE_COLUMNS
+        out = result_console()
         out.print(Report(found.machine, ()).heading(), soft_wrap=True)
         out.print(found.table())
         for note in found.notes:

@@ -11,14 +11,17 @@ from rich.table import Table
 from cluster.bench.goodput.arrangements import ADAPTIVE, ARRANGEMENTS, COLOCATED, DISAGGREGATED
 from cluster.bench.goodput.scale import Point, Unloaded
 from cluster.bench.report import MISSING, number
-from cluster.workload.figures import Figures, Quantiles
+from cluster.load.result import LoadResult
+from cluster.workload.figures import Quantiles
+from cluster.workload.slo import Slo
 
 NAMES = tuple(arrangement.name for arrangement in ARRANGEMENTS)
 
 
 @dataclass(frozen=True)
 class Tried:
-    """One run of load. late: how far the load generator itself was behind, p99."""
+    """One run of load. late: how far the load generator itself was behind, p99: in sending, or in
+    waking to read."""
 
     rate: float
     attainment: float
@@ -29,7 +32,8 @@ class Tried:
     late_ms: float
 
     @classmethod
-    def of(cls, rate: float, found: Figures) -> "Tried":
+    def of(cls, rate: float, result: LoadResult, slo: Slo) -> "Tried":
+        found = result.figures(slo)
         ttft, tpot, late = found.ttft_ms, found.tpot_ms, found.lateness_ms
         return cls(
             rate,
@@ -38,7 +42,7 @@ class Tried:
             tpot.p90 if tpot else None,
             found.itl_ms,
             found.failed,
-            late.p99 if late else 0.0,
+            max(late.p99 if late else 0.0, result.loop.p99),
         )
 
 

@@ -23,7 +23,6 @@ from cluster.options import ServeError, ServeOptions
 from cluster.preparation import Progress
 from cluster.serving import Serving
 from cluster.weights import pack_weights
-from cluster.workload.figures import Figures, figures
 from cluster.workload.mixes import Range, make_mix
 from cluster.workload.slo import Slo
 from kvrelay.cache import default_cache
@@ -77,7 +76,7 @@ def bench_goodput(model: PreparedModel, asked: GoodputBench, on_progress: Progre
         "goal": asked.goal,
         "others busy": busy,
     }
-    notes = (*_notes(unloaded, unit), *_late(cells), *unrest(busy))
+    notes = (*_notes(unloaded, unit, asked.goal), *_late(cells), *unrest(busy))
     return Goodput(machine, unit, unloaded, todo, cells, notes)
 
 
@@ -119,14 +118,14 @@ class _Bench:
             while (rate := search.next_rate()) is not None:
                 what = f"{arrangement.name}, {point.name}: {rate:.2f} requests/s"
                 self._on_progress(what, self.share_done)
-                seen = Tried.of(rate, self._load(serving, rate, asked.requests, point.slo))
+                seen = self._load(serving, rate, asked.requests, point.slo)
                 search.note(rate, seen.attainment)
                 tried.append(seen)
         # A point without goodput says little of where that of the next one is.
         self._last[arrangement.name] = search.goodput or first_rate
         return Cell(search.goodput, search.passed_at or 0.0, tried)
 
-    def _load(self, serving: Serving, rate: float, requests: int, slo: Slo) -> Figures:
+    def _load(self, serving: Serving, rate: float, requests: int, slo: Slo) -> Tried:
         """The same requests at whatever rate; their tokens are others in each run."""
         asked = self._asked
         self._runs += 1
@@ -145,12 +144,12 @@ class _Bench:
             result = run_load(plan)
         except LoadError as error:
             raise BenchError(str(error)) from error
-        found = figures(result.outcomes, slo)
         if result.stopped:
             raise BenchError("stopped before it was done")
-        if found.failed > _FAILED_MAX * found.requests:
-            raise BenchError(f"{found.failed} of {found.requests} requests failed: {result.told}")
-        return found
+        tried = Tried.of(rate, result, slo)
+        if tried.failed > _FAILED_MAX * requests:
+            raise BenchError(f"{tried.failed} of {requests} requests failed: {result.told}")
+        return tried
 
     @contextlib.contextmanager
     def _serving(self, options: ServeOptions) -> Iterator[Serving]:
@@ -164,15 +163,15 @@ class _Bench:
             serving.stop()
 
 
-def _notes(unloaded: Mapping[str, Unloaded], unit: Unloaded) -> list[str]:
+def _notes(unloaded: Mapping[str, Unloaded], unit: Unloaded, goal: float) -> list[str]:
     alone = "; ".join(
         f"{name} {one.ttft_ms:.0f} and {one.tpot_ms:.1f} ms" for name, one in unloaded.items()
     )
     return [
         f"1x is TTFT {unit.ttft_ms:.0f} ms and TPOT {unit.tpot_ms:.1f} ms: of requests that are"
         f" alone, in the middle, of the slower arrangement ({alone}).",
-        "goodput: requests/s at which 90 % meet both, between the highest rate that was run and met"
-        " them and the next that did not. ITL: at that highest rate.",
+        f"goodput: requests/s at which {goal * 100:.0f} % meet both, between the highest rate that"
+        " was run and met them and the next that did not. ITL: at that highest rate.",
     ]
 
 
@@ -182,4 +181,7 @@ def _late(cells: Mapping[Point, Mapping[str, Cell]]) -> list[str]:
     late = sum(one.late_ms > LATE_MS_MAX for one in runs)
     if not late:
         return []
-    return [f"in {late} of {len(runs)} runs requests were sent late (p99 over {LATE_MS_MAX:g} ms)"]
+    return [
+        f"in {late} of {len(runs)} runs the load generator sent requests, or read answers, late"
+        f" (p99 over {LATE_MS_MAX:g} ms)"
+    ]

@@ -12,7 +12,8 @@ _ADDRESS = "ADDRESS"  # of a server that is started for the part
 class Part:
     """One command. words: after `kvrelay`; about: a sentence for the page; beside: what stands in
     the column beside each value. paged: it writes a page of its own, which becomes its section.
-    wants: files of earlier parts, without which it cannot run."""
+    makes: files beside its results. wants: such files of earlier parts, without which it cannot
+    run."""
 
     name: str
     words: tuple[str, ...]
@@ -20,6 +21,7 @@ class Part:
     limit_s: float
     beside: str = ""
     paged: bool = False
+    makes: tuple[str, ...] = ()
     wants: tuple[str, ...] = ()
 
     @property
@@ -99,6 +101,7 @@ def all_parts(model: str, folder: Path) -> list[Part]:
             "What steps of an engine take with the cores of one worker, beside their fit.",
             300.0,
             "fitted",
+            makes=(DEVICE,),
         ),
         Part(
             "validate",

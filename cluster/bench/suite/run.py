@@ -37,7 +37,8 @@ def run_parts(
     ran = []
     for number, part in enumerate(parts):
         on_progress(f"{part.name} ({number + 1} of {len(parts)})", None)
-        for old in (part.json(folder), part.page(folder)):
+        made = (folder / name for name in part.makes)
+        for old in (part.json(folder), part.page(folder), *made):
             old.unlink(missing_ok=True)
         ran.append(Ran(part, _error(part, model, folder)))
     return ran
