@@ -52,8 +52,13 @@ class GoodputBench:
     arrangements: Sequence[Arrangement] = field(default=ARRANGEMENTS)
 
 
+class StoppedError(BenchError):
+    """Somebody has pressed Ctrl-C."""
+
+
 def bench_goodput(model: PreparedModel, asked: GoodputBench, on_progress: Progress) -> Goodput:
-    """Raises BenchError when the model cannot be served."""
+    """After Ctrl-C what there is until then. Raises BenchError when the model cannot be served, or
+    nothing has been found yet."""
     others = OtherPrograms()
     pack_weights(model.path, asked.quantize, default_cache(), on_progress)
     bench = _Bench(model, asked, on_progress)
@@ -61,10 +66,18 @@ def bench_goodput(model: PreparedModel, asked: GoodputBench, on_progress: Progre
     unit = Unloaded.slowest(list(unloaded.values()))
     todo = points(unit, asked.tpot_scale, asked.ttft_scale, asked.fixed)
     cells: dict[Point, dict[str, Cell]] = {}
-    for number, point in enumerate(todo):
-        turn = asked.arrangements if number % 2 == 0 else tuple(reversed(asked.arrangements))
-        bench.share_done = number / len(todo)
-        cells[point] = {one.name: bench.cell(one, point) for one in turn}
+    stopped = []
+    try:
+        for number, point in enumerate(todo):
+            turn = asked.arrangements if number % 2 == 0 else tuple(reversed(asked.arrangements))
+            bench.share_done = number / len(todo)
+            found = cells.setdefault(point, {})
+            for one in turn:
+                found[one.name] = bench.cell(one, point)
+    except (StoppedError, KeyboardInterrupt):
+        if not any(cells.values()):
+            raise
+        stopped = ["stopped before it was done: what is missing was not measured"]
     busy = others.cores_busy()
     machine = {
         **describe_machine(cores_usable()),
@@ -76,7 +89,7 @@ def bench_goodput(model: PreparedModel, asked: GoodputBench, on_progress: Progre
         "goal": asked.goal,
         "others busy": busy,
     }
-    notes = (*_notes(unloaded, unit, asked.goal), *_late(cells), *unrest(busy))
+    notes = (*stopped, *_notes(unloaded, unit, asked.goal), *_late(cells), *unrest(busy))
     return Goodput(machine, unit, unloaded, todo, cells, notes)
 
 
@@ -119,6 +132,7 @@ class _Bench:
                 what = f"{arrangement.name}, {point.name}: {rate:.2f} requests/s"
                 self._on_progress(what, self.share_done)
                 seen = self._load(serving, rate, asked.requests, point.slo)
+                self._on_progress(f"{what}: {seen.attainment:.0%} met it", self.share_done)
                 search.note(rate, seen.attainment)
                 tried.append(seen)
         # A point without goodput says little of where that of the next one is.
@@ -145,7 +159,7 @@ class _Bench:
         except LoadError as error:
             raise BenchError(str(error)) from error
         if result.stopped:
-            raise BenchError("stopped before it was done")
+            raise StoppedError("stopped before it was done")
         tried = Tried.of(rate, result, slo)
         if tried.failed > _FAILED_MAX * requests:
             raise BenchError(f"{tried.failed} of {requests} requests failed: {result.told}")
