@@ -16,10 +16,9 @@ import grpc
 from decode_worker import messages
 from decode_worker.batch import Batch, Running
 from decode_worker.book import Book
-from decode_worker.claims import Claims
-from decode_worker.handoff import HandOff
 from decode_worker.kept import Kept
-from decode_worker.prompts import LocalPrompts, PromptsFullError
+from decode_worker.making import make_handoff, make_prompts
+from decode_worker.prompts import PromptsFullError
 from decode_worker.reservation import (
     InvalidReservationError,
     Key,
@@ -75,26 +74,9 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         self._failpoints = Failpoints(config.failpoints)
         self._engine = engine
         self._layout = engine.pool.layout
-        self._handoff = HandOff(
-            self._layout,
-            self.ledger,
-            lease_ms=config.lease_ms,
-            reservations_max=config.reservations_max,
-            resends_max=config.resends_max,
-            claims=Claims(
-                claim_ms=config.claim_ms,
-                hold_ms=config.claim_hold_ms,
-                claims_max=config.claims_max,
-            ),
-        )
+        self._handoff = make_handoff(config, self._layout, self.ledger)
         self._batch = Batch(config.batch_max)
-        self._prompts = LocalPrompts(
-            self._layout.block_size,
-            chunk_tokens=config.chunk_tokens,
-            itl_target_ms=config.itl_target_ms,
-            prompts_max=config.local_prompts_max,
-            look_again=lambda prompt: self._handoff.catch_up(prompt.key, prompt.computed),
-        )
+        self._prompts = make_prompts(config, self._layout, self._handoff)
         journal = self._handoff.cache.journal
         self._sessions: Sessions[DecodeEvent] = Sessions(
             config, journal, DecodeEvent, self._write_load

@@ -16,8 +16,7 @@ from cluster.capacity.surroundings import (
 )
 from decode_worker import messages
 from decode_worker.batch import Running
-from decode_worker.claims import Claims
-from decode_worker.handoff import HandOff
+from decode_worker.making import make_handoff
 from decode_worker.prompts import LocalPrompt, PromptsFullError
 from decode_worker.reservation import (
     InvalidReservationError,
@@ -57,19 +56,7 @@ class SimDecode:
         self.alive = True
         self._around = around
         config = around.worker
-        self.handoff = HandOff(
-            around.layout,
-            BlockLedger(around.kv_blocks),
-            lease_ms=config.lease_ms,
-            reservations_max=config.reservations_max,
-            resends_max=config.resends_max,
-            claims=Claims(
-                claim_ms=config.claim_ms,
-                hold_ms=config.claim_hold_ms,
-                claims_max=config.claims_max,
-            ),
-            signer=_SIGNER,
-        )
+        self.handoff = make_handoff(config, around.layout, BlockLedger(around.kv_blocks), _SIGNER)
         self.steps = SimSteps(around, host, self.handoff, self._send, self._announce_room)
         self._cost = CostWord(self.steps.fit)
         journal = self.handoff.cache.journal

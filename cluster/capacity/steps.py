@@ -17,7 +17,8 @@ from cluster.capacity.surroundings import Measuring, Surroundings
 from decode_worker import messages
 from decode_worker.batch import Batch, Ending, Output, Running
 from decode_worker.handoff import HandOff
-from decode_worker.prompts import LocalPrompt, LocalPrompts
+from decode_worker.making import make_prompts
+from decode_worker.prompts import LocalPrompt
 from decode_worker.reservation import Key, ReservationEvent
 from decode_worker.slack import Slack
 from decode_worker.step import DecodeStep
@@ -40,13 +41,7 @@ class SimSteps:
     ) -> None:
         config = around.worker
         self.batch = Batch(config.batch_max)
-        self.prompts = LocalPrompts(
-            around.layout.block_size,
-            chunk_tokens=config.chunk_tokens,
-            itl_target_ms=config.itl_target_ms,
-            prompts_max=config.local_prompts_max,
-            look_again=lambda prompt: handoff.catch_up(prompt.key, prompt.computed),
-        )
+        self.prompts = make_prompts(config, around.layout, handoff)
         self.fit = StepFit()
         self._slack = Slack(config.tpot_target_ms)
         self.handoff = handoff
