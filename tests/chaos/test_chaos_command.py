@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+from ports import silent_address
 
 from cluster.chaos import commands
 from cluster.chaos.http_stream import (
@@ -143,7 +144,7 @@ async def test_what_is_not_whole_is_told_by_whose_fault_it_is(sent, error):
         await read(*sent)
 
 
-async def test_a_router_that_is_not_there_is_lost(unused_tcp_port):
-    with pytest.raises(RouterLostError):
-        async for _ in pieces(f"127.0.0.1:{unused_tcp_port}", "/v1/completions", {}):
+async def test_a_router_that_is_not_there_is_lost():
+    with silent_address() as address, pytest.raises(RouterLostError):
+        async for _ in pieces(address, "/v1/completions", {}):
             pass

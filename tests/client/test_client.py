@@ -2,7 +2,6 @@
 
 import asyncio
 import pickle
-import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+from ports import silent_address
 from scripted_server import (
     DEADLINE_S,
     Hold,
@@ -53,11 +53,9 @@ def client(server: ScriptedServer) -> Iterator[Client]:
 
 
 @pytest.fixture
-def silent_address() -> Iterator[str]:
-    """An address that is taken, so that nobody else gets it, and at which nobody listens."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        yield f"127.0.0.1:{bound.getsockname()[1]}"
+def nobody() -> Iterator[str]:
+    with silent_address() as address:
+        yield address
 
 
 def failure_of(client: Client) -> KvrelayError:
@@ -345,9 +343,9 @@ def test_a_server_that_is_not_ready_is_not_taken_for_none(
     assert str(failure_of(client)) == "no decode worker is up"
 
 
-def test_nothing_listening(silent_address: str) -> None:
-    expected = f"nothing answers at {silent_address}; start a server with `kvrelay serve MODEL`"
-    with Client(silent_address) as client:
+def test_nothing_listening(nobody: str) -> None:
+    expected = f"nothing answers at {nobody}; start a server with `kvrelay serve MODEL`"
+    with Client(nobody) as client:
         error = failure_of(client)
         assert (error.code, str(error)) == (grpc.StatusCode.UNAVAILABLE, expected)
         with pytest.raises(KvrelayError, match="nothing answers"):
@@ -506,7 +504,7 @@ async def test_closing_the_async_client_ends_a_reader_elsewhere(server: Scripted
         await reader
 
 
-async def test_async_errors(server: ScriptedServer, silent_address: str) -> None:
+async def test_async_errors(server: ScriptedServer, nobody: str) -> None:
     server.scripts = [[Refusal(grpc.StatusCode.NOT_FOUND, "no model of that name")], [Hold()]]
     async with AsyncClient(server.address) as client:
         stream = client.generate("hi")
@@ -516,8 +514,8 @@ async def test_async_errors(server: ScriptedServer, silent_address: str) -> None
             assert caught.value.code is grpc.StatusCode.NOT_FOUND
         with pytest.raises(KvrelayError, match=r"within 0\.05 s"):
             await client.generate("hi", timeout_s=0.05).result()
-    async with AsyncClient(silent_address) as client:
-        with pytest.raises(KvrelayError, match=f"nothing answers at {silent_address}"):
+    async with AsyncClient(nobody) as client:
+        with pytest.raises(KvrelayError, match=f"nothing answers at {nobody}"):
             await client.generate("hi").result()
         with pytest.raises(KvrelayError, match="nothing answers"):
             await client.models()

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ import click
 import grpc
 import pytest
 from click.testing import CliRunner, Result
+from ports import silent_address
 from scripted_server import (
     DEADLINE_S,
     Hold,
@@ -176,9 +176,7 @@ def test_an_answer_broken_off_ends_its_line(server: ScriptedServer) -> None:
 
 
 def test_nothing_listening() -> None:
-    with socket.socket() as bound:  # holds the port, and does not listen
-        bound.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{bound.getsockname()[1]}"
+    with silent_address() as address:
         result = CliRunner().invoke(generate, ["hi", "--address", address])
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (

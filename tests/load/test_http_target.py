@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from certificates import make_certificates
 from openai_double import OpenAIDouble, openai_double
+from ports import silent_address
 from waiting import until
 
 from cluster.load.http_target import HttpTarget
@@ -148,10 +149,13 @@ async def test_a_url_of_something_else(ending: str, complaint: str) -> None:
             await run(double, url=double.address + ending)
 
 
-async def test_no_server_and_no_such_model(unused_tcp_port: int) -> None:
+async def test_no_server_and_no_such_model() -> None:
     async with openai_double(status=500, vocab_size=0, takes_ids=False) as double:
-        with pytest.raises(LoadError, match="no HTTP server answers at 127"):
-            await run(double, url=f"http://127.0.0.1:{unused_tcp_port}")
+        with (
+            silent_address() as address,
+            pytest.raises(LoadError, match="no HTTP server answers at 127"),
+        ):
+            await run(double, url=f"http://{address}")
     async with openai_double() as double:
         double.takes_ignore_eos = double.takes_ids = False
         double._refusal = lambda asked: "there is no such model"  # type: ignore[method-assign]

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 from local_cluster import local_cluster
 from openai_double import openai_double
+from ports import silent_address
 from tiny_models import make_tiny
 
 from cluster.cli import main
@@ -119,10 +120,12 @@ def test_what_cannot_be_asked_is_one_line(options: list[str], complaint: str) ->
     assert len(result.output.strip().splitlines()) == 1
 
 
-def test_no_server(unused_tcp_port: int) -> None:
-    target = Target(url=f"127.0.0.1:{unused_tcp_port}")
-    with pytest.raises(LoadError, match="nothing answers at 127") as raised:
-        run_load(Plan.of(target, make_mix("uniform", 1.0, None, requests=1)))
+def test_no_server() -> None:
+    with (
+        silent_address() as address,
+        pytest.raises(LoadError, match="nothing answers at 127") as raised,
+    ):
+        run_load(Plan.of(Target(url=address), make_mix("uniform", 1.0, None, requests=1)))
     assert len(str(raised.value).splitlines()) == 1
 
 
