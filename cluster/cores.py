@@ -1,4 +1,5 @@
-"""Which cores each worker has to itself, so that workers on one host do not slow each other down.
+"""Which cores each worker has to itself, so that workers on one host do not slow each other down;
+and whose it may use besides, while these compute nothing.
 
 Shared out once, before any worker starts: cluster/serving.py asks for the `slots`, cluster/pools.py
 fills each with a worker, and with another when that one dies, and cluster/actors.py calls `pin`.
@@ -8,7 +9,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.options import ServeOptions
@@ -20,10 +21,12 @@ _OWN_THREADS = Path("/proc/self/task")
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for one worker. Without cores it runs wherever the system puts it."""
+    """A place for one worker. Without cores it runs wherever the system puts it. borrows: cores of
+    another slot."""
 
     role: str
     cores: tuple[int, ...] = ()
+    borrows: tuple[int, ...] = ()
 
 
 def share_out(roles: Sequence[str], threads: int, allowed: Collection[int]) -> list[Slot]:
@@ -37,6 +40,14 @@ def share_out(roles: Sequence[str], threads: int, allowed: Collection[int]) -> l
     ]
 
 
+def lend(shared: Sequence[Slot]) -> list[Slot]:
+    """The first prefill worker and the first decode worker borrow each other's cores, and so on:
+    hardly ever has either phase just as much to do as it has cores for."""
+    prefill, decode = ([s.cores for s in shared if s.role == r] for r in ("prefill", "decode"))
+    partners = dict(zip(prefill, decode, strict=False)) | dict(zip(decode, prefill, strict=False))
+    return [replace(slot, borrows=partners.get(slot.cores, ())) for slot in shared]
+
+
 def slots(options: ServeOptions) -> list[Slot]:
     """One for each worker, prefill first; the log says who got which cores, or why nobody did."""
     roles = ["prefill"] * options.prefill + ["decode"] * options.decode
@@ -48,6 +59,8 @@ def slots(options: ServeOptions) -> list[Slot]:
     if all(slot.cores for slot in shared):
         each = ", ".join(f"{slot.role} {shown(slot.cores)}" for slot in shared)
         log.info("cores of the workers: %s", each)
+        if options.lend_cores:
+            return lend(shared)
     else:
         asked = logging.WARNING if options.threads else logging.INFO
         text = "no worker is pinned to cores: %s; choose fewer threads or workers"

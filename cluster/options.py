@@ -47,6 +47,7 @@ class ServeOptions:
     api_keys: Path | None = None
     insecure: bool = False
     threads: int = 0
+    lend_cores: bool = True
     kv_gib: float = 1.0
     chunk_tokens: int = 256
     itl_target_ms: int = 150

@@ -139,7 +139,7 @@ class Pools:
 
     def _launch(self, seat: _Seat) -> None:
         slot = seat.slot
-        own = {"cores": slot.cores, **self._of_role.get(slot.role, {})}
+        own = {"cores": slot.cores, "borrows": slot.borrows, **self._of_role.get(slot.role, {})}
         seat.worker = RayWorker(slot, self.config.model_copy(update=own))
         seat.place.on(PlaceEvent.LAUNCH, time.monotonic())
 

@@ -131,6 +131,12 @@ class _Finite(click.FloatRange):
     "--threads", type=click.IntRange(0, 1024), default=0, help="Per worker; 0 shares the cores out."
 )
 @click.option(
+    "--lend-cores/--no-lend-cores",
+    default=True,
+    help="A prefill and a decode worker use each other's cores for prompts while these have nothing"
+    " to compute; on CPUs.",
+)
+@click.option(
     "--kv-gib",
     type=_Finite(0.001, 65_536),
     default=1.0,

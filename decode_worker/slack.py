@@ -1,6 +1,7 @@
 """How long a step may take so that every answer keeps its mean time per token.
 
-Pure; step_loop.py, and the capacity simulation, ask before each step with prompts to compute. TPOT
+Pure; step_loop.py, and the capacity simulation, ask before each step with prompts to compute, and
+step_loop.py before one that may wait for the prompts of a neighbour on the same cores. TPOT
 is a mean over an answer, so an answer that has had short steps can afford a long one: what its
 tokens may take by the target, less what they have taken. That is never more than it has saved, for
 it may end with any token; and it keeps what it will need itself when those have joined who are on
@@ -81,3 +82,13 @@ class Slack:
             return ENDLESS
         receives = self._receives
         return step_room(running, now_ms, self.target_ms, fit, coming=coming, receives=receives)
+
+    def pause_ms(
+        self, running: Sequence[Running], now_ms: float, fit: StepFit, coming: int
+    ) -> float:
+        """How long the next step may wait; 0 without a target, or with nobody who can meet it."""
+        room = self.room(running, now_ms, fit, coming)
+        if room.left_ms == inf:
+            return 0.0
+        plain_ms = fit.cost.predict_ms(0, len(running))
+        return max(0.0, min(room.left_ms, room.most_ms) - plain_ms)

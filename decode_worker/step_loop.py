@@ -7,6 +7,7 @@ or leave when they are let go of. What each step computes is decided by Batch an
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from decode_worker import messages
 from decode_worker.batch import Batch, Ending, Output, Running
@@ -26,6 +27,8 @@ from kvrelay.sessions import Sessions
 from kvrelay.wire.worker_pb2 import DecodeEvent, FailureCode
 
 log = logging.getLogger(__name__)
+
+_PAUSE_MIN_MS = 1.0  # a shorter one is over before anybody has come
 
 
 class StepLoop:
@@ -67,6 +70,11 @@ class StepLoop:
                 self._work.clear()
                 await self._work.wait()
                 continue
+            if pause_ms := self._pause_ms(step):
+                self._work.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._work.wait(), pause_ms / 1000)
+                continue
             self._begins(step)
             try:
                 self._failpoints.hit(Point.DECODE_BEFORE_STEP)
@@ -93,9 +101,20 @@ class StepLoop:
         running, fit = self._batch.next_step(), self._engine.fit
         if not len(self._prompts):
             return DecodeStep(running)
-        coming = len(self._handoff) - len(self.decoding) - len(self._prompts)
-        room = self._slack.room(running, now_ms(), fit, coming)
+        room = self._slack.room(running, now_ms(), fit, self._coming)
         return DecodeStep(running, self._prompts.next_chunks(len(running), fit, room))
+
+    def _pause_ms(self, step: DecodeStep) -> float:
+        """How long this worker's cores are lent before a step; 0: not, or no longer."""
+        if step.chunks or not self._engine.neighbour_computes:
+            return 0.0
+        pause_ms = self._slack.pause_ms(step.running, now_ms(), self._engine.fit, self._coming)
+        return pause_ms if pause_ms >= _PAUSE_MIN_MS else 0.0
+
+    @property
+    def _coming(self) -> int:
+        """Answers whose prompts others compute."""
+        return len(self._handoff) - len(self.decoding) - len(self._prompts)
 
     def add(self, prompt: LocalPrompt) -> None:
         """A prompt to be computed here; raises PromptsFullError."""

@@ -42,6 +42,7 @@ class WorkerConfig(_Frozen):
     cache_dir: Path | None = None  # of prepared weights; None: `default_cache`
     threads: int = Field(default=1, ge=1)
     cores: tuple[int, ...] = ()  # the worker's own; empty: wherever the system puts it
+    borrows: tuple[int, ...] = ()  # cores of another worker, used while that one computes nothing
     block_size: int = Field(default=16, ge=1)
     kv_bytes: int = Field(default=1 << 30, ge=1)
     transport: Transport = "auto"

@@ -43,6 +43,7 @@ class SimEngine(EngineHost):
         self.steps = 0
         self._memory = pool
         self._cost = cost
+        self._board = None
         self._runner = cast(Any, SimpleNamespace(context_limit=0))
 
     async def step(

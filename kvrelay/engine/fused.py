@@ -18,6 +18,8 @@ from kvrelay.engine.step import CancelFlag, Slice, StepCancelledError
 from kvrelay.kv.pool import KVPool
 
 _ROPE_ROWS = 1024
+_ROWS_SHARED_MIN = 32  # of a step, for helpers on cores of somebody else: fewer would wake them in
+# vain, for one core reads weights nearly as fast as two
 
 
 class FusedModel:
@@ -27,10 +29,10 @@ class FusedModel:
         gate, up, down, norm, mlp_norm, and bias, q_norm, k_norm where the shape has them.
     """
 
-    def __init__(self, shape: FusedShape, weights: Mapping[str, np.ndarray], threads: int) -> None:
+    def __init__(self, shape: FusedShape, weights: Mapping[str, np.ndarray], team: Team) -> None:
         self.shape = shape
         self._weights = weights  # keeps their memory alive
-        self._team = Team(threads)
+        self._team = team
         self._constants = np.array(
             [shape.hidden, shape.head_dim, shape.epsilon, shape.scale * paged.LOG2_E], np.float32
         )
@@ -55,7 +57,7 @@ class FusedModel:
         )
         self._model = self._model_record()
         self._rope_rows = 0
-        self._room = _Room(shape, threads, 1, 1, 1)
+        self._room = _Room(shape, self._team.size, 1, 1, 1)
 
     def _address(self, name: str) -> int:
         array = self._weights.get(name)
@@ -112,20 +114,23 @@ class FusedModel:
             raise IndexError(f"a token id that is not below {self.shape.vocab}")
         self._reserve(plan, len(last_rows))
         room = self._room
-        room.begin(plan, len(last_rows), self._team.threads, cancelled)
+        room.begin(plan, len(last_rows), cancelled)
         arguments = (
-            self._model, self._layers, self._linears, self._pools, self._rules, room.step,
-            plan.slices, plan.tables, plan.row_slice, plan.tokens, np.array(last_rows, np.int64),
-            room.works, plan.prompts, plan.decodes,
+            self._team.seats, self._model, self._layers, self._linears, self._pools, self._rules,
+            room.step, plan.slices, plan.tables, plan.row_slice, plan.tokens,
+            np.array(last_rows, np.int64), room.works, plan.prompts, plan.decodes,
         )  # fmt: skip
         self._decoded = plan.decodes
-        self._team.run(lambda thread: llama.run_step(thread, *arguments))
+        self._team.run(
+            lambda thread, number: llama.run_step(thread, number, *arguments),
+            with_guests=len(plan.tokens) >= _ROWS_SHARED_MIN,
+        )
         if cancelled.is_set() and room.stopped:
             raise StepCancelledError
         return room.logits[: len(last_rows), : self.shape.vocab]
 
     def profile(self) -> dict[str, float]:
-        """Which part of the last step each kind of phase took, the threads' waiting included."""
+        """Which part of the last step each kind of phase took, waiting for others included."""
         noted = self._room.clock[self._room.clock > 0]
         taken = np.diff(noted) / (noted[-1] - noted[0])
         in_layer = [name for name in llama.PHASES if self._has_phase(name)]
@@ -146,7 +151,7 @@ class FusedModel:
         if not room.fits(*asked):
             held = (room.rows, room.wanted, room.segments)
             sizes = [max(has, power_of_two(needs)) for has, needs in zip(held, asked, strict=True)]
-            self._room = _Room(self.shape, self._team.threads, *sizes)
+            self._room = _Room(self.shape, self._team.size, *sizes)
         if plan.longest > self._rope_rows:
             self._grow_rope(plan.longest)
 
@@ -212,7 +217,6 @@ class _Room:
         self.step["counters"] = self._counters.ctypes.data
         self.step["clock"] = self.clock.ctypes.data
         self.step["stop"] = self._stop.ctypes.data
-        self.step["barrier"] = self._allocate(2 * LINE_BYTES).ctypes.data
         sizes = paged.work_floats(head_pad, shape.q_heads // shape.kv_heads)
         sizes |= dict.fromkeys(("gate", "up"), ROW_BLOCK * GROUP)
         self.works, arrays = make_works(sizes, threads)
@@ -233,13 +237,12 @@ class _Room:
     def fits(self, rows: int, wanted: int, segments: int) -> bool:
         return rows <= self.rows and wanted <= self.wanted and segments <= self.segments
 
-    def begin(self, plan: StepPlan, wanted: int, threads: int, cancelled: CancelFlag) -> None:
+    def begin(self, plan: StepPlan, wanted: int, cancelled: CancelFlag) -> None:
         self._counters.fill(0)
         self.clock.fill(0)
         self._stop[0] = 0
         self.step["rows"] = len(plan.tokens)
         self.step["wanted"] = wanted
-        self.step["threads"] = threads
         self.step["cancelled"] = cancelled.address
 
     @property

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from kvrelay.engine.attention import paged_step, run_paged
 from kvrelay.engine.kernels import rows
 from kvrelay.engine.kernels.threads import Team, aligned
-from kvrelay.engine.kernels.tiles import BUFFER, linear
+from kvrelay.engine.kernels.tiles import BUFFER, linear, run_linear
 from kvrelay.engine.packed import linear_record, pack
 from kvrelay.engine.probe import ERROR_MAX, ERROR_MAX_INT8, Watched, check_logits
 from kvrelay.engine.shapes import (
@@ -107,7 +107,11 @@ class PackedLinear(torch.nn.Module):
         if count * shape.inputs * shape.outputs < _SHARED_MIN:
             linear(*arguments)
         else:
-            self._team.run(lambda thread: linear(*arguments))
+            seats = self._team.seats
+            self._team.run(
+                lambda thread, number: run_linear(thread, number, seats, *arguments),
+                with_guests=True,
+            )
         answer = out[:, : shape.outputs]
         if self.bias is not None:
             answer = answer + self.bias

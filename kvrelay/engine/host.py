@@ -9,10 +9,12 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import torch
 
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
+from kvrelay.engine.cores import CoreBoard
 from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.runner import ModelRunner, UnsupportedModelError
 from kvrelay.engine.sampling import SamplingParams, sample
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _Stepped = tuple[list[int | None], float]  # the new tokens, and what the step took, in ms
 
+_BOARD = "cores"  # the file of the CoreBoard
 _LOOKS = 10  # at a step within its time: what holds up the whole process counts as one at most
 
 
@@ -46,6 +49,7 @@ class EngineHost:
         thread: ThreadPoolExecutor,
         failpoints: Failpoints,
         step_ms_max: int,
+        board: CoreBoard | None = None,
     ) -> None:
         self.pool = pool
         self.fit = StepFit()  # of the steps that were not cancelled
@@ -53,6 +57,7 @@ class EngineHost:
         self._thread = thread
         self._failpoints = failpoints
         self._step_s_max = step_ms_max / 1000
+        self._board = board
         self._hangs = False
         self._closed = threading.Event()
         self._touching = threading.Thread(
@@ -104,6 +109,9 @@ class EngineHost:
         # torch is small; its own would take the cores from them, and round by how they share.
         packed = config.device == "cpu" and config.dtype == "float32"
         torch.set_num_threads(1 if packed else config.threads)
+        board = None
+        if config.borrows:
+            board = CoreBoard(config.socket_dir / _BOARD, config.cores, config.borrows)
         runner = ModelRunner.load(
             config.model_path,
             dtype=config.dtype,
@@ -112,6 +120,7 @@ class EngineHost:
             quantize=config.quantize,
             kv_dtype=config.kv_dtype,
             threads=config.threads,
+            guests=board.guests() if board else (),
             cache_dir=config.cache_dir,
         )
         blocks = config.kv_bytes // runner.layout.block_bytes
@@ -125,7 +134,7 @@ class EngineHost:
         runner.warm_up()
         log.info("model %s: %s", config.model_path.name, runner.description)
         log.info("%d KV blocks of %s", blocks, runner.layout)
-        return cls(runner, pool, thread, Failpoints(config.failpoints), config.step_ms_max)
+        return cls(runner, pool, thread, Failpoints(config.failpoints), config.step_ms_max, board)
 
     async def step(
         self,
@@ -146,7 +155,8 @@ class EngineHost:
 
         def timed() -> _Stepped:
             started_s = time.perf_counter()
-            tokens = self._step(slices, params, positions, histories, cancelled)
+            with self._board.computing() if self._board else nullcontext():
+                tokens = self._step(slices, params, positions, histories, cancelled)
             return tokens, (time.perf_counter() - started_s) * 1000
 
         running = asyncio.get_running_loop().run_in_executor(self._thread, timed)
@@ -183,6 +193,11 @@ class EngineHost:
             step.cancel()  # nobody waits for one that goes on
         self._hangs = True
         raise EngineHangsError(f"the engine has not ended a step in {self._step_s_max:g} s")
+
+    @property
+    def neighbour_computes(self) -> bool:
+        """A worker that has helpers on this one's cores is in a step."""
+        return self._board is not None and self._board.neighbour_computes
 
     async def idle(self) -> None:
         """Returns when the steps that were begun have ended, or never will."""

@@ -12,7 +12,7 @@ from numba import njit
 
 from kvrelay.engine.kernels import paged
 from kvrelay.engine.kernels.pool import write_row
-from kvrelay.engine.kernels.threads import Team, aligned, wait_for_all
+from kvrelay.engine.kernels.threads import Team, aligned, begin_step, end_step, next_phase
 from kvrelay.engine.kernels.vector import LANES
 from kvrelay.engine.plan import StepPlan, make_works, pool_record
 from kvrelay.engine.shapes import LINE_BYTES
@@ -37,19 +37,23 @@ def _store(pools, slices, tables, row_slice, layer, k, v, stride):  # type: igno
 
 @njit(nogil=True, cache=True)
 def _attend(  # type: ignore[no-untyped-def]
-    thread, threads, sync, pools, rules, slices, tables, layer, q, q_stride, out, partials, works,
-    prompts, decodes,
+    thread, number, seats, counters, pools, rules, slices, tables, layer, q, q_stride, out,
+    partials, works, prompts, decodes,
 ):  # fmt: skip
-    pool, rule, work = pools[0], rules[0], works[thread]
-    counters = sync + 2 * LINE_BYTES
+    pool, rule, work, seat = pools[0], rules[0], works[thread], seats[thread]
+    if not begin_step(thread, seat, number):
+        return
+    next_phase(thread, seat, counters)
     if prompts:
         paged.attend(counters, pool, rule, slices, tables, layer, q, q_stride, out, q_stride, work)
     if decodes:
         counters += LINE_BYTES
         paged.attend_split(counters, pool, rule, slices, tables, layer, q, q_stride, partials, work)
-        wait_for_all(sync, threads)
         counters += LINE_BYTES
+        next_phase(thread, seat, counters)
         paged.attend_join(counters, pool, rule, slices, partials, out, q_stride, work)
+    next_phase(thread, seat, counters + LINE_BYTES)
+    end_step(thread, seat)
 
 
 class KernelStep:
@@ -109,19 +113,21 @@ class KernelStep:
         rules = np.array([(group, window or 0, at, at + 4 if softcap else 0)], paged.RULE)
         queries = q.to(torch.float32).contiguous()
         out = torch.empty_like(queries)
-        self._sync.fill(0)
+        self._counters.fill(0)
         arguments = (
-            self._sync.ctypes.data, self._pools, rules, plan.slices, plan.tables, layer,
-            queries.data_ptr(), heads * q.shape[2] * 4, out.data_ptr(), self._partials.ctypes.data,
-            self._works, plan.prompts, plan.decodes,
+            self._team.seats, self._counters.ctypes.data, self._pools, rules, plan.slices,
+            plan.tables, layer, queries.data_ptr(), heads * q.shape[2] * 4, out.data_ptr(),
+            self._partials.ctypes.data, self._works, plan.prompts, plan.decodes,
         )  # fmt: skip
-        threads = self._team.threads
-        self._team.run(lambda thread: _attend(thread, threads, *arguments))
+        with_guests = len(plan.tokens) > len(plan.slices)
+        self._team.run(
+            lambda thread, number: _attend(thread, number, *arguments), with_guests=with_guests
+        )
         return out.to(q.dtype)
 
     def _make_buffers(self, heads: int, group: int) -> None:
         head_pad = int(self._pools["head_pad"][0])
-        self._sync = aligned((2 + _PHASES) * LINE_BYTES, np.uint8)
+        self._counters = aligned((_PHASES + 1) * LINE_BYTES, np.uint8)
         self._partials = aligned(self._plan.segments * heads * (LANES + head_pad), np.float32)
         sizes = paged.work_floats(head_pad, group)
-        self._works, self._buffers = make_works(sizes, self._team.threads)
+        self._works, self._buffers = make_works(sizes, self._team.size)

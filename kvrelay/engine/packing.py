@@ -137,7 +137,7 @@ def _check_generic(
 def _is_equal(
     watched: Watched, shape: FusedShape, arrays: Mapping[str, np.ndarray], own: str
 ) -> bool:
-    fused = FusedModel(shape, _lined_up(arrays), threads=1)
+    fused = FusedModel(shape, _lined_up(arrays), Team(1))
 
     def run(pool: KVPool, chunk: Slice) -> torch.Tensor:
         fused.attach(pool)

@@ -16,7 +16,7 @@ from kvrelay.cache import default_cache
 from kvrelay.config import KvDtype, Quantize
 from kvrelay.engine.fingerprint import fingerprint
 from kvrelay.engine.fused import FusedModel
-from kvrelay.engine.kernels.threads import Team
+from kvrelay.engine.kernels.threads import Guest, Team
 from kvrelay.engine.kernels.tiles import HAS_VNNI
 from kvrelay.engine.prepared import Prepared, find
 from kvrelay.engine.shapes import GROUP
@@ -68,6 +68,7 @@ class ModelRunner:
         quantize: Quantize = "none",
         kv_dtype: KvDtype = "auto",
         threads: int = 1,
+        guests: Sequence[Guest] = (),
         cache_dir: Path | None = None,
     ) -> "ModelRunner":
         """Maps the packed weights of the model in `path`, packing them first if need be; or reads
@@ -87,16 +88,16 @@ class ModelRunner:
         if kv == INT8 and device != "cpu":
             raise UnsupportedModelError(f"KV in int8 is for a CPU, not for {device}")
         if device != "cpu" or dtype != "float32":
-            return cls._load_generic(path, dtype, device, block_size, kv, threads)
+            return cls._load_generic(path, dtype, device, block_size, kv, threads, guests)
         cache = cache_dir or default_cache()
         prepared = find(path, quantize, cache) or cls._prepare(path, quantize, cache)
         if prepared.shape is None:
-            sizes = (block_size, kv, threads)
+            sizes = (block_size, kv, threads, guests)
             return cls._load_generic(path, dtype, device, *sizes, prepared, quantize)
         heads_fill_lines = prepared.shape.head_dim % GROUP == 0  # others would be padded
         if kv_dtype == "auto" and quantize == "int8" and HAS_VNNI and heads_fill_lines:
             kv = INT8
-        model = FusedModel(prepared.shape, prepared.weights(), threads)
+        model = FusedModel(prepared.shape, prepared.weights(), Team(threads, guests))
         description = _described("fused", quantize, kv, threads)
         return cls(model, prepared.layout(kv, block_size), None, description)
 
@@ -116,6 +117,7 @@ class ModelRunner:
         block_size: int,
         kv: str,
         threads: int,
+        guests: Sequence[Guest],
         prepared: Prepared | None = None,
         quantize: Quantize = "none",
     ) -> "ModelRunner":
@@ -126,7 +128,7 @@ class ModelRunner:
         int8 = quantize == "int8"
         source = load_model(path, dtype, device)
         watched = watch(source)
-        model = GenericModel(source, Team(threads if device == "cpu" else 1))
+        model = GenericModel(source, Team(threads, guests) if device == "cpu" else Team(1))
         if prepared is not None:
             pack_linears(source, prepared.weights(), int8, model.team)
             weights = prepared.model_fingerprint

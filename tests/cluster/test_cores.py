@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster import cores
-from cluster.cores import Slot, share_out, slots
+from cluster.cores import Slot, lend, share_out, slots
 from cluster.options import ServeOptions
 
 ROLES = ["prefill", "decode", "decode"]
@@ -51,6 +51,14 @@ def test_cores_are_disjoint_allowed_and_the_same_every_time(workers, threads, al
     assert shared == share_out(roles, threads, allowed[::-1])
 
 
+def test_workers_of_a_pair_borrow_from_each_other_and_one_without_a_partner_from_nobody():
+    assert lend(share_out(ROLES, 2, range(6))) == [
+        Slot("prefill", (0, 1), borrows=(2, 3)),
+        Slot("decode", (2, 3), borrows=(0, 1)),
+        Slot("decode", (4, 5)),
+    ]
+
+
 # ---- the choices of a person
 
 
@@ -61,8 +69,16 @@ def four_cores(monkeypatch, caplog):
 
 
 def test_by_default_all_cores_are_shared_out(four_cores, caplog):
-    assert slots(ServeOptions()) == [Slot("prefill", (2, 3)), Slot("decode", (6, 7))]
+    assert slots(ServeOptions(lend_cores=False)) == [
+        Slot("prefill", (2, 3)),
+        Slot("decode", (6, 7)),
+    ]
     assert caplog.messages == ["cores of the workers: prefill 2,3, decode 6,7"]
+
+
+def test_by_default_a_pair_lends_cores(four_cores):
+    assert [slot.borrows for slot in slots(ServeOptions())] == [(6, 7), (2, 3)]
+    assert [slot.borrows for slot in slots(ServeOptions(prefill=0, decode=2))] == [(), ()]
 
 
 def test_decode_workers_that_are_alone_get_all_cores(four_cores):

@@ -1,9 +1,7 @@
-"""The compiled kernels one by one: matrix tiles, rows, rounding, threads.
+"""The compiled kernels one by one: matrix tiles, rows, rounding.
 
 Where a result has one right value it is compared to the bit, with numpy as the model.
 """
-
-import threading
 
 import float_models
 import numpy as np
@@ -13,7 +11,7 @@ from numba import njit
 
 from kvrelay.engine.kernels import rows, tiles
 from kvrelay.engine.kernels.functions import exp, exp2, tanh
-from kvrelay.engine.kernels.threads import Team, aligned, take, wait_for_all
+from kvrelay.engine.kernels.threads import Team, aligned
 from kvrelay.engine.kernels.vector import LANES, Code, Int, emitted
 from kvrelay.engine.packed import linear_record, pack
 from kvrelay.engine.shapes import (
@@ -79,9 +77,8 @@ class Layer:
         buffers = [buffer(array) for array in (source, whole, scales, out)]
         add = int(start is not None)
         team = Team(threads)
-        team.run(
-            lambda thread: tiles.linear(counter.ctypes.data, self._record, count, *buffers, add)
-        )
+        arguments = (team.seats, counter.ctypes.data, self._record, count, *buffers, add)
+        team.run(lambda thread, number: tiles.run_linear(thread, number, *arguments))
         team.close()
         assert (out[count:] == GUARD).all(), "a row too many was written"
         assert (out[:, wide:] == GUARD).all(), "wrote beyond the panels"
@@ -413,70 +410,3 @@ def test_narrow_loads_are_exact():
     for ours, kind in ((from_half, torch.float16), (from_bfloat, torch.bfloat16)):
         wide = own.view(kind).float()
         assert torch.equal(torch.from_numpy(ours).nan_to_num(7.0), wide.nan_to_num(7.0))
-
-
-# ---- threads
-
-
-@njit(nogil=True)
-def _share(thread, threads, sync, rounds, pieces, done, sums):
-    """Each round: threads take pieces and mark them; after the barrier each sees them all."""
-    for number in range(rounds):
-        counter = sync + 2 * 64 + number * 64
-        piece = take(counter)
-        while piece < pieces:
-            done[number, piece] += 1
-            piece = take(counter)
-        wait_for_all(sync, threads)
-        total = 0
-        for piece in range(pieces):
-            total += done[number, piece]
-        sums[thread, number] = total
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3, 4])
-def test_every_piece_is_done_once_and_seen_by_all_after_the_barrier(threads):
-    rounds, pieces, runs = 300, 7, 10
-    team = Team(threads)
-    for _ in range(runs):
-        sync = aligned((2 + rounds) * LINE_BYTES, np.uint8)
-        done, sums = np.zeros((rounds, pieces), np.int64), np.zeros((threads, rounds), np.int64)
-        arguments = (threads, sync.ctypes.data, rounds, pieces, done, sums)
-        team.run(lambda thread, arguments=arguments: _share(thread, *arguments))
-        assert (done == 1).all()
-        assert (sums == pieces).all()
-    team.close()
-
-
-def test_a_barrier_is_left_as_it_was_found():
-    team, barrier = Team(2), aligned(2 * LINE_BYTES, np.int64)
-    for _ in range(100):
-        team.run(lambda thread: wait_for_all(barrier.ctypes.data, 2))
-    assert barrier[0] == 0
-    assert barrier[LINE_BYTES // 8] == 100
-    team.close()
-
-
-def test_a_closed_team_leaves_no_thread():
-    before = threading.active_count()
-    team = Team(4)
-    assert threading.active_count() == before + 3
-    team.close()
-    assert threading.active_count() == before
-
-
-@pytest.mark.parametrize("where", [0, 1])
-def test_what_a_step_raises_in_any_thread_is_raised_and_the_team_goes_on(where):
-    team = Team(2)
-    ran = []
-
-    def step(thread: int) -> None:
-        ran.append(thread)
-        if thread == where:
-            raise ValueError("broken")
-
-    with pytest.raises(ValueError, match="broken"):
-        team.run(step)
-    team.run(ran.append)
-    team.close()
-    assert sorted(ran) == [0, 0, 1, 1]

@@ -2,7 +2,7 @@
 
 Per layer: norm, q/k/v in one matmul, rope, KV write, attention, output; norm, gate and up in one
 matmul, activation, down. All threads run `run_step`; each phase is shared out through a counter of
-its own and ends at a barrier. Called by fused.py; packing.py proves it equal to transformers' own.
+its own. Called by fused.py; packing.py proves it equal to transformers' own.
 """
 
 import numpy as np
@@ -11,10 +11,12 @@ from numba import njit
 from kvrelay.engine.kernels import paged, rows
 from kvrelay.engine.kernels.pool import write_row
 from kvrelay.engine.kernels.threads import (
+    begin_step,
+    end_step,
+    next_phase,
     note_time,
     read_flag,
     take,
-    wait_for_all,
     write_flag,
 )
 from kvrelay.engine.kernels.tiles import BUFFER, ROW_BLOCK, linear, multiply
@@ -87,8 +89,6 @@ STEP = np.dtype(
         for name in (
             "rows",
             "wanted",
-            "threads",
-            "barrier",
             "counters",
             "clock",
             "stop",
@@ -100,10 +100,11 @@ STEP = np.dtype(
 
 
 @njit(nogil=True, cache=True)
-def _next_phase(counter, step):  # type: ignore[no-untyped-def]
-    """Waits for the other threads, notes the time; gives the counter of the next phase."""
-    wait_for_all(step.barrier, step.threads)
-    note_time(step.clock + (counter - step.counters) // LINE_BYTES * 8)
+def _next_phase(counter, step, thread, seat):  # type: ignore[no-untyped-def]
+    """Ends a phase, notes the time; gives the counter of the next phase."""
+    next_phase(thread, seat, counter + LINE_BYTES)
+    if thread == 0:
+        note_time(step.clock + (counter - step.counters) // LINE_BYTES * 8)
     return counter + LINE_BYTES
 
 
@@ -242,7 +243,9 @@ def _last_norm(counter, model, step, groups, last_rows):  # type: ignore[no-unty
 
 
 @njit(nogil=True, cache=True)
-def _attention(counter, pool, rule, number, step, slices, tables, prompts, decodes, work):  # type: ignore[no-untyped-def]
+def _attention(  # type: ignore[no-untyped-def]
+    counter, pool, rule, number, step, slices, tables, prompts, decodes, work, thread, seat
+):  # fmt: skip
     """Prompts' chunks and decode steps, each with counters of their own."""
     q, out = step.qkv, step.attended
     if prompts:
@@ -255,19 +258,17 @@ def _attention(counter, pool, rule, number, step, slices, tables, prompts, decod
         paged.attend_split(
             counter, pool, rule, slices, tables, number, q.at, q.stride, partials, work
         )  # fmt: skip
-        counter = _next_phase(counter, step)
+        counter = _next_phase(counter, step, thread, seat)
         paged.attend_join(counter, pool, rule, slices, partials, out.at, out.stride, work)
     return counter
 
 
 @njit(nogil=True, cache=True)
-def run_step(  # type: ignore[no-untyped-def]
-    thread, models, layers, linears, pools, rules, steps, slices, tables, row_slice, tokens,
-    last_rows, works, prompts, decodes,
+def _run(  # type: ignore[no-untyped-def]
+    thread, seat, model, layers, linears, pool, rules, step, slices, tables, row_slice, tokens,
+    last_rows, work, prompts, decodes,
 ):  # fmt: skip
-    """One thread's part of a step; all but the first and the last two are arrays of records."""
-    model, pool, step, work = models[0], pools[0], steps[0], works[thread]
-    counter = _next_phase(step.counters, step)
+    counter = _next_phase(step.counters, step, thread, seat)
     _embed(counter, model, step, tokens)
     for number in range(model.layers):
         layer, rule = layers[number], rules[number]
@@ -276,34 +277,51 @@ def run_step(  # type: ignore[no-untyped-def]
         gate, up, down = linears[base + 2], linears[base + 3], linears[base + 4]
         if thread == 0:
             write_flag(step.stop, read_flag(step.cancelled))
-        counter = _next_phase(counter, step)
+        counter = _next_phase(counter, step, thread, seat)
         if read_flag(step.stop):
             return
         _norm(counter, model, step, layer.norm_at, qkv.groups)
-        counter = _next_phase(counter, step)
+        counter = _next_phase(counter, step, thread, seat)
         linear(counter, qkv, step.rows, step.normed, step.bytes, step.scales, step.qkv, 0)
-        counter = _next_phase(counter, step)
+        counter = _next_phase(counter, step, thread, seat)
         _rope_and_store(counter, model, layer, number, pool, step, slices, tables, row_slice)
-        counter = _next_phase(counter, step)
+        counter = _next_phase(counter, step, thread, seat)
         counter = _attention(
-            counter, pool, rule, number, step, slices, tables, prompts, decodes, work
-        )
-        counter = _next_phase(counter, step)
+            counter, pool, rule, number, step, slices, tables, prompts, decodes, work,
+            thread, seat,
+        )  # fmt: skip
+        counter = _next_phase(counter, step, thread, seat)
         if output.groups:
             _quantize_rows(counter, step, step.attended, output.groups)
-            counter = _next_phase(counter, step)
+            counter = _next_phase(counter, step, thread, seat)
         linear(counter, output, step.rows, step.attended, step.bytes, step.scales, step.x, 1)
-        counter = _next_phase(counter, step)
+        counter = _next_phase(counter, step, thread, seat)
         _norm(counter, model, step, layer.mlp_norm_at, gate.groups)
-        counter = _next_phase(counter, step)
+        counter = _next_phase(counter, step, thread, seat)
         _gate_and_up(counter, gate, up, model, step, work)
-        counter = _next_phase(counter, step)
+        counter = _next_phase(counter, step, thread, seat)
         linear(
             counter, down, step.rows, step.active, step.active_bytes, step.active_scales, step.x, 1
         )
-    counter = _next_phase(counter, step)
+    counter = _next_phase(counter, step, thread, seat)
     head = linears[model.layers * len(LINEARS)]
     _last_norm(counter, model, step, head.groups, last_rows)
-    counter = _next_phase(counter, step)
+    counter = _next_phase(counter, step, thread, seat)
     linear(counter, head, step.wanted, step.normed, step.bytes, step.scales, step.logits, 0)
-    _next_phase(counter, step)
+    _next_phase(counter, step, thread, seat)
+
+
+@njit(nogil=True, cache=True)
+def run_step(  # type: ignore[no-untyped-def]
+    thread, number, seats, models, layers, linears, pools, rules, steps, slices, tables, row_slice,
+    tokens, last_rows, works, prompts, decodes,
+):  # fmt: skip
+    """One thread's part of the step with this number; all but the first and the last two are
+    arrays of records."""
+    seat = seats[thread]
+    if begin_step(thread, seat, number):
+        _run(
+            thread, seat, models[0], layers, linears, pools[0], rules, steps[0], slices, tables,
+            row_slice, tokens, last_rows, works[thread], prompts, decodes,
+        )  # fmt: skip
+        end_step(thread, seat)

@@ -1,12 +1,18 @@
-"""How the threads of a step share its work: counters to take pieces from, barriers between phases.
+"""How the threads of a step share its work: counters to take pieces from, phases one after another.
 
-A step is compiled code that all threads run at once, the engine's own and its helpers. Team owns
-the helpers: they sleep between steps.
+A step is compiled code that all threads run at once: the engine's own, number 0, and its helpers.
+Thread 0 opens a phase when the one before has no piece left and nobody is in the middle of one. It
+waits for no helper that is not there: the system may put one aside at any moment. A helper that
+comes late runs through the phases that are over, whose counters are used up. Team owns the helpers:
+they sleep between steps.
 """
 
+import logging
+import os
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,8 +22,23 @@ from numba import njit
 from kvrelay.engine.kernels.vector import Code, Int, emitted
 from kvrelay.engine.shapes import LINE_BYTES
 
+log = logging.getLogger(__name__)
+
 _SPINS = 2000  # about 50 µs; then somebody else may need the core
+_LOOK_US = 100  # between two looks at whether the owner of a core still computes
 _INT64 = ir.IntType(64)
+
+# What the threads of a team agree by, a cache line each.
+_OPEN = 0  # the address of the newest phase's counter
+_IN_PHASE = LINE_BYTES  # helpers that may have a piece in hand
+_STEP = 2 * LINE_BYTES  # the number of the step that runs; 0: none does
+_IN_STEP = 3 * LINE_BYTES  # helpers whose arguments are still used
+_LINES = 4
+_ALL_OPEN = (1 << 63) - 1
+
+# What a thread knows of itself: the address of these lines, and of the flag that says that the
+# owner of its core computes; 0: the core is the team's own.
+SEAT = np.dtype([("team", np.int64), ("owner", np.int64)])
 
 
 @emitted
@@ -43,6 +64,13 @@ def _write(c: Code, address: Int, value: Int) -> None:
 def _yield_core(c: Code) -> Int:
     """libc's sched_yield."""
     result = c.call("sched_yield", ir.IntType(32))
+    return Int(c, c.builder.sext(result, _INT64))
+
+
+@emitted
+def _sleep_us(c: Code, us: Int) -> Int:
+    """libc's usleep."""
+    result = c.call("usleep", ir.IntType(32), c.builder.trunc(us.value, ir.IntType(32)))
     return Int(c, c.builder.sext(result, _INT64))
 
 
@@ -81,56 +109,125 @@ def write_flag(address, value):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def wait_for_all(barrier, threads):  # type: ignore[no-untyped-def]
-    """Returns when all threads are here. barrier: address of two cache lines, zero at first."""
-    if threads == 1:
-        return
-    rounds = barrier + LINE_BYTES
-    this = _read(rounds)
-    if _add(barrier, 1) == threads - 1:
-        _write(barrier, 0)
-        _add(rounds, 1)
-        return
+def _rest(spins):  # type: ignore[no-untyped-def]
+    _pause()
+    if spins > _SPINS:
+        _yield_core()
+
+
+@njit(nogil=True, cache=True)
+def begin_step(thread, seat, step):  # type: ignore[no-untyped-def]
+    """Whether this thread may take part in the step of this number: it is not over."""
+    if thread == 0:
+        return True
+    _add(seat.team + _IN_STEP, 1)
+    if _read(seat.team + _STEP) != step:
+        _add(seat.team + _IN_STEP, -1)
+        return False
+    _add(seat.team + _IN_PHASE, 1)
+    return True
+
+
+@njit(nogil=True, cache=True)
+def end_step(thread, seat):  # type: ignore[no-untyped-def]
+    """After it a helper uses nothing of the step."""
+    if thread:
+        _add(seat.team + _IN_PHASE, -1)
+        _add(seat.team + _IN_STEP, -1)
+
+
+@njit(nogil=True, cache=True)
+def next_phase(thread, seat, counter):  # type: ignore[no-untyped-def]
+    """Ends this thread's part of a phase; returns when the phase with this counter, whose address
+    is above those of the phases before, may be worked at."""
     spins = 0
-    while _read(rounds) == this:
-        _pause()
+    if thread == 0:
+        while _read(seat.team + _IN_PHASE):
+            spins += 1
+            _rest(spins)
+        _write(seat.team + _OPEN, counter)
+        return
+    _add(seat.team + _IN_PHASE, -1)
+    while True:
+        newest = _read(seat.team + _OPEN)
+        if seat.owner and newest != _ALL_OPEN and _read(seat.owner):
+            _sleep_us(_LOOK_US)
+            continue
+        if newest >= counter:
+            break
         spins += 1
-        if spins > _SPINS:
-            _yield_core()
+        _rest(spins)
+    # What ends meanwhile does no harm: it leaves a counter that is used up.
+    _add(seat.team + _IN_PHASE, 1)
+
+
+@njit(nogil=True, cache=True)
+def _open_step(team, step):  # type: ignore[no-untyped-def]
+    _write(team + _OPEN, 0)
+    _write(team + _STEP, step)
+
+
+@njit(nogil=True, cache=True)
+def _close_step(team):  # type: ignore[no-untyped-def]
+    """Returns when no helper uses anything of the step any more."""
+    _write(team + _STEP, 0)
+    _write(team + _OPEN, _ALL_OPEN)
+    spins = 0
+    while _read(team + _IN_STEP):
+        spins += 1
+        _rest(spins)
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A helper on a core of somebody else. owner_at: address of an int64 that is not 0 while the
+    owner computes."""
+
+    core: int
+    owner_at: int
 
 
 class Team:
-    """`threads - 1` helpers beside the calling thread. One step at a time."""
+    """`threads - 1` helpers beside the calling thread, and `guests`. One step at a time."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, guests: Sequence[Guest] = ()) -> None:
         self.threads = threads
-        self._step: Callable[[int], Any] | None = None
-        self._begin = [threading.Semaphore(0) for _ in range(threads - 1)]
-        self._ended = threading.Semaphore(0)
+        self.size = threads + len(guests)
+        self._lines = aligned(_LINES * LINE_BYTES, np.uint8)
+        self._at = self._lines.ctypes.data
+        self.seats = np.array(
+            [(self._at, 0)] * threads + [(self._at, g.owner_at) for g in guests], SEAT
+        )
+        self._steps = 0
+        self._step: tuple[Callable[[int, int], Any], int] | None = None
+        self._begin = [threading.Semaphore(0) for _ in range(self.size - 1)]
         self._failed: BaseException | None = None
         self._helpers = [
-            threading.Thread(target=self._help, args=(number,), daemon=True)
-            for number in range(1, threads)
+            threading.Thread(target=self._help, args=(number, core), daemon=True)
+            for number, core in enumerate([None] * (threads - 1) + [g.core for g in guests], 1)
         ]
         for helper in self._helpers:
             helper.start()
 
-    def run(self, step: Callable[[int], Any]) -> None:
-        """Calls step(0) here and step(1) ... in the helpers, and waits for all.
+    def run(self, step: Callable[[int, int], Any], *, with_guests: bool = False) -> None:
+        """Calls step(0, number) here and step(1, number) ... in the helpers, as far as they come in
+        time; returns when all that have are out of it.
 
-        step must let go of the interpreter's lock, as compiled code does. What it raises in any
-        thread is raised here, once all have ended.
+        step must be compiled code that lets go of the interpreter's lock, and asks begin_step with
+        its thread's seat and `number` before all else. What it raises in a helper is raised by this
+        call, or the next where it came late.
         """
-        self._step = step
-        for begin in self._begin:
+        self._steps += 1
+        _open_step(self._at, self._steps)
+        self._step = (step, self._steps)
+        for begin in self._begin if with_guests else self._begin[: self.threads - 1]:
             begin.release()
         try:
-            step(0)
+            step(0, self._steps)
         finally:  # nobody may be left in a step whose buffers the next one uses
-            for _ in self._begin:
-                self._ended.acquire()
+            _close_step(self._at)
+        if self._failed is not None:
             failed, self._failed = self._failed, None
-        if failed is not None:
             raise failed
 
     def close(self) -> None:
@@ -140,17 +237,29 @@ class Team:
         for helper in self._helpers:
             helper.join()
 
-    def _help(self, number: int) -> None:
+    def _help(self, number: int, core: int | None) -> None:
+        if core is not None and not _move_to(core):
+            return
         while True:
             self._begin[number - 1].acquire()
-            if self._step is None:
+            asked = self._step
+            if asked is None:
                 return
+            step, of_step = asked
             try:
-                self._step(number)
+                step(number, of_step)
             except BaseException as error:
                 self._failed = error
-            finally:
-                self._ended.release()
+
+
+def _move_to(core: int) -> bool:
+    """This thread. False when the system refuses: it would take cores from somebody else."""
+    try:
+        os.sched_setaffinity(0, [core])
+    except OSError as error:
+        log.warning("core %d of another worker is not used: %s", core, error)
+        return False
+    return True
 
 
 def aligned(count: int, dtype: Any) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 from llvmlite import binding
 from numba import njit
 
-from kvrelay.engine.kernels.threads import take
+from kvrelay.engine.kernels.threads import begin_step, end_step, next_phase, take
 from kvrelay.engine.kernels.vector import Code, Int, Variable, emitted
 from kvrelay.engine.shapes import (
     GROUP,
@@ -201,3 +201,14 @@ def linear(counter, layer, rows, source, quantized, scales, out, add):  # type: 
             layer, number, first, count, source, quantized, scales, there, out.stride, add
         )  # fmt: skip
         piece = take(counter)
+
+
+@njit(nogil=True, cache=True)
+def run_linear(thread, number, seats, counter, layer, rows, source, quantized, scales, out, add):  # type: ignore[no-untyped-def]
+    """`linear` as a step of its own, for Team.run."""
+    seat = seats[thread]
+    if begin_step(thread, seat, number):
+        next_phase(thread, seat, counter)
+        linear(counter, layer, rows, source, quantized, scales, out, add)
+        next_phase(thread, seat, counter + LINE_BYTES)
+        end_step(thread, seat)

@@ -1,0 +1,183 @@
+"""Threads of a step: every piece once, seen by all in the next phase, whoever comes late or not."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+from numba import njit
+
+from kvrelay.engine.kernels.threads import (
+    Guest,
+    Team,
+    aligned,
+    begin_step,
+    end_step,
+    next_phase,
+    read_flag,
+    take,
+    write_flag,
+)
+from kvrelay.engine.shapes import LINE_BYTES
+
+ROUNDS, PIECES = 300, 7
+DEADLINE_S = 30
+
+
+@njit(nogil=True)
+def _share(thread, number, seats, counters, held, done, sums):
+    """Each phase: threads take pieces and mark them; in the next, each sees them all. A helper says
+    in held that it is here, and waits there where it is told to."""
+    seat = seats[thread]
+    if not begin_step(thread, seat, number):
+        return
+    for phase in range(done.shape[0]):
+        counter = counters + phase * LINE_BYTES
+        next_phase(thread, seat, counter)
+        if phase:
+            total = 0
+            for piece in range(done.shape[1]):
+                total += done[phase - 1, piece]
+            sums[thread, phase - 1] = total
+        piece = take(counter)
+        while piece < done.shape[1]:
+            done[phase, piece] += 1
+            sums[thread, -1] += 1
+            piece = take(counter)
+    next_phase(thread, seat, counters + done.shape[0] * LINE_BYTES)
+    end_step(thread, seat)
+
+
+def run(team: Team, *, with_guests: bool = False) -> np.ndarray:
+    """Pieces that each thread did."""
+    counters = aligned((ROUNDS + 1) * LINE_BYTES, np.uint8)
+    done, sums = np.zeros((ROUNDS, PIECES), np.int64), np.zeros((team.size, ROUNDS), np.int64)
+    arguments = (team.seats, counters.ctypes.data, 0, done, sums)
+    team.run(lambda thread, number: _share(thread, number, *arguments), with_guests=with_guests)
+    assert (done == 1).all()
+    assert (sums[0, :-1] == PIECES).all()
+    assert np.isin(sums[1:, :-1], [0, PIECES]).all()  # 0: it was not there
+    return sums[:, -1]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+def test_every_piece_is_done_once_and_seen_by_all_in_the_next_phase(threads):
+    team = Team(threads)
+    for _ in range(20):
+        assert run(team).sum() == ROUNDS * PIECES
+    team.close()
+
+
+@njit(nogil=True)
+def _wait_for_helper(thread, number, seats, counter, here):
+    """Thread 0 takes nothing until a helper has been there."""
+    seat = seats[thread]
+    if begin_step(thread, seat, number):
+        next_phase(thread, seat, counter)
+        if thread:
+            write_flag(here, thread)
+        else:
+            while not read_flag(here):
+                pass
+        next_phase(thread, seat, counter + LINE_BYTES)
+        end_step(thread, seat)
+
+
+def helper_of(team: Team, *, with_guests: bool) -> int:
+    """The number of one that takes part; waits for ever when there is none."""
+    counters, here = aligned(2 * LINE_BYTES, np.uint8), np.zeros(1, np.int64)
+    arguments = (team.seats, counters.ctypes.data, here.ctypes.data)
+    team.run(
+        lambda thread, number: _wait_for_helper(thread, number, *arguments), with_guests=with_guests
+    )
+    return int(here[0])
+
+
+def test_a_helper_takes_part():
+    team = Team(2)
+    for _ in range(50):
+        assert helper_of(team, with_guests=False) == 1
+    team.close()
+
+
+def core() -> int:
+    return max(os.sched_getaffinity(0))
+
+
+def test_a_guest_takes_part_while_the_owner_of_its_core_computes_nothing():
+    busy = np.zeros(1, np.int64)
+    team = Team(1, [Guest(core(), busy.ctypes.data)])
+    assert helper_of(team, with_guests=True) == 1
+    busy[0] = 1
+    for _ in range(20):
+        assert run(team, with_guests=True)[1] == 0
+    busy[0] = 0
+    assert helper_of(team, with_guests=True) == 1
+    team.close()
+
+
+def test_a_guest_takes_no_part_unasked():
+    team = Team(1, [Guest(core(), np.zeros(1, np.int64).ctypes.data)])
+    for _ in range(20):
+        assert run(team)[1] == 0
+    team.close()
+
+
+def test_a_core_that_may_not_be_used_is_not(caplog):
+    team = Team(1, [Guest(4095, np.zeros(1, np.int64).ctypes.data)])
+    run(team, with_guests=True)
+    team.close()
+    assert "core 4095 of another worker is not used" in caplog.text
+
+
+def test_a_step_waits_for_no_helper_that_does_not_come():
+    team, stopped = Team(2), threading.Event()
+    holding = threading.Event()
+
+    def hold() -> None:
+        holding.set()
+        assert stopped.wait(DEADLINE_S)
+
+    def step(thread: int, number: int) -> None:
+        if thread:
+            hold()
+
+    team.run(step)  # its helper stays in it, beyond the end
+    assert holding.wait(DEADLINE_S)
+    assert run(team)[0] == ROUNDS * PIECES
+    stopped.set()
+    assert helper_of(team, with_guests=False) == 1
+    team.close()
+
+
+def test_a_helper_that_comes_after_the_end_does_nothing():
+    team = Team(2)
+    late: list[int] = []
+    team.run(lambda thread, number: late.append(number) if thread == 0 else None)
+    assert not begin_step(1, team.seats[1], late[0])
+    assert run(team).sum() == ROUNDS * PIECES
+    team.close()
+
+
+def test_a_closed_team_leaves_no_thread():
+    before = threading.active_count()
+    team = Team(3, [Guest(core(), np.zeros(1, np.int64).ctypes.data)])
+    assert threading.active_count() == before + 3
+    team.close()
+    assert threading.active_count() == before
+
+
+def test_what_a_step_raises_is_raised_and_the_team_goes_on():
+    team = Team(2)
+
+    def step(thread: int, number: int) -> None:
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        team.run(step)
+    try:  # what its helper raised, if that was late
+        run(team)
+    except ValueError:
+        run(team)
+    assert helper_of(team, with_guests=False) == 1
+    team.close()
