@@ -86,9 +86,10 @@ class Slack:
     def pause_ms(
         self, running: Sequence[Running], now_ms: float, fit: StepFit, coming: int
     ) -> float:
-        """How long the next step may wait; 0 without a target, or with nobody who can meet it."""
-        room = self.room(running, now_ms, fit, coming)
-        if room.left_ms == inf:
+        """How long the next step may wait; 0 without a target, or with nobody who can meet it. So
+        that gaps are even, it ends within the target: what has been saved is not spent on one."""
+        left_ms = self.room(running, now_ms, fit, coming).left_ms
+        if left_ms == inf:
             return 0.0
         plain_ms = fit.cost.predict_ms(0, len(running))
-        return max(0.0, min(room.left_ms, room.most_ms) - plain_ms)
+        return max(0.0, min(left_ms, TPOT_SHARE * self.target_ms) - plain_ms)

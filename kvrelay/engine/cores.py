@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvrelay.engine.kernels.threads import Guest
+from kvrelay.engine.kernels.threads import Guest, wait_for_guest
 from kvrelay.engine.shapes import LINE_BYTES
 
 _CORES_MAX = 4096
@@ -32,14 +32,18 @@ class CoreBoard:
             shared = mmap.mmap(file, _CORES_MAX * LINE_BYTES)
         finally:
             os.close(file)
-        self._marks = np.frombuffer(shared, np.int64).reshape(_CORES_MAX, -1)[:, 0]
+        lines = np.frombuffer(shared, np.int64).reshape(_CORES_MAX, -1)
+        self._marks, self._guests = lines[:, 0], lines[:, 1]
         self._own = list(own)
         self._marks[self._own] = 0
+        self._guests[list(borrowed)] = 0
 
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Around a step."""
         self._marks[self._own] = 1
+        for core in self._own:
+            wait_for_guest(self._guests[core:].ctypes.data)
         try:
             yield
         finally:
@@ -51,4 +55,7 @@ class CoreBoard:
 
     def guests(self) -> list[Guest]:
         """For a Team, which must not outlive this board."""
-        return [Guest(core, self._marks[core:].ctypes.data) for core in self._borrowed]
+        return [
+            Guest(core, self._marks[core:].ctypes.data, self._guests[core:].ctypes.data)
+            for core in self._borrowed
+        ]

@@ -103,13 +103,13 @@ class PackedLinear(torch.nn.Module):
         quantized, scales = self._quantized(source) if shape.int8 else (source, source)
         self._counter.fill(0)
         buffers = [_buffer(part) for part in (source, quantized, scales, out)]
-        arguments = (self._counter.ctypes.data, self._record[()], count, *buffers, 0)
+        counter, seats = self._counter.ctypes.data, self._team.seats
+        arguments = (self._record[()], count, *buffers, 0)
         if count * shape.inputs * shape.outputs < _SHARED_MIN:
-            linear(*arguments)
+            linear(counter, seats[0], *arguments)
         else:
-            seats = self._team.seats
             self._team.run(
-                lambda thread, number: run_linear(thread, number, seats, *arguments),
+                lambda thread, number: run_linear(thread, number, seats, counter, *arguments),
                 with_guests=True,
             )
         answer = out[:, : shape.outputs]

@@ -45,13 +45,17 @@ def _attend(  # type: ignore[no-untyped-def]
         return
     next_phase(thread, seat, counters)
     if prompts:
-        paged.attend(counters, pool, rule, slices, tables, layer, q, q_stride, out, q_stride, work)
+        paged.attend(
+            counters, seat, pool, rule, slices, tables, layer, q, q_stride, out, q_stride, work
+        )
     if decodes:
         counters += LINE_BYTES
-        paged.attend_split(counters, pool, rule, slices, tables, layer, q, q_stride, partials, work)
+        paged.attend_split(
+            counters, seat, pool, rule, slices, tables, layer, q, q_stride, partials, work
+        )
         counters += LINE_BYTES
         next_phase(thread, seat, counters)
-        paged.attend_join(counters, pool, rule, slices, partials, out, q_stride, work)
+        paged.attend_join(counters, seat, pool, rule, slices, partials, out, q_stride, work)
     next_phase(thread, seat, counters + LINE_BYTES)
     end_step(thread, seat)
 

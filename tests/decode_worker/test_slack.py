@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from kv_fixtures import sampling
 
 from decode_worker.batch import Running
-from decode_worker.slack import ENDLESS, step_room
+from decode_worker.slack import ENDLESS, Slack, step_room
 from kvrelay.config import TPOT_SHARE
 from kvrelay.engine.step_cost import StepCost, StepFit
 
@@ -96,3 +96,29 @@ def test_no_answer_misses_the_target_because_of_chunks(chunk_ms, max_tokens, joi
         if not running:
             break
     assert ended
+
+
+# ---- pauses
+
+
+def pause_ms(*running: Running, target_ms: float = TARGET_MS) -> float:
+    return Slack(target_ms).pause_ms(running, 1000.0, fit_of(), coming=0)
+
+
+def test_a_step_may_wait_until_it_ends_in_time():
+    assert pause_ms(answer(1, begun_ms=1000)) == pytest.approx(10 - PLAIN_MS)
+    assert pause_ms(answer(1, begun_ms=1000), answer(1, begun_ms=997)) == pytest.approx(1)
+
+
+def test_a_step_that_is_late_does_not_wait():
+    assert pause_ms(answer(2, begun_ms=1000 - 40)) == 0
+
+
+def test_what_was_saved_makes_no_gap_longer_than_the_target():
+    assert pause_ms(answer(21, begun_ms=1000 - 20 * 6)) == pytest.approx(10 - PLAIN_MS)
+
+
+def test_no_step_waits_for_those_who_have_nothing_to_lose_nor_without_a_target():
+    assert pause_ms(answer(49, begun_ms=1000 - 600)) == 0
+    assert pause_ms(answer(1, begun_ms=1000), target_ms=0) == 0
+    assert pause_ms() == 0

@@ -39,11 +39,11 @@ def _share(thread, number, seats, counters, held, done, sums):
             for piece in range(done.shape[1]):
                 total += done[phase - 1, piece]
             sums[thread, phase - 1] = total
-        piece = take(counter)
+        piece = take(counter, seat)
         while piece < done.shape[1]:
             done[phase, piece] += 1
             sums[thread, -1] += 1
-            piece = take(counter)
+            piece = take(counter, seat)
     next_phase(thread, seat, counters + done.shape[0] * LINE_BYTES)
     end_step(thread, seat)
 
@@ -100,31 +100,40 @@ def test_a_helper_takes_part():
     team.close()
 
 
+IDLE = np.zeros(2, np.int64)
+
+
+def idle() -> tuple[int, int]:
+    """Addresses of an owner that computes nothing, and of what the guest says."""
+    return IDLE[:1].ctypes.data, IDLE[1:].ctypes.data
+
+
 def core() -> int:
     return max(os.sched_getaffinity(0))
 
 
 def test_a_guest_takes_part_while_the_owner_of_its_core_computes_nothing():
-    busy = np.zeros(1, np.int64)
-    team = Team(1, [Guest(core(), busy.ctypes.data)])
+    busy, held = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    team = Team(1, [Guest(core(), busy.ctypes.data, held.ctypes.data)])
     assert helper_of(team, with_guests=True) == 1
     busy[0] = 1
     for _ in range(20):
         assert run(team, with_guests=True)[1] == 0
     busy[0] = 0
     assert helper_of(team, with_guests=True) == 1
+    assert held[0] == 0
     team.close()
 
 
 def test_a_guest_takes_no_part_unasked():
-    team = Team(1, [Guest(core(), np.zeros(1, np.int64).ctypes.data)])
+    team = Team(1, [Guest(core(), *idle())])
     for _ in range(20):
         assert run(team)[1] == 0
     team.close()
 
 
 def test_a_core_that_may_not_be_used_is_not(caplog):
-    team = Team(1, [Guest(4095, np.zeros(1, np.int64).ctypes.data)])
+    team = Team(1, [Guest(4095, *idle())])
     run(team, with_guests=True)
     team.close()
     assert "core 4095 of another worker is not used" in caplog.text
@@ -161,7 +170,7 @@ def test_a_helper_that_comes_after_the_end_does_nothing():
 
 def test_a_closed_team_leaves_no_thread():
     before = threading.active_count()
-    team = Team(3, [Guest(core(), np.zeros(1, np.int64).ctypes.data)])
+    team = Team(3, [Guest(core(), *idle())])
     assert threading.active_count() == before + 3
     team.close()
     assert threading.active_count() == before

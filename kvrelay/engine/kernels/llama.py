@@ -117,17 +117,17 @@ def _to_input(groups, source, row, step):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _embed(counter, model, step, tokens):  # type: ignore[no-untyped-def]
-    row = take(counter)
+def _embed(counter, seat, model, step, tokens):  # type: ignore[no-untyped-def]
+    row = take(counter, seat)
     while row < step.rows:
         source = model.embedding_at + tokens[row] * model.embedding_stride
         rows.copy_row(source, step.x.at + row * step.x.stride, model.hidden_pad)
-        row = take(counter)
+        row = take(counter, seat)
 
 
 @njit(nogil=True, cache=True)
-def _norm(counter, model, step, weight, groups):  # type: ignore[no-untyped-def]
-    piece = take(counter) * _ROWS_A_PIECE
+def _norm(counter, seat, model, step, weight, groups):  # type: ignore[no-untyped-def]
+    piece = take(counter, seat) * _ROWS_A_PIECE
     while piece < step.rows:
         for row in range(piece, min(piece + _ROWS_A_PIECE, step.rows)):
             target = step.normed.at + row * step.normed.stride
@@ -136,15 +136,15 @@ def _norm(counter, model, step, weight, groups):  # type: ignore[no-untyped-def]
                 model.hidden_at, model.hidden_pad, model.epsilon_at,
             )  # fmt: skip
             _to_input(groups, target, row, step)
-        piece = take(counter) * _ROWS_A_PIECE
+        piece = take(counter, seat) * _ROWS_A_PIECE
 
 
 @njit(nogil=True, cache=True)
-def _rope_and_store(counter, model, layer, number, pool, step, slices, tables, row_slice):  # type: ignore[no-untyped-def]
+def _rope_and_store(counter, seat, model, layer, number, pool, step, slices, tables, row_slice):  # type: ignore[no-untyped-def]
     """Bias, norm of q and k, rope, and the KV write of each row."""
     q_width = model.q_heads * model.head_dim
     kv_width = model.kv_heads * model.head_dim
-    piece = take(counter) * _ROWS_A_PIECE
+    piece = take(counter, seat) * _ROWS_A_PIECE
     while piece < step.rows:
         for row in range(piece, min(piece + _ROWS_A_PIECE, step.rows)):
             s = slices[row_slice[row]]
@@ -164,27 +164,27 @@ def _rope_and_store(counter, model, layer, number, pool, step, slices, tables, r
                     )
                 rows.rotate(place, model.half, cosine, sine)
             write_row(pool, tables, s.table, number, position, k, v)
-        piece = take(counter) * _ROWS_A_PIECE
+        piece = take(counter, seat) * _ROWS_A_PIECE
 
 
 @njit(nogil=True, cache=True)
-def _quantize_rows(counter, step, source, groups):  # type: ignore[no-untyped-def]
-    piece = take(counter) * _ROWS_A_PIECE
+def _quantize_rows(counter, seat, step, source, groups):  # type: ignore[no-untyped-def]
+    piece = take(counter, seat) * _ROWS_A_PIECE
     while piece < step.rows:
         for row in range(piece, min(piece + _ROWS_A_PIECE, step.rows)):
             _to_input(groups, source.at + row * source.stride, row, step)
-        piece = take(counter) * _ROWS_A_PIECE
+        piece = take(counter, seat) * _ROWS_A_PIECE
 
 
 @njit(nogil=True, cache=True)
-def _gate_and_up(counter, gate, up, model, step, work):  # type: ignore[no-untyped-def]
+def _gate_and_up(counter, seat, gate, up, model, step, work):  # type: ignore[no-untyped-def]
     """active = silu(normed x gate) * (normed x up), quantized where the next matmul wants that.
 
     A piece is a block of rows and 64 outputs of either: what lies between stays in the cache.
     """
     groups = (model.inner + GROUP - 1) // GROUP
     pieces = (step.rows + ROW_BLOCK - 1) // ROW_BLOCK * groups
-    piece = take(counter)
+    piece = take(counter, seat)
     while piece < pieces:
         first, group = piece // groups * ROW_BLOCK, piece % groups
         count = min(ROW_BLOCK, step.rows - first)
@@ -202,7 +202,7 @@ def _gate_and_up(counter, gate, up, model, step, work):  # type: ignore[no-untyp
                 rows.quantize(
                     source, 1, bytes_at + group * GROUP, scales_at + group * GROUP_SCALE_BYTES
                 )
-        piece = take(counter)
+        piece = take(counter, seat)
 
 
 @njit(nogil=True, cache=True)
@@ -230,8 +230,8 @@ def _two_panels(layer, group, first, count, step, out):  # type: ignore[no-untyp
 
 
 @njit(nogil=True, cache=True)
-def _last_norm(counter, model, step, groups, last_rows):  # type: ignore[no-untyped-def]
-    piece = take(counter)
+def _last_norm(counter, seat, model, step, groups, last_rows):  # type: ignore[no-untyped-def]
+    piece = take(counter, seat)
     while piece < step.wanted:
         target = step.normed.at + piece * step.normed.stride
         rows.normalize(
@@ -239,7 +239,7 @@ def _last_norm(counter, model, step, groups, last_rows):  # type: ignore[no-unty
             model.hidden_at, model.hidden_pad, model.epsilon_at,
         )  # fmt: skip
         _to_input(groups, target, piece, step)
-        piece = take(counter)
+        piece = take(counter, seat)
 
 
 @njit(nogil=True, cache=True)
@@ -250,16 +250,17 @@ def _attention(  # type: ignore[no-untyped-def]
     q, out = step.qkv, step.attended
     if prompts:
         paged.attend(
-            counter, pool, rule, slices, tables, number, q.at, q.stride, out.at, out.stride, work
+            counter, seat, pool, rule, slices, tables, number, q.at, q.stride, out.at, out.stride,
+            work,
         )  # fmt: skip
     counter += LINE_BYTES
     if decodes:
         partials = step.partials.at
         paged.attend_split(
-            counter, pool, rule, slices, tables, number, q.at, q.stride, partials, work
+            counter, seat, pool, rule, slices, tables, number, q.at, q.stride, partials, work
         )  # fmt: skip
         counter = _next_phase(counter, step, thread, seat)
-        paged.attend_join(counter, pool, rule, slices, partials, out.at, out.stride, work)
+        paged.attend_join(counter, seat, pool, rule, slices, partials, out.at, out.stride, work)
     return counter
 
 
@@ -269,7 +270,7 @@ def _run(  # type: ignore[no-untyped-def]
     last_rows, work, prompts, decodes,
 ):  # fmt: skip
     counter = _next_phase(step.counters, step, thread, seat)
-    _embed(counter, model, step, tokens)
+    _embed(counter, seat, model, step, tokens)
     for number in range(model.layers):
         layer, rule = layers[number], rules[number]
         base = number * len(LINEARS)
@@ -280,11 +281,11 @@ def _run(  # type: ignore[no-untyped-def]
         counter = _next_phase(counter, step, thread, seat)
         if read_flag(step.stop):
             return
-        _norm(counter, model, step, layer.norm_at, qkv.groups)
+        _norm(counter, seat, model, step, layer.norm_at, qkv.groups)
         counter = _next_phase(counter, step, thread, seat)
-        linear(counter, qkv, step.rows, step.normed, step.bytes, step.scales, step.qkv, 0)
+        linear(counter, seat, qkv, step.rows, step.normed, step.bytes, step.scales, step.qkv, 0)
         counter = _next_phase(counter, step, thread, seat)
-        _rope_and_store(counter, model, layer, number, pool, step, slices, tables, row_slice)
+        _rope_and_store(counter, seat, model, layer, number, pool, step, slices, tables, row_slice)
         counter = _next_phase(counter, step, thread, seat)
         counter = _attention(
             counter, pool, rule, number, step, slices, tables, prompts, decodes, work,
@@ -292,22 +293,23 @@ def _run(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         counter = _next_phase(counter, step, thread, seat)
         if output.groups:
-            _quantize_rows(counter, step, step.attended, output.groups)
+            _quantize_rows(counter, seat, step, step.attended, output.groups)
             counter = _next_phase(counter, step, thread, seat)
-        linear(counter, output, step.rows, step.attended, step.bytes, step.scales, step.x, 1)
+        linear(counter, seat, output, step.rows, step.attended, step.bytes, step.scales, step.x, 1)
         counter = _next_phase(counter, step, thread, seat)
-        _norm(counter, model, step, layer.mlp_norm_at, gate.groups)
+        _norm(counter, seat, model, step, layer.mlp_norm_at, gate.groups)
         counter = _next_phase(counter, step, thread, seat)
-        _gate_and_up(counter, gate, up, model, step, work)
+        _gate_and_up(counter, seat, gate, up, model, step, work)
         counter = _next_phase(counter, step, thread, seat)
         linear(
-            counter, down, step.rows, step.active, step.active_bytes, step.active_scales, step.x, 1
-        )
+            counter, seat, down, step.rows, step.active, step.active_bytes, step.active_scales,
+            step.x, 1,
+        )  # fmt: skip
     counter = _next_phase(counter, step, thread, seat)
     head = linears[model.layers * len(LINEARS)]
-    _last_norm(counter, model, step, head.groups, last_rows)
+    _last_norm(counter, seat, model, step, head.groups, last_rows)
     counter = _next_phase(counter, step, thread, seat)
-    linear(counter, head, step.wanted, step.normed, step.bytes, step.scales, step.logits, 0)
+    linear(counter, seat, head, step.wanted, step.normed, step.bytes, step.scales, step.logits, 0)
     _next_phase(counter, step, thread, seat)
 
 

@@ -71,13 +71,13 @@ def _attend_segment(  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def attend(counter, pool, rule, slices, tables, layer, q, q_stride, out, out_stride, work):  # type: ignore[no-untyped-def]
+def attend(counter, seat, pool, rule, slices, tables, layer, q, q_stride, out, out_stride, work):  # type: ignore[no-untyped-def]
     """One thread's part of prompts' attention: pieces are some tokens of a slice with one KV head.
 
     q and out: addresses of rows `[q_heads * head_dim]`. Slices of one token are for attend_split.
     """
     step = max(1, QUERY_ROWS // rule.group)
-    piece = take(counter)
+    piece = take(counter, seat)
     passed = 0
     wide = pool.head_pad * 4
     for s in slices:
@@ -108,19 +108,19 @@ def attend(counter, pool, rule, slices, tables, layer, q, q_stride, out, out_str
                 target = out + (row + n // rule.group) * out_stride
                 target += (head * rule.group + n % rule.group) * pool.head_dim * 4
                 finish_row(work.totals + n * wide, work.states + n * 8, target, pool.head_dim)
-            piece = take(counter)
+            piece = take(counter, seat)
         passed += parts * pool.kv_heads
 
 
 @njit(nogil=True, cache=True)
-def attend_split(counter, pool, rule, slices, tables, layer, q, q_stride, partials, work):  # type: ignore[no-untyped-def]
+def attend_split(counter, seat, pool, rule, slices, tables, layer, q, q_stride, partials, work):  # type: ignore[no-untyped-def]
     """One thread's part of the first half of decode attention: pieces are one token, one segment.
 
     partials: `[segments of all, q_heads, 16 + head_pad]` floats, a state and a total each.
     """
     heads = pool.kv_heads * rule.group
     each = (LANES + pool.head_pad) * 4
-    piece = take(counter)
+    piece = take(counter, seat)
     passed = 0
     for s in slices:
         if s.count != 1:
@@ -138,16 +138,16 @@ def attend_split(counter, pool, rule, slices, tables, layer, q, q_stride, partia
                     copy_row(work.part_states + n * 8, target, LANES)
                     source = work.part_totals + n * pool.head_pad * 4
                     copy_row(source, target + LANES * 4, pool.head_pad)
-            piece = take(counter)
+            piece = take(counter, seat)
         passed += parts
 
 
 @njit(nogil=True, cache=True)
-def attend_join(counter, pool, rule, slices, partials, out, out_stride, work):  # type: ignore[no-untyped-def]
+def attend_join(counter, seat, pool, rule, slices, partials, out, out_stride, work):  # type: ignore[no-untyped-def]
     """One thread's part of the second half: a token's segments are merged in order."""
     heads = pool.kv_heads * rule.group
     each = (LANES + pool.head_pad) * 4
-    piece = take(counter)
+    piece = take(counter, seat)
     for number in range(len(slices)):
         if number < piece:
             continue
@@ -161,7 +161,7 @@ def attend_join(counter, pool, rule, slices, partials, out, out_stride, work):  
                     merge_row(work.totals, work.states, place + LANES * 4, place, pool.head_pad)
                 target = out + s.row * out_stride + head * pool.head_dim * 4
                 finish_row(work.totals, work.states, target, pool.head_dim)
-        piece = take(counter)
+        piece = take(counter, seat)
 
 
 # Addresses of one thread's own buffers.

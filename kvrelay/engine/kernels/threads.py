@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _SPINS = 2000  # about 50 µs; then somebody else may need the core
 _LOOK_US = 100  # between two looks at whether the owner of a core still computes
+_GUEST_US, _GUEST_LOOKS = 10, 20  # an owner's looks at whether the guest on its core is done
+_GUEST_NICENESS = 4  # more than its team's: the owner has more to do than compute
 _INT64 = ir.IntType(64)
 
 # What the threads of a team agree by, a cache line each.
@@ -35,10 +37,11 @@ _STEP = 2 * LINE_BYTES  # the number of the step that runs; 0: none does
 _IN_STEP = 3 * LINE_BYTES  # helpers whose arguments are still used
 _LINES = 4
 _ALL_OPEN = (1 << 63) - 1
+_NO_PIECE = 1 << 40  # past the last one of any phase
 
-# What a thread knows of itself: the address of these lines, and of the flag that says that the
-# owner of its core computes; 0: the core is the team's own.
-SEAT = np.dtype([("team", np.int64), ("owner", np.int64)])
+# What a thread knows of itself: the address of these lines; and where its core is somebody else's,
+# of what says that the owner computes, and of what tells the owner that this thread does. Else 0.
+SEAT = np.dtype([("team", np.int64), ("owner", np.int64), ("guest", np.int64)])
 
 
 @emitted
@@ -93,8 +96,11 @@ def note_time(address):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def take(counter):  # type: ignore[no-untyped-def]
-    """The next piece of the work that `counter` (an address) counts."""
+def take(counter, seat):  # type: ignore[no-untyped-def]
+    """The next piece of the work that `counter` (an address) counts; past the last one when the
+    core is wanted by its owner."""
+    if seat.owner and _read(seat.owner):
+        return _NO_PIECE
     return _add(counter, 1)
 
 
@@ -116,6 +122,30 @@ def _rest(spins):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
+def _enter(seat):  # type: ignore[no-untyped-def]
+    _add(seat.team + _IN_PHASE, 1)
+    if seat.guest:
+        _add(seat.guest, 1)
+
+
+@njit(nogil=True, cache=True)
+def _leave(seat):  # type: ignore[no-untyped-def]
+    _add(seat.team + _IN_PHASE, -1)
+    if seat.guest:
+        _add(seat.guest, -1)
+
+
+@njit(nogil=True, cache=True)
+def wait_for_guest(guest):  # type: ignore[no-untyped-def]
+    """Returns when the guest on this core has nothing in hand, or does not come to its end: it
+    would be put aside in the middle of a piece, and its team would wait for all of a step."""
+    for _ in range(_GUEST_LOOKS):
+        if not _read(guest):
+            return
+        _sleep_us(_GUEST_US)
+
+
+@njit(nogil=True, cache=True)
 def begin_step(thread, seat, step):  # type: ignore[no-untyped-def]
     """Whether this thread may take part in the step of this number: it is not over."""
     if thread == 0:
@@ -124,7 +154,7 @@ def begin_step(thread, seat, step):  # type: ignore[no-untyped-def]
     if _read(seat.team + _STEP) != step:
         _add(seat.team + _IN_STEP, -1)
         return False
-    _add(seat.team + _IN_PHASE, 1)
+    _enter(seat)
     return True
 
 
@@ -132,7 +162,7 @@ def begin_step(thread, seat, step):  # type: ignore[no-untyped-def]
 def end_step(thread, seat):  # type: ignore[no-untyped-def]
     """After it a helper uses nothing of the step."""
     if thread:
-        _add(seat.team + _IN_PHASE, -1)
+        _leave(seat)
         _add(seat.team + _IN_STEP, -1)
 
 
@@ -147,7 +177,7 @@ def next_phase(thread, seat, counter):  # type: ignore[no-untyped-def]
             _rest(spins)
         _write(seat.team + _OPEN, counter)
         return
-    _add(seat.team + _IN_PHASE, -1)
+    _leave(seat)
     while True:
         newest = _read(seat.team + _OPEN)
         if seat.owner and newest != _ALL_OPEN and _read(seat.owner):
@@ -157,8 +187,7 @@ def next_phase(thread, seat, counter):  # type: ignore[no-untyped-def]
             break
         spins += 1
         _rest(spins)
-    # What ends meanwhile does no harm: it leaves a counter that is used up.
-    _add(seat.team + _IN_PHASE, 1)
+    _enter(seat)  # a phase that has ended meanwhile leaves a counter that is used up
 
 
 @njit(nogil=True, cache=True)
@@ -181,10 +210,11 @@ def _close_step(team):  # type: ignore[no-untyped-def]
 @dataclass(frozen=True)
 class Guest:
     """A helper on a core of somebody else. owner_at: address of an int64 that is not 0 while the
-    owner computes."""
+    owner computes; guest_at: of one that is not 0 while the helper does."""
 
     core: int
     owner_at: int
+    guest_at: int
 
 
 class Team:
@@ -195,9 +225,8 @@ class Team:
         self.size = threads + len(guests)
         self._lines = aligned(_LINES * LINE_BYTES, np.uint8)
         self._at = self._lines.ctypes.data
-        self.seats = np.array(
-            [(self._at, 0)] * threads + [(self._at, g.owner_at) for g in guests], SEAT
-        )
+        places = [(0, 0)] * threads + [(guest.owner_at, guest.guest_at) for guest in guests]
+        self.seats = np.array([(self._at, *place) for place in places], SEAT)
         self._steps = 0
         self._step: tuple[Callable[[int, int], Any], int] | None = None
         self._begin = [threading.Semaphore(0) for _ in range(self.size - 1)]
@@ -254,8 +283,11 @@ class Team:
 
 def _move_to(core: int) -> bool:
     """This thread. False when the system refuses: it would take cores from somebody else."""
+    thread = threading.get_native_id()
     try:
-        os.sched_setaffinity(0, [core])
+        os.sched_setaffinity(thread, [core])
+        niceness = os.getpriority(os.PRIO_PROCESS, thread) + _GUEST_NICENESS
+        os.setpriority(os.PRIO_PROCESS, thread, niceness)
     except OSError as error:
         log.warning("core %d of another worker is not used: %s", core, error)
         return False

@@ -186,13 +186,13 @@ def multiply(layer, number, first, count, source, quantized, scales, out, out_st
 
 
 @njit(nogil=True, cache=True)
-def linear(counter, layer, rows, source, quantized, scales, out, add):  # type: ignore[no-untyped-def]
+def linear(counter, seat, layer, rows, source, quantized, scales, out, add):  # type: ignore[no-untyped-def]
     """One thread's part of out `[rows, outputs]` (+)= source x layer, all BUFFERs but the LINEAR.
 
     Threads take pieces (some rows, one panel) from `counter` until none is left.
     """
     pieces = (rows + ROW_BLOCK - 1) // ROW_BLOCK * layer.panels
-    piece = take(counter)
+    piece = take(counter, seat)
     while piece < pieces:
         first, number = piece // layer.panels * ROW_BLOCK, piece % layer.panels
         count = min(ROW_BLOCK, rows - first)
@@ -200,7 +200,7 @@ def linear(counter, layer, rows, source, quantized, scales, out, add):  # type: 
         multiply(
             layer, number, first, count, source, quantized, scales, there, out.stride, add
         )  # fmt: skip
-        piece = take(counter)
+        piece = take(counter, seat)
 
 
 @njit(nogil=True, cache=True)
@@ -209,6 +209,6 @@ def run_linear(thread, number, seats, counter, layer, rows, source, quantized, s
     seat = seats[thread]
     if begin_step(thread, seat, number):
         next_phase(thread, seat, counter)
-        linear(counter, layer, rows, source, quantized, scales, out, add)
+        linear(counter, seat, layer, rows, source, quantized, scales, out, add)
         next_phase(thread, seat, counter + LINE_BYTES)
         end_step(thread, seat)
