@@ -13,6 +13,7 @@ from kvrelay.kv.layout import blocks_for, reserved_blocks
 from kvrelay.wire import worker_pb2
 from router.claims import Claim, Claims
 from router.measured import MeasuredRates, usual_of
+from router.openings import Openings
 from router.policy import Aim, Choice, Placement, Wish, place
 from router.prediction import CHUNK_TOKENS, NEUTRAL, DecodeView, Rates
 from router.request import Request, RequestState
@@ -32,7 +33,8 @@ class Workers:
         # Prefill workers set no limit: a decode worker can compute what none of them holds.
         self.context_tokens: int | None = None
         self.context_tokens_seen = 0  # the most that it has ever been
-        self.room_grew = False  # since somebody set it to False: who waits may find a place
+        # Since somebody set it to False: who waits may find a place, where it found none before.
+        self.room_grew = False
         self._config = config
         self._numbers = 0
         # The middle of what workers measure, for those that have not yet: a new one must look
@@ -42,6 +44,8 @@ class Workers:
         self._decode_list: Shortlist[DecodeWorker] = Shortlist(config.index_names_total_max)
         self.claims = Claims(self._rank)
         self._shunned = Shunned(config)
+        self._openings = Openings(config)
+        self._prefill_tokens = 0  # of the longest prompt that every prefill worker holds
 
     # ---- what they say
 
@@ -57,6 +61,8 @@ class Workers:
         )
         self.prefill[worker_id] = worker
         self._prefill_list.up(worker, self._names_max(worker))
+        self._openings.note(worker)
+        self._note_smallest()
         self.room_grew = True
 
     def decode_up(self, worker_id: str, info: worker_pb2.WorkerInfo) -> None:
@@ -75,6 +81,7 @@ class Workers:
         )
         self.decode[worker_id] = worker
         self._decode_list.up(worker, self._names_max(worker))
+        self._openings.note(worker)
         self.room_grew = True
         self._note_context()
 
@@ -82,13 +89,24 @@ class Workers:
         self._shunned.forget(worker_id)
         if prefill := self.prefill.pop(worker_id, None):
             self._prefill_list.down(prefill)
+            self._lost(prefill)
+            self._note_smallest()
         if decode := self.decode.pop(worker_id, None):
             self._decode_list.down(decode)
+            self._lost(decode)
             self._note_context()
+
+    def _lost(self, worker: Worker) -> None:
+        self._openings.drop(worker)
+        self.room_grew = True  # elsewhere, for who would have waited for this one
 
     def _note_context(self) -> None:
         self.context_tokens = max((d.max_model_tokens for d in self.decode.values()), default=None)
         self.context_tokens_seen = max(self.context_tokens_seen, self.context_tokens or 0)
+
+    def _note_smallest(self) -> None:
+        sizes = (p.blocks_total * p.block_size for p in self.prefill.values())
+        self._prefill_tokens = min(sizes, default=0)
 
     def prefill_load(self, worker_id: str, load: worker_pb2.PrefillLoad, *, refused: bool) -> bool:
         """Whether it has begun to drain."""
@@ -97,6 +115,7 @@ class Workers:
             return False
         if refused or load.queued_tokens < worker.queued_tokens:
             worker.refused = refused
+            self.room_grew |= refused  # elsewhere
         worker.queued_tokens = load.queued_tokens
         worker.queued_prompts = load.queued_prompts
         if load.queued_tokens:
@@ -111,6 +130,7 @@ class Workers:
         grew = load.blocks_free > worker.blocks_free
         if refused or grew or load.queued_tokens < worker.queued_tokens:
             worker.refused = refused
+            self.room_grew |= refused  # elsewhere
         worker.blocks_free = load.blocks_free
         worker.running = load.running
         worker.queued_tokens = load.queued_tokens
@@ -171,6 +191,7 @@ class Workers:
         """An attempt has failed there: the worker comes last for a while."""
         worker = self._named(worker_id)
         if worker is not None and self._shunned.shun(worker, now_ms):
+            self.room_grew = True  # elsewhere
             self._rank(worker)
 
     def succeeded(self, worker_id: str) -> None:
@@ -204,6 +225,21 @@ class Workers:
         return self.prefill.get(worker_id) or self.decode.get(worker_id)
 
     # ---- what is asked of them
+
+    def may_take(self, tokens: tuple[int, int], *, aimed: bool) -> bool:
+        """False when surely nobody who waits finds a place, whoever it is. Its cost grows with
+        neither workers nor requests.
+
+        tokens: of prompt and answer, the fewest and the most of one of them. aimed: all have aims.
+        """
+        d = self._decode_list.roomiest()
+        if d is None or d.full:
+            return False
+        fewest, most = tokens
+        if reserved_blocks(1, fewest - 1, d.block_size) > d.room_blocks:
+            return False
+        local = self._config.local_prefill == "auto" or most > self._prefill_tokens
+        return self._openings.any(aimed=aimed, local=local)
 
     def have_room(self, request: Request, without: Collection[str] = ()) -> bool:
         """False when surely no decode worker but some has room for it. Cheap."""
@@ -336,10 +372,13 @@ class Workers:
 
     def _rank(self, worker: Worker) -> None:
         """Brings the order up to date with the worker's figures; nothing if it is gone."""
+        if self._named(worker.worker_id) is not worker:
+            return
         if isinstance(worker, PrefillWorker):
             grew = self._prefill_list.rank(worker)
         else:
             grew = self._decode_list.rank(worker)
+        self._openings.note(worker)
         self.room_grew |= grew
 
     def check(self, requests: Collection[Request]) -> None:
