@@ -204,7 +204,7 @@ class Dispatcher:
         self._workers.fade(now_ms)
         self._workers.forgive(now_ms)
         commands = self._recovery.expire(now_ms) + self._adoptions.expire(now_ms)
-        self._workers.room_grew = True  # predictions may have changed without any word of room
+        self._workers.stir()
         return commands
 
     # ---- steps of one request

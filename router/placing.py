@@ -1,8 +1,8 @@
 """The placing of those who wait: who is looked at, and when.
 
 Pure, used by the Dispatcher alone. Under overload something happens all the time and hardly anybody
-finds a place, so a look costs next to nothing unless it may find one: not while no worker takes
-anything (router/openings.py), and nobody is tried again before something has changed for the better.
+finds a place, so a look costs next to nothing unless it may find one: nobody is looked at while no
+worker takes anything (router/openings.py), or tried again before something has changed for it.
 """
 
 from kvrelay.config import RouterConfig
@@ -16,7 +16,7 @@ from router.recovery import Recovery
 from router.request import Request
 from router.requests import Requests
 from router.strikes import Strikes
-from router.workers import Workers
+from router.workers import Wanted, Workers
 
 
 class Placing:
@@ -38,7 +38,7 @@ class Placing:
         self._strikes = strikes
         self._recovery = recovery
         self._aims = Aims(config, workers)
-        self._in_vain: dict[Request, float] = {}  # tried since room grew; until time may change it
+        self._news = 1  # how often something has changed for who was tried in vain
         self.hold = Hold(config)
 
     @property
@@ -49,25 +49,22 @@ class Placing:
     def pump(self, now_ms: float) -> list[Command]:
         """Places a few of those who wait, as far as there is room."""
         self._workers.forgive(now_ms)
-        if self.hold.end_if_over(now_ms) or self._workers.room_grew:
-            self._in_vain.clear()
-        self._workers.room_grew = self._queue.changed = False
+        over = self.hold.end_if_over(now_ms)
         if not len(self._queue):
             return []
+        wanted = Wanted(*self._queue.tokens, self._aims.on_since(self._queue.began_ms, now_ms))
+        self._news += self._workers.take_news(wanted) or over
+        self._workers.room_grew = self._queue.changed = False
         keep = self.hold.may_begin(now_ms) and self._queue.any_impatient(now_ms)
-        if not (keep or self._too_long(self._queue.tokens[1]) or self._may_place(now_ms)):
-            return []
-        return self._look(now_ms, keep=keep)
+        if keep or self._too_long(wanted.tokens_most) or self._workers.may_take(wanted):
+            return self._look(now_ms, keep=keep)
+        return []
 
     def keep_no_longer(self, worker_id: str, now_ms: float) -> None:
         """It takes nothing any more."""
         if self.hold.worker_id == worker_id:
             self.hold.end(now_ms)
-            self._in_vain.clear()
-
-    def _may_place(self, now_ms: float) -> bool:
-        aimed = self._aims.on_since(self._queue.began_ms, now_ms)
-        return self._workers.may_take(self._queue.tokens, aimed=aimed)
+            self._news += 1
 
     def _too_long(self, tokens: int) -> bool:
         """Longer than anything that was ever connected. Not than what is connected now: a larger
@@ -84,7 +81,8 @@ class Placing:
                 # Without a success the next call would find no more than this one.
                 self._queue.changed = bool(commands)
                 return commands
-            if now_ms < self._in_vain.get(request, 0.0) and not keep:
+            news, until_ms = request.in_vain
+            if news == self._news and now_ms < until_ms and not keep:
                 left -= 1
                 continue
             without = self._strikes.apart(request) | self.hold.kept_from(request)
@@ -112,9 +110,8 @@ class Placing:
         aim = self._aims.of(request, now_ms)
         choice = self._workers.choose(request, without, aim)
         if choice is None or not choice.now:
-            self._in_vain[request] = self._aims.holds_until_ms(request, aim, choice, now_ms)
+            request.in_vain = self._news, self._aims.holds_until_ms(request, aim, choice, now_ms)
             return self._keep_one(request, choice, without, now_ms)
-        self._in_vain.pop(request, None)
         if ended := self._recovery.end_wait(request, now_ms):
             return ended
         self._queue.depart(request, now_ms)
@@ -139,6 +136,5 @@ class Placing:
         asked = self._workers.choose_at(worker_id, request, without)
         if asked is None or not asked.now:
             return []
-        self._in_vain.pop(request, None)
         self._queue.remove(request)
         return [self._attempts.begin(request, asked.placement, now_ms)]

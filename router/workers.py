@@ -7,6 +7,7 @@ load, so that a placement costs no look at every running request or every worker
 from collections.abc import Collection
 from itertools import islice
 from math import inf
+from typing import NamedTuple
 
 from kvrelay.config import RouterConfig
 from kvrelay.kv.layout import blocks_for, reserved_blocks
@@ -25,6 +26,14 @@ _SAMPLE = 64  # workers of each role that say what is usual when another comes
 _DISTRUSTED_MAX = 8  # workers that failed, and in whose place others are looked at
 
 
+class Wanted(NamedTuple):
+    """What some requests have in common."""
+
+    tokens_least: int  # of prompt and answer together, of one of them
+    tokens_most: int
+    aimed: bool  # all of them have aims
+
+
 class Workers:
     def __init__(self, config: RouterConfig) -> None:
         self.prefill: dict[str, PrefillWorker] = {}
@@ -33,8 +42,8 @@ class Workers:
         # Prefill workers set no limit: a decode worker can compute what none of them holds.
         self.context_tokens: int | None = None
         self.context_tokens_seen = 0  # the most that it has ever been
-        # Since somebody set it to False: who waits may find a place, where it found none before.
-        self.room_grew = False
+        self.room_grew = False  # since somebody set it to False: who waits may find a place
+        self._stirred = True
         self._config = config
         self._numbers = 0
         # The middle of what workers measure, for those that have not yet: a new one must look
@@ -61,9 +70,9 @@ class Workers:
         )
         self.prefill[worker_id] = worker
         self._prefill_list.up(worker, self._names_max(worker))
-        self._openings.note(worker)
+        self._openings.note(worker, grew=True)
         self._note_smallest()
-        self.room_grew = True
+        self.stir()
 
     def decode_up(self, worker_id: str, info: worker_pb2.WorkerInfo) -> None:
         self.down(worker_id)
@@ -81,8 +90,8 @@ class Workers:
         )
         self.decode[worker_id] = worker
         self._decode_list.up(worker, self._names_max(worker))
-        self._openings.note(worker)
-        self.room_grew = True
+        self._openings.note(worker, grew=True)
+        self.stir()
         self._note_context()
 
     def down(self, worker_id: str) -> None:
@@ -98,7 +107,7 @@ class Workers:
 
     def _lost(self, worker: Worker) -> None:
         self._openings.drop(worker)
-        self.room_grew = True  # elsewhere, for who would have waited for this one
+        self.stir()
 
     def _note_context(self) -> None:
         self.context_tokens = max((d.max_model_tokens for d in self.decode.values()), default=None)
@@ -115,7 +124,8 @@ class Workers:
             return False
         if refused or load.queued_tokens < worker.queued_tokens:
             worker.refused = refused
-            self.room_grew |= refused  # elsewhere
+        if refused:
+            self.stir()
         worker.queued_tokens = load.queued_tokens
         worker.queued_prompts = load.queued_prompts
         if load.queued_tokens:
@@ -130,7 +140,8 @@ class Workers:
         grew = load.blocks_free > worker.blocks_free
         if refused or grew or load.queued_tokens < worker.queued_tokens:
             worker.refused = refused
-            self.room_grew |= refused  # elsewhere
+        if refused:
+            self.stir()
         worker.blocks_free = load.blocks_free
         worker.running = load.running
         worker.queued_tokens = load.queued_tokens
@@ -148,7 +159,10 @@ class Workers:
             if self._usual is NEUTRAL:
                 self._usual = usual_of([worker.measured], NEUTRAL)
         self._rank(worker)
-        return worker.draining and not drained
+        begins = worker.draining and not drained
+        if begins:
+            self.stir()
+        return begins
 
     def blocks_changed(self, worker_id: str, changes: worker_pb2.BlockChanges) -> bool:
         """False when the worker must be asked to send everything again."""
@@ -191,7 +205,7 @@ class Workers:
         """An attempt has failed there: the worker comes last for a while."""
         worker = self._named(worker_id)
         if worker is not None and self._shunned.shun(worker, now_ms):
-            self.room_grew = True  # elsewhere
+            self.stir()
             self._rank(worker)
 
     def succeeded(self, worker_id: str) -> None:
@@ -207,7 +221,7 @@ class Workers:
 
     def _trust(self, worker: Worker) -> None:
         if self._shunned.trust(worker):
-            self.room_grew = True
+            self.stir()
             self._rank(worker)
 
     def drains(self, worker_id: str) -> bool:
@@ -226,20 +240,31 @@ class Workers:
 
     # ---- what is asked of them
 
-    def may_take(self, tokens: tuple[int, int], *, aimed: bool) -> bool:
-        """False when surely nobody who waits finds a place, whoever it is. Its cost grows with
-        neither workers nor requests.
+    def stir(self) -> None:
+        """Who may go where has changed, or what is predicted of it, without a word of room: so may
+        who would have waited for a worker that takes nothing any more."""
+        self.room_grew = self._stirred = True
 
-        tokens: of prompt and answer, the fewest and the most of one of them. aimed: all have aims.
-        """
+    def take_news(self, wanted: Wanted) -> bool:
+        """Whether a request that found no place may find one now, by what has changed since the
+        last call."""
+        stirred, self._stirred = self._stirred, False
+        grew = self._openings.any_grew(aimed=wanted.aimed, local=self._local(wanted))
+        return stirred or grew
+
+    def may_take(self, wanted: Wanted) -> bool:
+        """False when surely none of the requests finds a place. Its cost grows with neither them
+        nor the workers."""
         d = self._decode_list.roomiest()
         if d is None or d.full:
             return False
-        fewest, most = tokens
-        if reserved_blocks(1, fewest - 1, d.block_size) > d.room_blocks:
+        if reserved_blocks(1, wanted.tokens_least - 1, d.block_size) > d.room_blocks:
             return False
-        local = self._config.local_prefill == "auto" or most > self._prefill_tokens
-        return self._openings.any(aimed=aimed, local=local)
+        return self._openings.any(aimed=wanted.aimed, local=self._local(wanted))
+
+    def _local(self, wanted: Wanted) -> bool:
+        """Whether decode workers may compute one of the prompts."""
+        return self._config.local_prefill == "auto" or wanted.tokens_most > self._prefill_tokens
 
     def have_room(self, request: Request, without: Collection[str] = ()) -> bool:
         """False when surely no decode worker but some has room for it. Cheap."""
@@ -378,7 +403,7 @@ class Workers:
             grew = self._prefill_list.rank(worker)
         else:
             grew = self._decode_list.rank(worker)
-        self._openings.note(worker)
+        self._openings.note(worker, grew=grew)
         self.room_grew |= grew
 
     def check(self, requests: Collection[Request]) -> None:
@@ -402,6 +427,7 @@ class Workers:
             here = [r for r in mine if r.prefill_here]
             assert (d.asked_tokens, d.asked_prompts) == _uncomputed(here), (d, mine)
             self._decode_list.check(d)
+        self._openings.check([*self.prefill.values(), *self.decode.values()])
 
 
 def _uncomputed(requests: Collection[Request]) -> tuple[int, int]:
