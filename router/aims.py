@@ -12,11 +12,11 @@ from math import inf
 from typing import NamedTuple
 
 from kvrelay.config import RouterConfig
-from router.late import due_ms, waits_for_others_until_ms
 from router.policy import LOCAL_RISK, Aim, Choice
 from router.prediction import prompt_share
 from router.queue import WaitingQueue
 from router.request import Request
+from router.targets import any_targets, due_ms, waits_for_others_until_ms
 from router.workers import Workers
 
 _PACE_SAMPLE = 8  # workers of each role that say how fast prompts are computed
@@ -34,7 +34,7 @@ class Aims:
     def __init__(self, config: RouterConfig, workers: Workers) -> None:
         self._config = config
         self._workers = workers
-        self.on = bool(config.ttft_target_ms or config.tpot_target_ms)
+        self.on = any_targets(config)
 
     def of(self, request: Request, now_ms: float) -> Aim | None:
         """What to place it by. None: there are no targets, or it has waited for others so long

@@ -1,8 +1,8 @@
-"""When first tokens are due, and which of those who wait are late for theirs.
+"""Which of those who wait are late for their first tokens.
 
-Pure; used by the queue, which looks at late ones beside the others, and by router/aims.py. Whoever
-waits is late from one moment to another, both known when it comes, so time turns each of them
-twice and nobody is asked again and again.
+Pure, used by the queue alone, which looks at late ones beside the others. Whoever waits is late
+from one moment to another, both known when it comes, so time turns each of them twice and nobody is
+asked again and again.
 """
 
 from heapq import heappop, heappush
@@ -10,26 +10,9 @@ from math import inf
 
 from sortedcontainers import SortedDict
 
-from kvrelay.config import RouterConfig
 from router.request import Request
 
-_TARGET_SHARE = 0.95  # of the target for first tokens: the rest is for the way to the client
-
 Key = tuple[bool, int, float, int]  # of the queue's order
-
-
-def due_ms(request: Request, config: RouterConfig) -> float:
-    """When its first token is due; inf when it has it, or nobody waits for it."""
-    if request.times.first_token_at_ms is not None:
-        return inf
-    target_ms = config.ttft_target_ms
-    at_ms = request.times.arrived_at_ms + _TARGET_SHARE * target_ms if target_ms else inf
-    return min(at_ms, request.deadline_at_ms)
-
-
-def waits_for_others_until_ms(request: Request, config: RouterConfig) -> float:
-    """Late or not: after that it goes first."""
-    return request.queued_at_ms + config.late_wait_ms
 
 
 class Late:

@@ -11,6 +11,7 @@ from math import inf
 from kvrelay.config import RouterConfig
 from router.policy import Aim, Wish, computes_any, writes_any
 from router.prediction import PrefillView
+from router.targets import any_targets
 from router.worker import Worker
 
 
@@ -44,8 +45,8 @@ class _Taking:
 class Openings:
     def __init__(self, config: RouterConfig) -> None:
         self._aimless = _Taking(config, None)
-        aims = config.ttft_target_ms or config.tpot_target_ms
-        self._aimed = _Taking(config, Aim(inf, config.tpot_target_ms)) if aims else None
+        aim = Aim(inf, config.tpot_target_ms)
+        self._aimed = _Taking(config, aim) if any_targets(config) else None
         self._changed: dict[int, Worker] = {}  # since somebody asked
         self._grew: set[int] = set()  # the numbers of those that have got more room
 

@@ -186,6 +186,8 @@ def _answer(d: DecodeView, wish: Wish) -> _Answer:
         return _Answer(d, failures, tpot_ms, tokens * tpot_ms, late, crowded=False)
     target_ms = wish.aim.tpot_ms
     tpot_ms = d.rates.base_ms + (d.decoding + 1) * d.rates.sequence_ms
+    # The whole target, where prompts get what answers leave of TPOT_SHARE of it: this is the step
+    # of the fullest moment, and an answer's mean is less.
     late = 0 < target_ms < tpot_ms
     # A target that not even a lone answer meets is no reason to write one at a time.
     crowded = late and d.decoding > 0 and d.rates.base_ms + d.rates.sequence_ms <= target_ms

@@ -16,8 +16,9 @@ from itertools import islice
 from sortedcontainers import SortedDict, SortedList
 
 from kvrelay.config import RouterConfig
-from router.late import Key, Late, due_ms, waits_for_others_until_ms
+from router.late import Key, Late
 from router.request import Request
+from router.targets import any_targets, due_ms, waits_for_others_until_ms
 
 _NEWEST_SHARE = 0.1  # of the mean time between two departures that the newest makes up
 
@@ -113,9 +114,8 @@ class WaitingQueue:
     @property
     def _patience_ms(self) -> int:
         config = self._config
-        aims = config.ttft_target_ms or config.tpot_target_ms
         # With targets, who waits for longer than these is late, and others come first.
-        return max(config.queue_patience_ms, config.late_wait_ms if aims else 0)
+        return max(config.queue_patience_ms, config.late_wait_ms if any_targets(config) else 0)
 
     def wait_ms(self, request: Request, each_ms: float) -> float:
         """Predicted wait of a request that comes now: for all who would be before it.

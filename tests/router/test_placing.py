@@ -131,7 +131,7 @@ def test_time_alone_has_one_looked_at_again_that_is_late_where_it_waits():
             "p1", pb.PrefillEvent(load=pb.PrefillLoad(queued_tokens=300, cost=cost)), 0
         )
     )
-    load = pb.DecodeLoad(blocks_free=4000, running=17, cost=cost)
+    load = pb.DecodeLoad(blocks_free=4000, running=16, cost=cost)
     bench.take(bench.dispatcher.on_decode_event("d1", pb.DecodeEvent(load=load), 0))
     waits = bench.submit("waits", prompt=200)
     assert waits.state is S.QUEUED, "d1 would be late with it, p1 would not"
