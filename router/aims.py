@@ -123,7 +123,7 @@ class Aims:
     def _tokens(self, request: Request) -> int:
         """Of its prompt that are cached nowhere, as far as it was seen when it came."""
         if not request.uncached_tokens:
-            choice = self._workers.choose(request)
+            choice = self._workers.choosing.choose(request)
             tokens = choice.placement.tokens if choice else request.prompt_tokens_now
             request.uncached_tokens = tokens
         return request.uncached_tokens

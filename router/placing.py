@@ -86,7 +86,7 @@ class Placing:
                 left -= 1
                 continue
             without = self._strikes.apart(request) | self.hold.kept_from(request)
-            room = self._workers.have_room(request, without)
+            room = self._workers.choosing.have_room(request, without)
             left -= room
             if self._too_long(request.tokens_max):
                 commands += self._fail_long(request)
@@ -108,7 +108,7 @@ class Placing:
         without: workers that it may not go to.
         """
         aim = self._aims.of(request, now_ms)
-        choice = self._workers.choose(request, without, aim)
+        choice = self._workers.choosing.choose(request, without, aim)
         if choice is None or not choice.now:
             request.in_vain = self._news, self._aims.holds_until_ms(request, aim, choice, now_ms)
             return self._keep_one(request, choice, without, now_ms)
@@ -127,13 +127,13 @@ class Placing:
         """
         if not (self.hold.may_begin(now_ms) and self._queue.impatient(request, now_ms)):
             return []
-        worker_id = self._workers.worth_keeping(request, choice, without)
+        worker_id = self._workers.choosing.worth_keeping(request, choice, without)
         if not worker_id:
             return []
         self.hold.begin(request, worker_id, now_ms)
         if choice is not None:
             return []
-        asked = self._workers.choose_at(worker_id, request, without)
+        asked = self._workers.choosing.choose_at(worker_id, request, without)
         if asked is None or not asked.now:
             return []
         self._queue.remove(request)

@@ -7,6 +7,7 @@ import pytest
 from dispatcher_bench import Bench, S
 
 from kvrelay.wire import worker_pb2 as pb
+from router.choosing import Choosing
 from router.workers import Workers
 
 MANY = {"queue_max": 1000, "queue_patience_ms": 10**6}
@@ -17,13 +18,13 @@ TARGETS = {"ttft_target_ms": 1000.0, "tpot_target_ms": 100.0}
 def tries(monkeypatch) -> list[str]:
     """The names of those that a place was looked for, in order."""
     names: list[str] = []
-    choose = Workers.choose
+    choose = Choosing.choose
 
-    def counted(self: Workers, request: Any, *args: Any) -> Any:
+    def counted(self: Choosing, request: Any, *args: Any) -> Any:
         names.append(request.request_id)
         return choose(self, request, *args)
 
-    monkeypatch.setattr(Workers, "choose", counted)
+    monkeypatch.setattr(Choosing, "choose", counted)
     return names
 
 
