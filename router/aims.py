@@ -12,14 +12,14 @@ from math import inf
 from typing import NamedTuple
 
 from kvrelay.config import RouterConfig
-from router.policy import Aim
+from router.policy import LOCAL_RISK, Aim, Choice
 from router.prediction import prompt_share
 from router.queue import WaitingQueue
 from router.request import Request
+from router.targets import any_targets, due_ms, waits_for_others_until_ms
 from router.workers import Workers
 
 _PACE_SAMPLE = 8  # workers of each role that say how fast prompts are computed
-_TARGET_SHARE = 0.95  # of the target for first tokens: the rest is for the way to the client
 
 
 class _Kept(NamedTuple):
@@ -34,25 +34,39 @@ class Aims:
     def __init__(self, config: RouterConfig, workers: Workers) -> None:
         self._config = config
         self._workers = workers
-        self.on = bool(config.ttft_target_ms or config.tpot_target_ms)
+        self.on = any_targets(config)
 
     def of(self, request: Request, now_ms: float) -> Aim | None:
         """What to place it by. None: there are no targets, or it has waited for others so long
         that they count no more."""
-        if not self.on or now_ms - request.queued_at_ms > self._config.late_wait_ms:
+        if not self.on or now_ms > waits_for_others_until_ms(request, self._config):
             return None
-        return Aim(self._due_ms(request) - now_ms, self._config.tpot_target_ms)
+        return Aim(due_ms(request, self._config) - now_ms, self._config.tpot_target_ms)
+
+    def on_since(self, began_ms: float, now_ms: float) -> bool:
+        """Whether all whose waits began then or later have something to meet."""
+        return self.on and now_ms <= began_ms + self._config.late_wait_ms
+
+    def holds_until_ms(
+        self, request: Request, aim: Aim | None, choice: Choice | None, now_ms: float
+    ) -> float:
+        """Until when a choice that is no place for now stays the same, as long as no worker
+        changes: until it is late where it would go, or counts for all that it has waited."""
+        if aim is None:
+            return inf
+        until_ms = waits_for_others_until_ms(request, self._config)
+        if choice is None or aim.ttft_left_ms == inf:
+            return until_ms
+        takes_ms = choice.placement.predicted_ttft_ms
+        if aim.ttft_left_ms < takes_ms:
+            return until_ms  # late already
+        return min(until_ms, now_ms + aim.ttft_left_ms - LOCAL_RISK * takes_ms)
 
     def next_of(self, queue: WaitingQueue, now_ms: float) -> Sequence[Request]:
         """Those to be looked at when there may be room, in order."""
         if not self._config.ttft_target_ms:
             return queue.heads()
-
-        def is_late(request: Request) -> bool:
-            """Or the late ones, who came first, would hide all others under overload."""
-            return self._due_ms(request) < now_ms and self.of(request, now_ms) is not None
-
-        return self.in_order(queue.heads(is_late), now_ms)
+        return self.in_order(queue.heads_and_late(now_ms), now_ms)
 
     def in_order(self, waiting: Sequence[Request], now_ms: float) -> Sequence[Request]:
         """Those who wait, in order: first those who can have their first tokens in time.
@@ -68,16 +82,16 @@ class Aims:
         kept: list[_Kept] = []
         late: set[int] = set()
         for place, request in enumerate(waiting):
-            cost_ms, due_ms = self._tokens(request) * token_ms, self._due_ms(request)
-            if self.of(request, now_ms) is None or due_ms == inf:
+            cost_ms, due_at_ms = self._tokens(request) * token_ms, due_ms(request, self._config)
+            if self.of(request, now_ms) is None or due_at_ms == inf:
                 first_ms += cost_ms
-            elif first_ms + cost_ms > due_ms:
+            elif first_ms + cost_ms > due_at_ms:
                 late.add(place)  # whoever is left out for it
                 continue
             else:
                 heappush(kept, _Kept(-request.priority, -cost_ms, -place))
             at_ms += cost_ms
-            while kept and at_ms > due_ms:
+            while kept and at_ms > due_at_ms:
                 longest = heappop(kept)
                 late.add(-longest.place)
                 at_ms += longest.cost_ms
@@ -106,18 +120,10 @@ class Aims:
                     pace += each * share / d.rates.prompt_token_ms
         return (1 / pace, min(tokens) * workers / pace) if pace else (0.0, 0.0)
 
-    def _due_ms(self, request: Request) -> float:
-        """When its first token is due; inf when it has it, or nobody waits for it."""
-        if request.times.first_token_at_ms is not None:
-            return inf
-        target_ms = self._config.ttft_target_ms
-        due_ms = request.times.arrived_at_ms + _TARGET_SHARE * target_ms if target_ms else inf
-        return min(due_ms, request.deadline_at_ms)
-
     def _tokens(self, request: Request) -> int:
         """Of its prompt that are cached nowhere, as far as it was seen when it came."""
         if not request.uncached_tokens:
-            choice = self._workers.choose(request)
+            choice = self._workers.choosing.choose(request)
             tokens = choice.placement.tokens if choice else request.prompt_tokens_now
             request.uncached_tokens = tokens
         return request.uncached_tokens

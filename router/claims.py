@@ -80,3 +80,5 @@ class Claims:
             claim.decode.coming -= 1
             claim.prompt_tokens = 0
             self._rank(claim.computes)
+            if claim.decode is not claim.computes:
+                self._rank(claim.decode)

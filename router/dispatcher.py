@@ -10,21 +10,18 @@ from kvrelay.config import RouterConfig
 from kvrelay.wire import worker_pb2
 from kvrelay.wire.worker_pb2 import FailureCode
 from router.adoption import Adoptions
-from router.aims import Aims
 from router.attempts import Attempts
 from router.commands import (
     Command,
     Deliver,
     DuplicateRequestError,
-    InvalidTrouble,
     QueueFullError,
     prefill,
     resync_decode,
     resync_prefill,
 )
 from router.forecast import check_deadline
-from router.hold import Hold
-from router.policy import Choice
+from router.placing import Placing
 from router.queue import WaitingQueue
 from router.recovery import Recovery
 from router.request import ENDINGS, Request, RequestEvent, RequestState, TokenMismatchError
@@ -43,14 +40,21 @@ class Dispatcher:
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
         self._queue = WaitingQueue(config)
-        self._hold = Hold(config)
         self._workers = Workers(config)
-        self._aims = Aims(config, self._workers)
         self._attempts = Attempts(self._workers)
         self._requests = Requests(self._queue, self._workers, self._attempts)
         self._strikes = Strikes(config)
         self._recovery = Recovery(
             config, self._requests, self._queue, self._workers, self._attempts, self._strikes
+        )
+        self._placing = Placing(
+            config,
+            self._queue,
+            self._workers,
+            self._attempts,
+            self._requests,
+            self._strikes,
+            self._recovery,
         )
         self._adoptions = Adoptions(config, self._requests, self._workers, self._attempts)
 
@@ -129,16 +133,12 @@ class Dispatcher:
         """
         died = died and not self._workers.drains(worker_id)
         self._workers.down(worker_id)
-        self._keep_no_longer(worker_id, now_ms)
+        self._placing.keep_no_longer(worker_id, now_ms)
         adoptions = self._adoptions.worker_down(worker_id)
         return adoptions + self._recovery.worker_down(worker_id, now_ms, died=died)
 
-    def _keep_no_longer(self, worker_id: str, now_ms: float) -> None:
-        if self._hold.worker_id == worker_id:
-            self._hold.end(now_ms)
-
     def _drains(self, worker_id: str, now_ms: float) -> None:
-        self._keep_no_longer(worker_id, now_ms)
+        self._placing.keep_no_longer(worker_id, now_ms)
         self._recovery.worker_drains(worker_id)
 
     def on_prefill_event(
@@ -204,7 +204,7 @@ class Dispatcher:
         self._workers.fade(now_ms)
         self._workers.forgive(now_ms)
         commands = self._recovery.expire(now_ms) + self._adoptions.expire(now_ms)
-        self._workers.room_grew = True  # predictions may have changed without any word of room
+        self._workers.stir()
         return commands
 
     # ---- steps of one request
@@ -212,67 +212,11 @@ class Dispatcher:
     @property
     def to_place(self) -> bool:
         """Whether `pump` may find a place for somebody who waits."""
-        return len(self._queue) > 0 and (self._workers.room_grew or self._queue.changed)
+        return self._placing.to_place
 
     def pump(self, now_ms: float) -> list[Command]:
         """Places a few of those who wait, as far as there is room."""
-        commands: list[Command] = []
-        self._workers.forgive(now_ms)
-        self._hold.end_if_over(now_ms)
-        self._workers.room_grew = self._queue.changed = False
-        left = self._config.queue_lookahead
-        for request in self._aims.next_of(self._queue, now_ms):
-            if left == 0:
-                # Without a success the next call would find no more than this one.
-                self._queue.changed = bool(commands)
-                return commands
-            without = self._strikes.apart(request) | self._hold.kept_from(request)
-            left -= self._workers.have_room(request, without)
-            commands += self._try(request, without, now_ms)
-        self._queue.changed = False
-        return commands
-
-    def _try(self, request: Request, without: set[str], now_ms: float) -> list[Command]:
-        """Places a waiting request, or ends it where that is hopeless; [] when it waits on.
-
-        without: workers that it may not go to.
-        """
-        tokens = request.tokens_max
-        # Longer than anything that was ever connected. Not than what is connected now: a larger
-        # worker that died is being replaced. And nothing is known while there is no worker.
-        most = self._workers.context_tokens_seen
-        if self.context_tokens is not None and tokens > most:
-            trouble = f"prompt and answer may need {tokens} tokens, the workers hold {most}"
-            return self._requests.fail(request, InvalidTrouble(trouble))
-        choice = self._workers.choose(request, without, self._aims.of(request, now_ms))
-        if choice is None or not choice.now:
-            return self._keep_one(request, choice, without, now_ms)
-        if ended := self._recovery.end_wait(request, now_ms):
-            return ended
-        self._queue.depart(request, now_ms)
-        return [self._attempts.begin(request, choice.placement, now_ms)]
-
-    def _keep_one(
-        self, request: Request, choice: Choice | None, without: set[str], now_ms: float
-    ) -> list[Command]:
-        """Keeps a worker for a request that has waited too long, if none is kept.
-
-        A decode worker is asked at once, without room: it refuses, and knows then who waits for
-        room there, which other routers want too.
-        """
-        if not (self._hold.may_begin(now_ms) and self._queue.impatient(request, now_ms)):
-            return []
-        worker_id = self._workers.worth_keeping(request, choice, without)
-        if not worker_id:
-            return []
-        self._hold.begin(request, worker_id, now_ms)
-        if choice is not None:
-            return []
-        asked = self._workers.choose_at(worker_id, request, without)
-        if asked is None or not asked.now:
-            return []
-        self._queue.remove(request)
-        return [self._attempts.begin(request, asked.placement, now_ms)]
+        return self._placing.pump(now_ms)
 
     def _reserved(self, request: Request, reserved: worker_pb2.Reserved) -> list[Command]:
         if request.state is not RequestState.RESERVING:

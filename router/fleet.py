@@ -1,17 +1,14 @@
-"""The router's sessions with its workers, and the carrying out of what the dispatcher decides.
+"""The router's workers, and the carrying out of what the dispatcher decides.
 
-router/frontdoor.py submits requests here; router/control.py says which workers there are. Each
-worker has one task that keeps a session to it and reconnects when it breaks.
+router/frontdoor.py submits requests here; router/control.py says which workers there are. What they
+say comes from router/worker_session.py.
 """
 
 import asyncio
-import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from typing import Any
-
-import grpc
 
 from kvrelay.clock import now_ms
 from kvrelay.config import PROTOCOL_VERSION, RouterConfig
@@ -36,11 +33,11 @@ from router.request import Request
 from router.resumption import Resumption
 from router.watch import Watch
 from router.worker_calls import Connect, over_grpc
+from router.worker_session import WorkerSession
 from router.workers import Workers
 
 log = logging.getLogger(__name__)
 
-_RECONNECT_S = (0.1, 0.5, 1.0, 2.0)
 _REAP_EVERY_S = 0.5
 
 
@@ -55,8 +52,8 @@ class Fleet:
         self._config = config
         self._readers = Readers()
         self._shut_down: Trouble | None = None
-        self._workers: dict[tuple[str, str], _Worker] = {}  # by role and address
-        self._connected: dict[str, _Worker] = {}  # by instance id
+        self._workers: dict[tuple[str, str], WorkerSession] = {}  # by role and address
+        self._connected: dict[str, WorkerSession] = {}  # by instance id
         self._layout: KVLayout | None = None
         self._changed = asyncio.Event()  # set, and replaced, when workers come or go
         self._tasks: set[asyncio.Task[None]] = set()
@@ -117,7 +114,10 @@ class Fleet:
         for key in sorted(set(self._workers) - wanted):
             self._workers.pop(key).stop()
         for role, address in sorted(wanted - set(self._workers)):
-            self._workers[role, address] = _Worker(self, self._config, role, address)
+            worker = WorkerSession(self, self._config, self.connect, self.router_id, role, address)
+            self._workers[role, address] = worker
+            self._tasks.add(worker.task)
+            worker.task.add_done_callback(self._tasks.discard)
         self._announce()
 
     def connected(self, role: str) -> int:
@@ -169,7 +169,7 @@ class Fleet:
 
     # ---- for workers' sessions
 
-    def worker_up(self, worker: "_Worker", info: worker_pb2.WorkerInfo) -> None:
+    def worker_up(self, worker: WorkerSession, info: worker_pb2.WorkerInfo) -> None:
         """Raises ValueError when the worker does not fit the others."""
         if info.protocol_version != PROTOCOL_VERSION:
             raise ValueError(f"protocol {PROTOCOL_VERSION} here, {info.protocol_version} there")
@@ -185,18 +185,20 @@ class Fleet:
         self._place_soon()
         self._announce()
 
-    def worker_said(self, worker: "_Worker", event: Any) -> None:
+    def worker_said(self, worker: WorkerSession, event: Any) -> None:
         """Ignores one that is lost: its requests are elsewhere."""
         if self._connected.get(worker.instance_id) is not worker:
             return
         at_ms = now_ms()
         self._watch.heard(worker.instance_id, at_ms)
-        self.carry_out(worker.handle(event, at_ms))
+        prefill = worker.role == "prefill"
+        heard = self.dispatcher.on_prefill_event if prefill else self.dispatcher.on_decode_event
+        self.carry_out(heard(worker.instance_id, event, at_ms))
         if event.load.draining != worker.draining:
             worker.draining = event.load.draining
             self._announce()
 
-    def worker_down(self, worker: "_Worker") -> None:
+    def worker_down(self, worker: WorkerSession) -> None:
         if self._connected.get(worker.instance_id) is worker:
             self._lost(worker.instance_id, taken_away=worker.stopped)
 
@@ -249,10 +251,6 @@ class Fleet:
                 log.warning("request %s: %s", request.request_id, trouble)
                 self._readers.put(request, trouble)
 
-    def keep(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     def _announce(self) -> None:
         """Wakes everybody who waits for the next change."""
         changed, self._changed = self._changed, asyncio.Event()
@@ -275,87 +273,3 @@ class Fleet:
                     self._connected[worker_id].end_session()
             except Exception:  # without it a worker that hangs would keep its requests
                 log.exception("looking for silent workers failed")
-
-
-class _Worker:
-    """One worker's address and the session to it, kept up until `stop`."""
-
-    def __init__(self, fleet: Fleet, config: RouterConfig, role: str, address: str) -> None:
-        self.role = role
-        self.instance_id = ""
-        self._fleet = fleet
-        self._config = config
-        self._address = address
-        self._outbox: asyncio.Queue[Any] = asyncio.Queue()
-        self._limit = asyncio.timeout(None)  # of the session
-        self.stopped = False
-        self.draining = False  # as it last said
-        self._task = asyncio.create_task(self._keep_up())
-        fleet.keep(self._task)
-
-    def send(self, command: Any) -> None:
-        self._outbox.put_nowait(command)
-
-    def stop(self) -> None:
-        self.stopped = True
-        self._task.cancel()
-
-    def end_session(self) -> None:
-        """The worker says nothing: its requests go elsewhere at once, and it is dialed again."""
-        self._fleet.worker_down(self)
-        with contextlib.suppress(RuntimeError):  # the session is ending already
-            self._limit.reschedule(asyncio.get_running_loop().time())
-
-    async def _keep_up(self) -> None:
-        failures = 0
-        while True:
-            try:
-                await self._session()
-            except TimeoutError:
-                silence_s = self._config.silence_ms / 1000
-                log.warning("%s %s says nothing for %g s", self.role, self._address, silence_s)
-            except (grpc.aio.AioRpcError, ValueError) as error:
-                reason = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
-                log.warning("session with %s %s ended: %s", self.role, self._address, reason)
-            except Exception:
-                log.exception("session with %s %s failed", self.role, self._address)
-            finally:
-                was_up = bool(self.instance_id)
-                self._fleet.worker_down(self)
-                self.instance_id, self.draining = "", False
-            if self.stopped:
-                return  # gRPC may swallow a cancel that comes while a call begins
-            failures = 0 if was_up else failures + 1
-            await asyncio.sleep(_RECONNECT_S[min(failures, len(_RECONNECT_S) - 1)])
-
-    async def _session(self) -> None:
-        self._outbox = asyncio.Queue()
-        connect, commands = self._fleet.connect, _drain(self._outbox)
-        try:
-            async with (
-                connect(
-                    self._config, self.role, self._address, commands, self._fleet.router_id
-                ) as events,
-                asyncio.timeout(None) as self._limit,
-            ):
-                async for event in events:
-                    if event.WhichOneof("event") == "info":
-                        self._fleet.worker_up(self, event.info)
-                        self.instance_id = event.info.instance_id  # only then it is up
-                    else:
-                        self._fleet.worker_said(self, event)
-        finally:
-            self._outbox.put_nowait(None)  # gRPC does not end who reads it
-
-    def handle(self, event: Any, at_ms: float) -> list[Command]:
-        """What the dispatcher makes of it."""
-        dispatcher = self._fleet.dispatcher
-        if self.role == "prefill":
-            return dispatcher.on_prefill_event(self.instance_id, event, at_ms)
-        return dispatcher.on_decode_event(self.instance_id, event, at_ms)
-
-
-async def _drain(outbox: "asyncio.Queue[Any]") -> AsyncIterator[Any]:
-    """Commands, up to None."""
-    while (command := await outbox.get()) is not None:
-        yield command

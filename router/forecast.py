@@ -19,7 +19,7 @@ def check_deadline(request: Request, queue: WaitingQueue, workers: Workers) -> N
         DeadlineError: those before it and the best placement make its first token late.
     """
     ttft_ms = each_ms = 0.0
-    choice = workers.choose(request)
+    choice = workers.choosing.choose(request)
     if choice is not None:
         placement = choice.placement
         rates, alike = workers.computing(placement)

@@ -26,12 +26,14 @@ class Hold:
     def may_begin(self, now_ms: float) -> bool:
         return self._request is None and now_ms >= self._ends_at_ms
 
-    def end_if_over(self, now_ms: float) -> None:
-        """Its time is up, or its request waits no more."""
-        if self._request is not None and (
+    def end_if_over(self, now_ms: float) -> bool:
+        """Its time is up, or its request waits no more. Whether it has ended."""
+        over = self._request is not None and (
             now_ms >= self._ends_at_ms or self._request.state not in _WAITING
-        ):
+        )
+        if over:
             self.end(now_ms)
+        return over
 
     def end(self, now_ms: float) -> None:
         self._request, self.worker_id = None, ""

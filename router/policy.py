@@ -21,7 +21,7 @@ from router.prediction import (
 )
 
 _ANSWER_TOKENS_MAX = 64  # of an answer that count: most end before their limit
-_LOCAL_RISK = 1.25  # answers that join D meanwhile make a prompt that it computes take longer
+LOCAL_RISK = 1.25  # answers that join D meanwhile make a prompt that it computes take longer
 _MESSAGES_MS = 2.0  # of a hand-off: what is said before and after, which no worker measures
 
 Pair = tuple[str | None, str]
@@ -186,6 +186,8 @@ def _answer(d: DecodeView, wish: Wish) -> _Answer:
         return _Answer(d, failures, tpot_ms, tokens * tpot_ms, late, crowded=False)
     target_ms = wish.aim.tpot_ms
     tpot_ms = d.rates.base_ms + (d.decoding + 1) * d.rates.sequence_ms
+    # The whole target, where prompts get what answers leave of TPOT_SHARE of it: this is the step
+    # of the fullest moment, and an answer's mean is less.
     late = 0 < target_ms < tpot_ms
     # A target that not even a lone answer meets is no reason to write one at a time.
     crowded = late and d.decoding > 0 and d.rates.base_ms + d.rates.sequence_ms <= target_ms
@@ -232,7 +234,7 @@ def _here_on_d(answer: _Answer, wish: Wish, *, p_refused: bool) -> _PlainOption:
     else:
         ttft_ms, harm_ms = aimed_local_ms(d, tokens, aim.tpot_ms), 0.0
         now = now and not answer.crowded
-        late = answer.late or ttft_ms * _LOCAL_RISK > aim.ttft_left_ms
+        late = answer.late or ttft_ms * LOCAL_RISK > aim.ttft_left_ms
     return (
         answer.failures,
         int(d.shunned),
@@ -266,3 +268,16 @@ def _runs_out(worker: PrefillView | DecodeView, tokens: int, aim: Aim) -> bool:
     if isinstance(worker, DecodeView):
         return worker.queued_tokens + tokens <= 2 * aimed_chunk(worker, aim.tpot_ms)
     return worker.queued_tokens <= worker.chunk_tokens
+
+
+# ---- whether a worker takes anything
+
+
+def computes_any(worker: PrefillView | DecodeView, wish: Wish) -> bool:
+    """Whether it would compute a prompt now, if it were short enough."""
+    return _takes(worker, 1, wish)
+
+
+def writes_any(d: DecodeView, wish: Wish) -> bool:
+    """Whether it would write an answer now, if it had room for it."""
+    return not _answer(d, wish).crowded

@@ -11,26 +11,27 @@ Room. A request that finds no room holds up nobody: those behind it are tried as
 that has waited for `queue_patience_ms` a worker may be kept (router/hold.py).
 """
 
-from collections.abc import Callable
 from itertools import islice
 
 from sortedcontainers import SortedDict, SortedList
 
 from kvrelay.config import RouterConfig
+from router.late import Key, Late
 from router.request import Request
+from router.targets import any_targets, due_ms, waits_for_others_until_ms
 
 _NEWEST_SHARE = 0.1  # of the mean time between two departures that the newest makes up
-
-# Not placed before; level; deadline; number of arrival.
-_Key = tuple[bool, int, float, int]
 
 
 class WaitingQueue:
     def __init__(self, config: RouterConfig) -> None:
         self.changed = False  # since somebody set it to False
         self._config = config
-        self._order = SortedDict()  # of _Key to Request
-        self._keys: dict[Request, _Key] = {}
+        self._order = SortedDict()  # of Key to Request
+        self._keys: dict[Request, Key] = {}
+        self._late = Late() if config.ttft_target_ms else None
+        self._tokens = SortedList()  # of prompt and answer, of all who wait
+        self._began_ms = SortedList()  # when their waits began
         self._overtaken = SortedList()  # keys of those whom others have left behind
         self._departure_ms: float | None = None  # mean time between two, while somebody waits
         self._since_ms = 0.0  # the last departure
@@ -42,6 +43,16 @@ class WaitingQueue:
     def full(self) -> bool:
         return len(self) >= self._config.queue_max
 
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Of prompt and answer together: the fewest and the most that anybody waits with."""
+        return self._tokens[0], self._tokens[-1]
+
+    @property
+    def began_ms(self) -> float:
+        """When the longest wait began."""
+        return float(self._began_ms[0])
+
     # ---- who comes and goes
 
     def push(self, request: Request) -> None:
@@ -49,12 +60,21 @@ class WaitingQueue:
         assert key not in self._order, "two requests of one number"
         self._keys[request] = key
         self._order[key] = request
+        self._tokens.add(request.tokens_max)
+        self._began_ms.add(request.queued_at_ms)
+        if self._late is not None:
+            until_ms = waits_for_others_until_ms(request, self._config)
+            self._late.add(key, request, due_ms(request, self._config), until_ms)
         self.changed = True
 
     def remove(self, request: Request) -> None:
         key = self._keys.pop(request)
         del self._order[key]
         self._overtaken.discard(key)
+        self._tokens.remove(request.tokens_max)
+        self._began_ms.remove(request.queued_at_ms)
+        if self._late is not None:
+            self._late.drop(key)
         if not self._keys:
             self._departure_ms = None  # who comes later may find everything different
         self.changed = True
@@ -74,32 +94,28 @@ class WaitingQueue:
 
     # ---- who is next
 
-    def heads(self, is_late: Callable[[Request], bool] | None = None) -> list[Request]:
-        """Those to be looked at when there may be room, in order.
+    def heads(self) -> list[Request]:
+        """Those to be looked at when there may be room, in order."""
+        return list(islice(self._order.values(), self._config.queue_scan_max))
 
-        is_late: who waits for others, and so takes no place of theirs; as many of them come too.
-        """
-        most, waiting = self._config.queue_scan_max, self._order.values()
-        if is_late is None or len(self) <= most:
-            return list(islice(waiting, most))
-        left = {True: most, False: most}
-        heads = []
-        for request in waiting:
-            late = is_late(request)
-            left[late] -= 1
-            if left[late] >= 0:
-                heads.append(request)
-            elif max(left.values()) <= 0:
-                break
-        return heads
+    def heads_and_late(self, now_ms: float) -> list[Request]:
+        """The same where first tokens have a target: as many who are late for it, and wait for
+        others, beside those who are not. Or the late ones, who came first, would hide them."""
+        assert self._late is not None
+        return self._late.first(self._config.queue_scan_max, now_ms)
 
     def impatient(self, request: Request, now_ms: float) -> bool:
         """It has waited for so long that a worker may be kept for it."""
+        return now_ms - request.queued_at_ms > self._patience_ms
+
+    def any_impatient(self, now_ms: float) -> bool:
+        return now_ms - self.began_ms > self._patience_ms
+
+    @property
+    def _patience_ms(self) -> int:
         config = self._config
-        aims = config.ttft_target_ms or config.tpot_target_ms
         # With targets, who waits for longer than these is late, and others come first.
-        patience_ms = max(config.queue_patience_ms, config.late_wait_ms if aims else 0)
-        return now_ms - request.queued_at_ms > patience_ms
+        return max(config.queue_patience_ms, config.late_wait_ms if any_targets(config) else 0)
 
     def wait_ms(self, request: Request, each_ms: float) -> float:
         """Predicted wait of a request that comes now: for all who would be before it.
@@ -115,7 +131,8 @@ class WaitingQueue:
         """Predicted time until all who wait now are gone; None when nobody can tell."""
         return None if self._departure_ms is None else len(self) * self._departure_ms
 
-    def _key(self, request: Request) -> _Key:
+    def _key(self, request: Request) -> Key:
+        """Not placed before; level; deadline; number of arrival."""
         arrived_at_ms = request.times.arrived_at_ms
         level = request.priority + int(arrived_at_ms // self._config.queue_aging_ms)
         return (request.key == 0, level, request.deadline_at_ms, request.number)
@@ -125,3 +142,7 @@ class WaitingQueue:
         assert {r: k for k, r in self._order.items()} == self._keys
         assert set(self._overtaken) <= self._order.keys()
         assert len(self._overtaken) == len(set(self._overtaken))
+        assert list(self._tokens) == sorted(r.tokens_max for r in self._keys)
+        assert list(self._began_ms) == sorted(r.queued_at_ms for r in self._keys)
+        if self._late is not None:
+            self._late.check(self._keys)

@@ -194,7 +194,7 @@ class Recovery:
     def expire(self, now_ms: float) -> list[Command]:
         """Ends the waits whose time is up."""
         if self._strikes.acquit(self._requests, now_ms):
-            self._queue.changed = True  # others may have waited for their workers
+            self._workers.stir()  # others may have waited for their workers
         self._strikes.forget()
         commands: list[Command] = []
         for request in self._requests:

@@ -86,7 +86,7 @@ class Requests:
     def _let_suspects_pass(self, request: Request) -> None:
         """Another one may have waited for this one's workers (router/strikes.py)."""
         if request.strikes:
-            self._queue.changed = True
+            self._workers.stir()
 
     def check(self) -> None:
         """Asserts that those that wait are in the queue. For tests."""

@@ -6,22 +6,31 @@ load, so that a placement costs no look at every running request or every worker
 
 from collections.abc import Collection
 from itertools import islice
-from math import inf
+from typing import NamedTuple
 
 from kvrelay.config import RouterConfig
 from kvrelay.kv.layout import blocks_for, reserved_blocks
 from kvrelay.wire import worker_pb2
+from router.choosing import Choosing
 from router.claims import Claim, Claims
 from router.measured import MeasuredRates, usual_of
-from router.policy import Aim, Choice, Placement, Wish, place
-from router.prediction import CHUNK_TOKENS, NEUTRAL, DecodeView, Rates
+from router.openings import Openings
+from router.policy import Placement
+from router.prediction import CHUNK_TOKENS, NEUTRAL, Rates
 from router.request import Request, RequestState
 from router.shortlist import Shortlist
 from router.shunned import Shunned
 from router.worker import DecodeWorker, PrefillWorker, Worker
 
 _SAMPLE = 64  # workers of each role that say what is usual when another comes
-_DISTRUSTED_MAX = 8  # workers that failed, and in whose place others are looked at
+
+
+class Wanted(NamedTuple):
+    """What some requests have in common."""
+
+    tokens_least: int  # of prompt and answer together, of one of them
+    tokens_most: int
+    aimed: bool  # all of them have aims
 
 
 class Workers:
@@ -33,6 +42,7 @@ class Workers:
         self.context_tokens: int | None = None
         self.context_tokens_seen = 0  # the most that it has ever been
         self.room_grew = False  # since somebody set it to False: who waits may find a place
+        self._stirred = True
         self._config = config
         self._numbers = 0
         # The middle of what workers measure, for those that have not yet: a new one must look
@@ -42,6 +52,16 @@ class Workers:
         self._decode_list: Shortlist[DecodeWorker] = Shortlist(config.index_names_total_max)
         self.claims = Claims(self._rank)
         self._shunned = Shunned(config)
+        self._openings = Openings(config)
+        self.choosing = Choosing(
+            config,
+            self.prefill,
+            self.decode,
+            self._prefill_list,
+            self._decode_list,
+            self._shunned,
+        )
+        self._prefill_tokens = 0  # of the longest prompt that every prefill worker holds
 
     # ---- what they say
 
@@ -57,7 +77,9 @@ class Workers:
         )
         self.prefill[worker_id] = worker
         self._prefill_list.up(worker, self._names_max(worker))
-        self.room_grew = True
+        self._openings.note(worker, grew=True)
+        self._note_smallest()
+        self.stir()
 
     def decode_up(self, worker_id: str, info: worker_pb2.WorkerInfo) -> None:
         self.down(worker_id)
@@ -75,20 +97,32 @@ class Workers:
         )
         self.decode[worker_id] = worker
         self._decode_list.up(worker, self._names_max(worker))
-        self.room_grew = True
+        self._openings.note(worker, grew=True)
+        self.stir()
         self._note_context()
 
     def down(self, worker_id: str) -> None:
         self._shunned.forget(worker_id)
         if prefill := self.prefill.pop(worker_id, None):
             self._prefill_list.down(prefill)
+            self._lost(prefill)
+            self._note_smallest()
         if decode := self.decode.pop(worker_id, None):
             self._decode_list.down(decode)
+            self._lost(decode)
             self._note_context()
+
+    def _lost(self, worker: Worker) -> None:
+        self._openings.drop(worker)
+        self.stir()
 
     def _note_context(self) -> None:
         self.context_tokens = max((d.max_model_tokens for d in self.decode.values()), default=None)
         self.context_tokens_seen = max(self.context_tokens_seen, self.context_tokens or 0)
+
+    def _note_smallest(self) -> None:
+        sizes = (p.blocks_total * p.block_size for p in self.prefill.values())
+        self._prefill_tokens = min(sizes, default=0)
 
     def prefill_load(self, worker_id: str, load: worker_pb2.PrefillLoad, *, refused: bool) -> bool:
         """Whether it has begun to drain."""
@@ -97,6 +131,8 @@ class Workers:
             return False
         if refused or load.queued_tokens < worker.queued_tokens:
             worker.refused = refused
+        if refused:
+            self.stir()
         worker.queued_tokens = load.queued_tokens
         worker.queued_prompts = load.queued_prompts
         if load.queued_tokens:
@@ -111,6 +147,8 @@ class Workers:
         grew = load.blocks_free > worker.blocks_free
         if refused or grew or load.queued_tokens < worker.queued_tokens:
             worker.refused = refused
+        if refused:
+            self.stir()
         worker.blocks_free = load.blocks_free
         worker.running = load.running
         worker.queued_tokens = load.queued_tokens
@@ -128,7 +166,10 @@ class Workers:
             if self._usual is NEUTRAL:
                 self._usual = usual_of([worker.measured], NEUTRAL)
         self._rank(worker)
-        return worker.draining and not drained
+        begins = worker.draining and not drained
+        if begins:
+            self.stir()
+        return begins
 
     def blocks_changed(self, worker_id: str, changes: worker_pb2.BlockChanges) -> bool:
         """False when the worker must be asked to send everything again."""
@@ -171,6 +212,7 @@ class Workers:
         """An attempt has failed there: the worker comes last for a while."""
         worker = self._named(worker_id)
         if worker is not None and self._shunned.shun(worker, now_ms):
+            self.stir()
             self._rank(worker)
 
     def succeeded(self, worker_id: str) -> None:
@@ -186,7 +228,7 @@ class Workers:
 
     def _trust(self, worker: Worker) -> None:
         if self._shunned.trust(worker):
-            self.room_grew = True
+            self.stir()
             self._rank(worker)
 
     def drains(self, worker_id: str) -> bool:
@@ -203,104 +245,35 @@ class Workers:
     def _named(self, worker_id: str) -> Worker | None:
         return self.prefill.get(worker_id) or self.decode.get(worker_id)
 
-    # ---- what is asked of them
+    # ---- whether who waits may find a place
 
-    def have_room(self, request: Request, without: Collection[str] = ()) -> bool:
-        """False when surely no decode worker but some has room for it. Cheap."""
-        d = self._decode_list.roomiest(without)
+    def stir(self) -> None:
+        """Who may go where has changed, or what is predicted of it, without a word of room: so may
+        who would have waited for a worker that takes nothing any more."""
+        self.room_grew = self._stirred = True
+
+    def take_news(self, wanted: Wanted) -> bool:
+        """Whether a request that found no place may find one now, by what has changed since the
+        last call."""
+        stirred, self._stirred = self._stirred, False
+        grew = self._openings.any_grew(aimed=wanted.aimed, local=self._local(wanted))
+        return stirred or grew
+
+    def may_take(self, wanted: Wanted) -> bool:
+        """False when surely none of the requests finds a place. Its cost grows with neither them
+        nor the workers."""
+        d = self._decode_list.roomiest()
         if d is None or d.full:
             return False
-        prompt, answer = request.prompt_tokens_now, request.max_tokens_now
-        return reserved_blocks(prompt, answer, d.block_size) <= d.room_blocks
+        if reserved_blocks(1, wanted.tokens_least - 1, d.block_size) > d.room_blocks:
+            return False
+        return self._openings.any(aimed=wanted.aimed, local=self._local(wanted))
 
-    def choose(
-        self, request: Request, without: Collection[str] = (), aim: Aim | None = None
-    ) -> Choice | None:
-        """The best placement of a request now; None when no decode worker has room for it.
+    def _local(self, wanted: Wanted) -> bool:
+        """Whether decode workers may compute one of the prompts."""
+        return self._config.local_prefill == "auto" or wanted.tokens_most > self._prefill_tokens
 
-        Its cost does not grow with the number of workers, or as its logarithm.
-
-        without: workers that it may not go to. aim: as in Wish.
-        """
-        if not self.have_room(request, without):
-            return None
-        failures_max = self._failures_max(request)
-        looks = self._distrusted(request) + len(without)
-        decode = [
-            d.view(blocks)
-            for d, blocks in self._decode_list.pick(self._hashes(request), looks)
-            if d.worker_id not in without and request.failures[d.worker_id] <= failures_max
-        ]
-        return self._place(request, decode, without, aim)
-
-    def choose_at(
-        self, worker_id: str, request: Request, without: Collection[str] = ()
-    ) -> Choice | None:
-        """The best placement at one decode worker, as if it were empty."""
-        d = self.decode[worker_id]
-        view = d.view(0)._replace(blocks_free=d.blocks_total, full=False)
-        return self._place(request, [view], without)
-
-    def _place(
-        self,
-        request: Request,
-        decode: list[DecodeView],
-        without: Collection[str],
-        aim: Aim | None = None,
-    ) -> Choice | None:
-        wish = Wish(
-            request.prompt_tokens_now,
-            request.max_tokens_now,
-            self._config.prefill_backlog_tokens,
-            request.failures,
-            self._config.local_prefill == "auto",
-            aim,
-        )
-        looks = self._distrusted(request) + len(without)
-        prefill = [
-            p.view(blocks)
-            for p, blocks in self._prefill_list.pick(self._hashes(request), looks)
-            if p.worker_id not in without
-        ]
-        if self.prefill and not prefill and not wish.local:
-            return None
-        return place(prefill, decode, wish)
-
-    def _hashes(self, request: Request) -> list[bytes]:
-        d = next(iter(self.decode.values()))  # they all name blocks alike
-        return request.name_blocks(d.model_fingerprint, d.block_size).hashes
-
-    def _distrusted(self, request: Request) -> int:
-        return min(len(request.failures) + len(self._shunned), _DISTRUSTED_MAX)
-
-    def worth_keeping(
-        self, request: Request, choice: Choice | None, without: Collection[str] = ()
-    ) -> str:
-        """The worker that others should leave alone for a while, so that this request finds room.
-
-        Where it would go but for a backlog; else the decode worker with the most room of those that
-        could ever hold it. "" when nobody could.
-        """
-        if choice is not None:
-            return choice.placement.prefill or choice.placement.decode
-        best = max(
-            (d for d in self._able(request) if d.worker_id not in without),
-            key=lambda d: (-request.failures[d.worker_id], d.room_blocks),
-            default=None,
-        )
-        return best.worker_id if best else ""
-
-    def _failures_max(self, request: Request) -> float:
-        """Of a decode worker that may have the request: its last attempt is not spent on one that
-        has failed it while there is a better one, though that may have no room now."""
-        if not request.failures or request.attempts_failed + 1 < self._config.attempts_max:
-            return inf
-        return min((request.failures[d.worker_id] for d in self._able(request)), default=inf)
-
-    def _able(self, request: Request) -> list[DecodeWorker]:
-        """Those that could ever hold it."""
-        tokens = request.tokens_max
-        return [d for d in self.decode.values() if tokens <= d.max_model_tokens and not d.draining]
+    # ---- what is asked of them
 
     def computing(self, placement: Placement) -> tuple[Rates, int]:
         """The rates of the worker that would compute the prompt, and how many have its role."""
@@ -336,10 +309,13 @@ class Workers:
 
     def _rank(self, worker: Worker) -> None:
         """Brings the order up to date with the worker's figures; nothing if it is gone."""
+        if self._named(worker.worker_id) is not worker:
+            return
         if isinstance(worker, PrefillWorker):
             grew = self._prefill_list.rank(worker)
         else:
             grew = self._decode_list.rank(worker)
+        self._openings.note(worker, grew=grew)
         self.room_grew |= grew
 
     def check(self, requests: Collection[Request]) -> None:
@@ -363,6 +339,7 @@ class Workers:
             here = [r for r in mine if r.prefill_here]
             assert (d.asked_tokens, d.asked_prompts) == _uncomputed(here), (d, mine)
             self._decode_list.check(d)
+        self._openings.check([*self.prefill.values(), *self.decode.values()])
 
 
 def _uncomputed(requests: Collection[Request]) -> tuple[int, int]:

@@ -95,7 +95,7 @@ class _Fleet:
         request = self._dice.choice(self._requests)
         self._key += 1
         start = time.thread_time()
-        choice = self._state.choose(request)
+        choice = self._state.choosing.choose(request)
         assert choice is not None, "no worker has room"
         self._state.claim(self._key, choice.placement, PROMPT_TOKENS, ANSWER_TOKENS)
         taken = time.thread_time() - start

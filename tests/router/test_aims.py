@@ -167,9 +167,9 @@ def test_no_worker_is_kept_for_who_is_late():
     made.submit("r2", prompt=400)
     late = made.submit("r3", prompt=900)
     made.expire(4000.0)
-    assert made.dispatcher._hold.worker_id == ""
+    assert made.dispatcher._placing.hold.worker_id == ""
     made.expire(5001.0)
-    assert (late.state, made.dispatcher._hold.worker_id) == (S.QUEUED, "p1")
+    assert (late.state, made.dispatcher._placing.hold.worker_id) == (S.QUEUED, "p1")
 
 
 def test_late_ones_do_not_hide_who_is_in_time():

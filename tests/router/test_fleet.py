@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import AsyncIterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +14,10 @@ from kvrelay.clock import now_ms
 from kvrelay.config import PROTOCOL_VERSION, RouterConfig
 from kvrelay.wire import transfer_pb2, worker_pb2
 from router import fleet as fleet_module
+from router import worker_session
 from router.admission import Sampling
 from router.commands import Deliver, Finished, ToDecode
-from router.fleet import Fleet, _Worker
+from router.fleet import Fleet
 from router.main import _NOT_SERVING, _SERVING, Router
 from router.request import Ending, Request, RequestState, Times
 from router.worker_calls import over_grpc
@@ -157,7 +157,7 @@ async def test_only_a_worker_that_was_up_is_called_again_at_once(monkeypatch, ve
 
     # Whoever comes to the wait for ever is never called again.
     refused = version != PROTOCOL_VERSION
-    monkeypatch.setattr(fleet_module, "_RECONNECT_S", (3600.0, 0.0) if refused else (0.0, 3600.0))
+    monkeypatch.setattr(worker_session, "_RECONNECT_S", (3600.0, 0.0) if refused else (0.0, 3600.0))
     async with a_fleet(monkeypatch, connect) as fleet, asyncio.timeout(DEADLINE_S):
         fleet.set_workers([], ["127.0.0.1:1"])
         for _ in range(3):
@@ -192,8 +192,6 @@ async def test_a_worker_that_drains_is_not_one_that_requests_can_be_served_by(mo
         workers = {role: worker(role) for role in ("prefill", "decode")}
         for its in workers.values():
             fleet.worker_up(its, info_of(its.instance_id))
-            its.handle = partial(_Worker.handle, its)
-            its._fleet = fleet
         assert fleet.not_ready == ""
         for draining in (True, True, False):
             change = fleet.next_change()
@@ -232,8 +230,8 @@ async def test_a_worker_whose_session_swallows_the_cancel_is_let_go_of(monkeypat
             await asyncio.Event().wait()
         raise ValueError("ended")
 
-    monkeypatch.setattr(fleet_module._Worker, "_session", session)
-    monkeypatch.setattr(fleet_module, "_RECONNECT_S", (3600.0,))
+    monkeypatch.setattr(worker_session.WorkerSession, "_session", session)
+    monkeypatch.setattr(worker_session, "_RECONNECT_S", (3600.0,))
     async with asyncio.timeout(DEADLINE_S), a_fleet(monkeypatch) as fleet:
         fleet.set_workers([], ["127.0.0.1:1"])
         await begun.wait()

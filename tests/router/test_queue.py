@@ -174,3 +174,53 @@ def test_nobody_is_overtaken_by_who_came_more_periods_later_than_their_prioritie
     for one, other in itertools.combinations(order, 2):
         periods = (one.times.arrived_at_ms - other.times.arrived_at_ms) / AGING_MS
         assert periods < other.priority - one.priority + 1
+
+
+@given(
+    requests=st.lists(
+        st.builds(
+            request,
+            st.integers(-3, 3),
+            st.integers(0, 900).map(float),
+            st.sampled_from((0, 0, 100, 1000)),
+        ),
+        max_size=30,
+    ),
+    times=st.lists(st.integers(0, 3000).map(float), min_size=1, max_size=5).map(sorted),
+    most=st.integers(1, 8),
+)
+@settings(deadline=None)
+def test_as_many_late_ones_are_looked_at_beside_those_in_time(requests, times, most):
+    queue = queue_of(*requests, ttft_target_ms=500 / 0.95, late_wait_ms=800, queue_scan_max=most)
+
+    def is_late(one: Request, now_ms: float) -> bool:
+        due_ms = min(one.times.arrived_at_ms + 500, one.deadline_at_ms)
+        return due_ms < now_ms <= one.times.arrived_at_ms + 800
+
+    for now_ms in times:
+        waiting = list(queue._order.values())
+        late = [one for one in waiting if is_late(one, now_ms)][:most]
+        in_time = [one for one in waiting if not is_late(one, now_ms)][:most]
+        assert queue.heads_and_late(now_ms) == [
+            one for one in waiting if one in late or one in in_time
+        ]
+        queue.check()
+        if waiting:
+            queue.depart(waiting[len(waiting) // 2], now_ms)
+
+
+def test_who_comes_back_is_late_by_its_new_wait():
+    one, other = request(), request()
+    queue = queue_of(one, other, ttft_target_ms=100, late_wait_ms=1000, queue_scan_max=1)
+    assert queue.heads_and_late(500) == [one]
+    queue.remove(one)
+    one.queued_at_ms = 5000
+    queue.push(one)
+    assert queue.heads_and_late(5100) == [one, other], "only the other has waited for so long"
+    queue.check()
+
+
+def test_what_all_who_wait_have_in_common():
+    queue = queue_of(request(arrived_at_ms=7), request(arrived_at_ms=3), queue_patience_ms=10)
+    assert (queue.tokens, queue.began_ms) == ((5, 5), 3)
+    assert (queue.any_impatient(13), queue.any_impatient(14)) == (False, True)

@@ -47,7 +47,7 @@ def tell_blocks(workers: Workers, worker: str, prompt_tokens: int) -> None:
 
 
 def pair(workers: Workers, request: Request) -> tuple[str | None, str]:
-    choice = workers.choose(request)
+    choice = workers.choosing.choose(request)
     assert choice is not None
     return choice.placement.pair
 
@@ -59,7 +59,7 @@ def test_a_prompt_goes_where_its_prefix_is_cached():
     assert pair(workers, request()) == ("p2", "d1")
     tell_blocks(workers, "d2", 400)
     assert pair(workers, request()) == (None, "d2")
-    assert workers.choose(request()).placement.tokens == 4
+    assert workers.choosing.choose(request()).placement.tokens == 4
 
 
 def test_another_tenants_prefix_is_not_found():
@@ -79,7 +79,7 @@ def test_a_worker_that_is_gone_and_back_caches_nothing():
         layout=transfer_pb2.KvLayout(model_fingerprint="m", block_size=4), blocks_total=1000
     )
     workers.prefill_up("p2", info)
-    assert workers.choose(request()).placement.tokens == 400
+    assert workers.choosing.choose(request()).placement.tokens == 400
 
 
 def test_hand_offs_that_were_slow_count():
@@ -106,9 +106,9 @@ def test_a_hand_off_of_no_blocks_says_nothing_of_their_cost():
 def test_nothing_is_chosen_where_no_decode_worker_has_room():
     workers = workers_of("p1", "d1")
     workers.decode_load("d1", pb.DecodeLoad(blocks_free=101), refused=False)
-    assert workers.choose(request(400, 10)) is None
+    assert workers.choosing.choose(request(400, 10)) is None
     workers.decode_load("d1", pb.DecodeLoad(blocks_free=103), refused=False)
-    assert workers.choose(request(400, 10)) is not None
+    assert workers.choosing.choose(request(400, 10)) is not None
 
 
 def test_room_is_found_however_many_less_busy_workers_have_none():
@@ -144,10 +144,10 @@ def test_a_worker_that_fails_is_better_than_none():
     workers.failed("p1", 0)
     workers.failed("d1", 0)
     workers.failed("gone", 0)
-    assert workers.choose(request()) is not None
+    assert workers.choosing.choose(request()) is not None
     workers.down("d1")
     workers.forgive(1e9)
-    assert workers.choose(request()) is None
+    assert workers.choosing.choose(request()) is None
 
 
 @pytest.mark.parametrize(("local", "where"), [("auto", None), ("never", "p1")])
