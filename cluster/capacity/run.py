@@ -7,9 +7,9 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from operator import sub
 from random import Random
-
-import numpy as np
 
 from cluster.capacity.cluster import Cluster
 from cluster.capacity.device import DeviceProfile, HandOffTime
@@ -190,12 +190,12 @@ class _Run:
         if answer:
             self._local += request.prefill_here
             # A token's id says when it was made; it reaches the router a while later.
-            stamps = np.array(answer, np.int64)
+            stamps = array("q", answer)
             began_s = self._began_s - self._around.network_s
             outcome.first_token_s = answer[0] / STAMPS_A_SECOND - began_s
             outcome.last_token_s = answer[-1] / STAMPS_A_SECOND - began_s
-            gaps_s = ((stamps[1:] - stamps[:-1]) / STAMPS_A_SECOND).astype(np.float32)
-            outcome.gaps_s = array("f", gaps_s.tobytes())
+            gaps = map(sub, islice(answer, 1, None), answer)
+            outcome.gaps_s = array("f", [gap / STAMPS_A_SECOND for gap in gaps])
             outcome.cached_tokens = request.times.cached_tokens
             outcome.prefill_ms = request.times.prefill_ms
             outcome.hand_off_ms = request.times.kv_exposed_ms
