@@ -10,7 +10,7 @@ from enum import Enum
 
 from decode_worker.reservation import Key
 from kvrelay.engine.history import TokenHistory
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.engine.step import Slice
 
 

@@ -9,7 +9,7 @@ from decode_worker.kept import KeptAnswer
 from decode_worker.prompts import LocalPrompt, LocalPrompts
 from decode_worker.reservation import InvalidReservationError, Key, Reservation
 from kvrelay.engine.history import TokenHistory
-from kvrelay.engine.sampling import SamplingParams, history_of
+from kvrelay.engine.sampling_params import SamplingParams, history_of
 from kvrelay.kv.prefix import PrefixChain, split_hashes
 from kvrelay.wire import transfer_pb2, worker_pb2
 from kvrelay.wire.worker_pb2 import DecodeEvent

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvrelay.engine.history import TokenHistory
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.kv.prefix import PrefixChain
 from kvrelay.lifecycle import advance
 from kvrelay.transport.errors import RefusedError, Rejection

@@ -30,7 +30,7 @@ from kvrelay.clock import now_ms
 from kvrelay.config import WorkerConfig
 from kvrelay.draining import DrainingError, drained
 from kvrelay.engine.host import EngineHost
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.failpoints import Failpoints, Point
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
 from kvrelay.kv.pool import KVPool

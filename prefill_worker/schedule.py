@@ -13,7 +13,7 @@ from enum import Enum
 
 from kvrelay.draining import DrainingError
 from kvrelay.engine.history import TokenHistory
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.engine.turns import Chunk, Turns
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockEvent, BlockLedger, OutOfBlocksError

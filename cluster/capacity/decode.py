@@ -26,7 +26,7 @@ from decode_worker.reservation import (
 )
 from decode_worker.tickets import TicketSigner
 from kvrelay.draining import DrainingError
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
 from kvrelay.sessions import Sessions
 from kvrelay.wire import transfer_pb2, worker_pb2

@@ -19,7 +19,7 @@ from cluster.capacity.surroundings import (
     info,
 )
 from kvrelay.draining import DrainingError
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.engine.step_cost import StepFit
 from kvrelay.engine.turns import Chunk
 from kvrelay.kv.ledger import BlockLedger
