@@ -121,24 +121,22 @@ def step_outputs(
 
     holder: what the router of a request calls it; None where there is no router.
     """
-    by_session: dict[Any, list[worker_pb2.SequenceOutput]] = {}
+    by_session: dict[Any, DecodeEvent] = {}
     for output in outputs:
         called = holder(output.key)
         if called is None:
             continue
         session, key = called
-        by_session.setdefault(session, []).append(
-            worker_pb2.SequenceOutput(
-                key=key,
-                offset=output.offset,
-                token_ids=[output.token],
-                ending=ENDINGS[output.ending],
-            )
+        event = by_session.get(session)
+        if event is None:
+            event = by_session[session] = DecodeEvent()
+        event.step.outputs.add(
+            key=key,
+            offset=output.offset,
+            token_ids=[output.token],
+            ending=ENDINGS[output.ending],
         )
-    return {
-        session: DecodeEvent(step=worker_pb2.StepOutput(outputs=messages))
-        for session, messages in by_session.items()
-    }
+    return by_session
 
 
 def write_load(

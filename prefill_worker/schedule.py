@@ -23,6 +23,8 @@ from kvrelay.wire.transfer_pb2 import Ticket
 
 
 class JobState(Enum):
+    __hash__ = object.__hash__  # in C: every event looks both up
+
     QUEUED = "queued"
     COMPUTING = "computing"
     HANDING_OFF = "handing_off"  # computed; the decode worker has not acknowledged all
@@ -31,6 +33,8 @@ class JobState(Enum):
 
 
 class JobEvent(Enum):
+    __hash__ = object.__hash__
+
     ADMIT = "admit"  # there is room for its blocks
     COMPUTED = "computed"
     ACKNOWLEDGED = "acknowledged"  # by the decode worker

@@ -146,9 +146,12 @@ class BlockLedger:
         every call is about, and quickly found out. False where that is not sure."""
         if event is BlockEvent.SHARE or event is BlockEvent.RESERVE:
             return False
-        if min(blocks) < 0 or max(blocks) >= self.total or len(set(blocks)) < len(blocks):
+        if min(blocks) < 0 or len(set(blocks)) < len(blocks):
             return False
-        held = list(map(self._held.__getitem__, blocks))
+        try:
+            held = list(map(self._held.__getitem__, blocks))
+        except IndexError:
+            return False
         first = held[0]
         owners = () if event is BlockEvent.EVICT else (owner,)
         if first[1] != owners or (first[0], event) not in MOVES:
