@@ -6,18 +6,28 @@ from typing import Any
 from decode_worker.batch import Batch, Ending, Output
 from decode_worker.handoff import HandOff
 from decode_worker.kept import KeptAnswer
-from decode_worker.prompts import LocalPrompt, LocalPrompts
+from decode_worker.prompts import LocalPrompt, LocalPrompts, PromptsFullError
 from decode_worker.reservation import InvalidReservationError, Key, Reservation
+from kvrelay.draining import DrainingError
 from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.sampling_params import SamplingParams, history_of
+from kvrelay.kv.ledger import OutOfBlocksError
 from kvrelay.kv.prefix import PrefixChain, split_hashes
 from kvrelay.wire import transfer_pb2, worker_pb2
-from kvrelay.wire.worker_pb2 import DecodeEvent
+from kvrelay.wire.worker_pb2 import DecodeEvent, FailureCode
 
 ENDINGS = {
     Ending.NONE: worker_pb2.ENDING_NONE,
     Ending.EOS: worker_pb2.ENDING_EOS,
     Ending.LENGTH: worker_pb2.ENDING_LENGTH,
+}
+
+# What a reservation may be refused with, and what its router is told.
+REFUSALS = {
+    DrainingError: FailureCode.FAILURE_CODE_EXHAUSTED,
+    OutOfBlocksError: FailureCode.FAILURE_CODE_EXHAUSTED,
+    PromptsFullError: FailureCode.FAILURE_CODE_EXHAUSTED,
+    InvalidReservationError: FailureCode.FAILURE_CODE_INVALID,
 }
 
 
