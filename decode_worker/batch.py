@@ -7,10 +7,11 @@ step. More than `batch_max` wait their turn in order of arrival.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from decode_worker.reservation import Key
 from kvrelay.engine.history import TokenHistory
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.engine.step import Slice
 
 
@@ -42,8 +43,7 @@ class Running:
         return Slice(self.answer[-1:], self.next_position - 1, self.blocks)
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """One new token of one sequence."""
 
     key: Key

@@ -21,7 +21,7 @@ from decode_worker.reservation import (
 from decode_worker.tickets import TicketSigner
 from decode_worker.transfers import Transfers
 from kvrelay.draining import DrainingError
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.kv.layout import KVLayout, reserved_blocks
 from kvrelay.kv.ledger import BlockEvent, BlockLedger, OutOfBlocksError
 from kvrelay.kv.prefix import PrefixChain

@@ -6,18 +6,28 @@ from typing import Any
 from decode_worker.batch import Batch, Ending, Output
 from decode_worker.handoff import HandOff
 from decode_worker.kept import KeptAnswer
-from decode_worker.prompts import LocalPrompt, LocalPrompts
+from decode_worker.prompts import LocalPrompt, LocalPrompts, PromptsFullError
 from decode_worker.reservation import InvalidReservationError, Key, Reservation
+from kvrelay.draining import DrainingError
 from kvrelay.engine.history import TokenHistory
-from kvrelay.engine.sampling import SamplingParams, history_of
+from kvrelay.engine.sampling_params import SamplingParams, history_of
+from kvrelay.kv.ledger import OutOfBlocksError
 from kvrelay.kv.prefix import PrefixChain, split_hashes
 from kvrelay.wire import transfer_pb2, worker_pb2
-from kvrelay.wire.worker_pb2 import DecodeEvent
+from kvrelay.wire.worker_pb2 import DecodeEvent, FailureCode
 
 ENDINGS = {
     Ending.NONE: worker_pb2.ENDING_NONE,
     Ending.EOS: worker_pb2.ENDING_EOS,
     Ending.LENGTH: worker_pb2.ENDING_LENGTH,
+}
+
+# What a reservation may be refused with, and what its router is told.
+REFUSALS = {
+    DrainingError: FailureCode.FAILURE_CODE_EXHAUSTED,
+    OutOfBlocksError: FailureCode.FAILURE_CODE_EXHAUSTED,
+    PromptsFullError: FailureCode.FAILURE_CODE_EXHAUSTED,
+    InvalidReservationError: FailureCode.FAILURE_CODE_INVALID,
 }
 
 
@@ -121,24 +131,22 @@ def step_outputs(
 
     holder: what the router of a request calls it; None where there is no router.
     """
-    by_session: dict[Any, list[worker_pb2.SequenceOutput]] = {}
+    by_session: dict[Any, DecodeEvent] = {}
     for output in outputs:
         called = holder(output.key)
         if called is None:
             continue
         session, key = called
-        by_session.setdefault(session, []).append(
-            worker_pb2.SequenceOutput(
-                key=key,
-                offset=output.offset,
-                token_ids=[output.token],
-                ending=ENDINGS[output.ending],
-            )
+        event = by_session.get(session)
+        if event is None:
+            event = by_session[session] = DecodeEvent()
+        event.step.outputs.add(
+            key=key,
+            offset=output.offset,
+            token_ids=[output.token],
+            ending=ENDINGS[output.ending],
         )
-    return {
-        session: DecodeEvent(step=worker_pb2.StepOutput(outputs=messages))
-        for session, messages in by_session.items()
-    }
+    return by_session
 
 
 def write_load(

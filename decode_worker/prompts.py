@@ -13,7 +13,7 @@ from math import inf
 from decode_worker.reservation import Key
 from decode_worker.slack import ENDLESS, Room
 from kvrelay.engine.history import TokenHistory
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.engine.step_cost import StepFit
 from kvrelay.engine.turns import Chunk, Turns, nothing_new
 

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvrelay.engine.history import TokenHistory
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.kv.prefix import PrefixChain
 from kvrelay.lifecycle import advance
 from kvrelay.transport.errors import RefusedError, Rejection
 
 
 class ReservationState(Enum):
+    __hash__ = object.__hash__  # in C: every event looks both up
+
     RESERVED = "reserved"  # blocks promised, no writer yet
     RECEIVING = "receiving"  # a writer has leave to write
     PREFILLING = "prefilling"  # the engine here computes the prompt, or will when its turn comes
@@ -26,6 +28,8 @@ class ReservationState(Enum):
 
 
 class ReservationEvent(Enum):
+    __hash__ = object.__hash__
+
     BEGIN = "begin"  # a writer has shown its ticket
     COMMIT = "commit"  # every block is in and checked
     PREFILL = "prefill"  # no writer: the prompt is for the engine here

@@ -18,9 +18,7 @@ from decode_worker.batch import Batch, Running
 from decode_worker.book import Book
 from decode_worker.kept import Kept
 from decode_worker.making import make_handoff, make_prompts
-from decode_worker.prompts import PromptsFullError
 from decode_worker.reservation import (
-    InvalidReservationError,
     Key,
     Reservation,
     ReservationEvent,
@@ -28,9 +26,9 @@ from decode_worker.reservation import (
 from decode_worker.step_loop import StepLoop
 from kvrelay.clock import now_ms
 from kvrelay.config import WorkerConfig
-from kvrelay.draining import DrainingError, drained
+from kvrelay.draining import drained
 from kvrelay.engine.host import EngineHost
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.failpoints import Failpoints, Point
 from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
 from kvrelay.kv.pool import KVPool
@@ -199,11 +197,8 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         key = (session, reserve.key)
         try:
             reservation = self._reservation_with_room(key, reserve)
-        except (DrainingError, OutOfBlocksError, PromptsFullError) as error:
-            self._sessions.fail(key, FailureCode.FAILURE_CODE_EXHAUSTED, str(error))
-            return
-        except InvalidReservationError as error:
-            self._sessions.fail(key, FailureCode.FAILURE_CODE_INVALID, str(error))
+        except tuple(messages.REFUSALS) as error:
+            self._sessions.fail(key, messages.REFUSALS[type(error)], str(error))
             return
         self._kept.reserved(key, reserve)
         self._room.told(self.ledger.available)

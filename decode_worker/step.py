@@ -10,7 +10,7 @@ from decode_worker.batch import Running
 from decode_worker.prompts import LocalPrompt
 from decode_worker.reservation import Key
 from kvrelay.engine.history import TokenHistory
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.engine.step import Slice
 from kvrelay.engine.turns import Chunk
 

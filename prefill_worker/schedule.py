@@ -13,7 +13,7 @@ from enum import Enum
 
 from kvrelay.draining import DrainingError
 from kvrelay.engine.history import TokenHistory
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.engine.turns import Chunk, Turns
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockEvent, BlockLedger, OutOfBlocksError
@@ -23,6 +23,8 @@ from kvrelay.wire.transfer_pb2 import Ticket
 
 
 class JobState(Enum):
+    __hash__ = object.__hash__  # in C: every event looks both up
+
     QUEUED = "queued"
     COMPUTING = "computing"
     HANDING_OFF = "handing_off"  # computed; the decode worker has not acknowledged all
@@ -31,6 +33,8 @@ class JobState(Enum):
 
 
 class JobEvent(Enum):
+    __hash__ = object.__hash__
+
     ADMIT = "admit"  # there is room for its blocks
     COMPUTED = "computed"
     ACKNOWLEDGED = "acknowledged"  # by the decode worker

@@ -17,7 +17,8 @@ from kvrelay.clock import now_s
 from kvrelay.config import WorkerConfig
 from kvrelay.draining import DrainingError, drained
 from kvrelay.engine.host import EngineHangsError, EngineHost
-from kvrelay.engine.sampling import NOT_A_NUMBER, SamplingParams, history_of
+from kvrelay.engine.sampling import NOT_A_NUMBER
+from kvrelay.engine.sampling_params import SamplingParams, history_of
 from kvrelay.engine.step import CancelFlag, StepCancelledError
 from kvrelay.engine.turns import Chunk
 from kvrelay.failpoints import Failpoints, Point

@@ -49,13 +49,16 @@ class Shortlist(Generic[W]):
         if worker.refused or worker.draining:  # worker.full, asked for with every event
             load_ms, standing = inf, NO_ROOM
         else:
-            load_ms = worker.load_ms + (_SHUNNED_MS if worker.shunned else 0)
-            standing = (max(worker.queued_tokens, worker.asked_tokens), -worker.room_blocks)
-        self._by_load.put(worker.number, load_ms)
-        before = worker.standing
+            load_ms = worker.load_ms
+            if worker.shunned:
+                load_ms += _SHUNNED_MS
+            queued, asked = worker.queued_tokens, worker.asked_tokens
+            standing = (queued if queued > asked else asked, -worker.room_blocks)
+        number, before = worker.number, worker.standing
+        self._by_load.put(number, load_ms)
         if standing == before:
             return False
-        self._by_room.put(worker.number, standing[1])
+        self._by_room.put(number, standing[1])
         worker.standing = standing
         return standing[0] < before[0] or standing[1] < before[1]
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from cluster.bench.link_cases import CASES, LAYOUT, PEER, end_config
 from decode_worker.handoff import HandOff
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.kv.ledger import BlockLedger
 from kvrelay.kv.pool import KVPool
 from kvrelay.transport.listener import Listener

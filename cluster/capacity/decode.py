@@ -17,17 +17,15 @@ from cluster.capacity.surroundings import (
 from decode_worker import messages
 from decode_worker.batch import Running
 from decode_worker.making import make_handoff
-from decode_worker.prompts import LocalPrompt, PromptsFullError
+from decode_worker.prompts import LocalPrompt
 from decode_worker.reservation import (
-    InvalidReservationError,
     Key,
     Reservation,
     ReservationEvent,
 )
 from decode_worker.tickets import TicketSigner
-from kvrelay.draining import DrainingError
-from kvrelay.engine.sampling import SamplingParams
-from kvrelay.kv.ledger import BlockLedger, OutOfBlocksError
+from kvrelay.engine.sampling_params import SamplingParams
+from kvrelay.kv.ledger import BlockLedger
 from kvrelay.sessions import Sessions
 from kvrelay.wire import transfer_pb2, worker_pb2
 from kvrelay.wire.worker_pb2 import DecodeCommand, DecodeEvent, FailureCode
@@ -115,11 +113,8 @@ class SimDecode:
         key = (session, reserve.key)
         try:
             reservation = self._reservation(key, reserve)
-        except (DrainingError, OutOfBlocksError, PromptsFullError) as error:
-            self._sessions.fail(key, FailureCode.FAILURE_CODE_EXHAUSTED, str(error))
-            return
-        except InvalidReservationError as error:
-            self._sessions.fail(key, FailureCode.FAILURE_CODE_INVALID, str(error))
+        except tuple(messages.REFUSALS) as error:
+            self._sessions.fail(key, messages.REFUSALS[type(error)], str(error))
             return
         self._room.told(self.handoff.ledger.available)
         reserved = worker_pb2.Reserved(key=reserve.key)

@@ -19,7 +19,7 @@ from cluster.capacity.surroundings import (
     info,
 )
 from kvrelay.draining import DrainingError
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.engine.step_cost import StepFit
 from kvrelay.engine.turns import Chunk
 from kvrelay.kv.ledger import BlockLedger
@@ -127,8 +127,13 @@ class SimPrefill:
 
     def _accept(self, session: Any, prefill: worker_pb2.Prefill) -> None:
         ticket = prefill.ticket
+        key = session, prefill.key
+        decode = self._around.decode.get(ticket.decode_instance_id)
+        if decode is None:
+            self._sessions.fail(key, FailureCode.FAILURE_CODE_PEER_LOST, "no such decode worker")
+            return
         job = Job(
-            key=(session, prefill.key),
+            key=key,
             prompt=range(self._around.prompt_tokens(ticket.request_id) + prefill.answered),
             sampling=_SAMPLING,
             ticket=ticket,
@@ -143,7 +148,7 @@ class SimPrefill:
         except (DrainingError, QueueFullError) as error:
             self._sessions.fail(job.key, FailureCode.FAILURE_CODE_EXHAUSTED, str(error))
             return
-        push = _Push(job, self._around.decode[ticket.decode_instance_id])
+        push = _Push(job, decode)
         self._pushes[job] = push
         try:
             push.decode.begin(ticket, push, self)
@@ -207,16 +212,19 @@ class SimPrefill:
         tokens = sum(chunk.count for chunk in step)
         if tokens > 1:
             self._measure.step(tokens, 0, self._step_ms)
+        over = []
         for chunk in step:
             self.schedule.computed(chunk)
             push = self._pushes[chunk.job]
             push.in_step = False
             if push.over:
-                self._quiet(push)
+                over.append(push)
                 continue
             arrived_s = self._move(push, whole=chunk.is_last)
             if chunk.job.state is JobState.HANDING_OFF:
                 self._first_token(push, arrived_s)
+        for push in over:  # last: blocks that get free may begin the next step
+            self._quiet(push)
         self._compute()
 
     def _first_token(self, push: _Push, arrived_s: float) -> None:

@@ -92,7 +92,7 @@ class SimRouter:
 
     def _carry_out(self, commands: Iterable[Command]) -> None:
         for command in commands:
-            if isinstance(command, ToPrefill | ToDecode):
+            if isinstance(command, (ToPrefill, ToDecode)):
                 self._send(command.worker_id, command.command)
             elif isinstance(command, Finished):
                 self._let_go(command.request)  # that D need not keep it: nobody here would ask

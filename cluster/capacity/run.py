@@ -7,9 +7,9 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
+from operator import sub
 from random import Random
-
-import numpy as np
 
 from cluster.capacity.cluster import Cluster
 from cluster.capacity.device import DeviceProfile, HandOffTime
@@ -27,6 +27,10 @@ _SETTLE_S = 5.0  # after the last request has ended, until nothing of it is left
 _LINE_UP_S = 0.05  # before the first request comes, workers and routers have met
 _TOLD_EVERY = 2_000  # requests
 _GC = (200_000, 50, 1_000)  # garbage in circles is rare here, and looking for it dear
+
+# What those who serve have when nobody says anything else.
+_ROUTER = {name: field.default for name, field in RouterConfig.model_fields.items()}
+_WORKER = {name: field.default for name, field in WorkerConfig.model_fields.items()}
 
 OnProgress = Callable[[int], None]  # requests that have ended
 
@@ -46,18 +50,18 @@ class Setting:
     prefill: int = 1
     decode: int = 1
     routers: int = 1
-    local_prefill: LocalPrefill = "auto"
-    itl_target_ms: int = 150
-    ttft_target_ms: float = 0.0
-    tpot_target_ms: float = 0.0
+    local_prefill: LocalPrefill = _ROUTER["local_prefill"]
+    itl_target_ms: int = _WORKER["itl_target_ms"]
+    ttft_target_ms: float = _ROUTER["ttft_target_ms"]
+    tpot_target_ms: float = _ROUTER["tpot_target_ms"]
     network_ms: float = 0.1
     link: str | None = None
     block_tokens: int | None = None
     chunk_tokens: int | None = None
-    prefix_caching: bool = True
-    queue_max: int = 1024
-    queue_wait_ms: int = 120_000
-    backlog_tokens: int = 4096
+    prefix_caching: bool = _WORKER["prefix_caching"]
+    queue_max: int = _ROUTER["queue_max"]
+    queue_wait_ms: int = _ROUTER["queue_wait_ms"]
+    backlog_tokens: int = _ROUTER["prefill_backlog_tokens"]
     kill_every_s: float = 0.0
     seed: int = 0
     together: bool = True
@@ -190,12 +194,12 @@ class _Run:
         if answer:
             self._local += request.prefill_here
             # A token's id says when it was made; it reaches the router a while later.
-            stamps = np.array(answer, np.int64)
+            stamps = array("q", answer)
             began_s = self._began_s - self._around.network_s
             outcome.first_token_s = answer[0] / STAMPS_A_SECOND - began_s
             outcome.last_token_s = answer[-1] / STAMPS_A_SECOND - began_s
-            gaps_s = ((stamps[1:] - stamps[:-1]) / STAMPS_A_SECOND).astype(np.float32)
-            outcome.gaps_s = array("f", gaps_s.tobytes())
+            gaps = map(sub, islice(answer, 1, None), answer)
+            outcome.gaps_s = array("f", [gap / STAMPS_A_SECOND for gap in gaps])
             outcome.cached_tokens = request.times.cached_tokens
             outcome.prefill_ms = request.times.prefill_ms
             outcome.hand_off_ms = request.times.kv_exposed_ms

@@ -24,7 +24,6 @@ from decode_worker.slack import Slack
 from decode_worker.step import DecodeStep
 from kvrelay.engine.step_cost import StepFit
 from kvrelay.engine.turns import Chunk
-from kvrelay.wire import worker_pb2
 from kvrelay.wire.worker_pb2 import DecodeEvent
 
 
@@ -283,20 +282,22 @@ class SimSteps:
 
     def _say(self, outputs: Sequence[Output]) -> None:
         """One message for each router: all tokens up to these that it has not been told."""
-        by_session: dict[Any, list[worker_pb2.SequenceOutput]] = {}
+        by_session: dict[Any, DecodeEvent] = {}
         for output in outputs:
             session, number = output.key
             playing = self._played.sequences[output.key]
             first, playing.sent = playing.sent, output.offset + 1
-            word = worker_pb2.SequenceOutput(
+            event = by_session.get(session)
+            if event is None:
+                event = by_session[session] = DecodeEvent()
+            event.step.outputs.add(
                 key=number,
                 offset=first,
                 token_ids=playing.running.answer[first : playing.sent],
                 ending=messages.ENDINGS[output.ending],
             )
-            by_session.setdefault(session, []).append(word)
-        for session, words in by_session.items():
-            self._send(session, DecodeEvent(step=worker_pb2.StepOutput(outputs=words)))
+        for session, event in by_session.items():
+            self._send(session, event)
 
 
 def _so_far(running: Running) -> Output:

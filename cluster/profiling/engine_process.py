@@ -57,7 +57,8 @@ class _Engine:
 
     def step(self, shape: StepShape) -> Callable[[], object]:
         """Does one, up to the tokens chosen: of every sequence, and of each prompt the first."""
-        from kvrelay.engine.sampling import SamplingParams, sample
+        from kvrelay.engine.sampling import sample
+        from kvrelay.engine.sampling_params import SamplingParams
 
         slices = list(self._slices(shape))
         wanted = [True] * len(slices)

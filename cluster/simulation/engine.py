@@ -14,7 +14,7 @@ from cluster.simulation.memory import BLOCK_SIZE, SimPool
 from cluster.simulation.model import EOS, sample
 from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.host import EngineHost
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.engine.step import CancelFlag, Slice, StepCancelledError
 from kvrelay.engine.step_cost import StepCost, StepFit
 

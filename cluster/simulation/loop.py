@@ -39,8 +39,10 @@ class Timeline:
     def put(self, when_s: float, loop: "ProcessLoop | None", handle: Any) -> None:
         """handle: an asyncio.Handle for a process, a function for none; None only wakes."""
         self._number += 1
-        tie = self._shuffle.random() if self._shuffle is not None else 0.0
-        heapq.heappush(self._heap, (max(when_s, self.now_s), tie, self._number, loop, handle))
+        tie = 0.0 if self._shuffle is None else self._shuffle.random()
+        if when_s < self.now_s:
+            when_s = self.now_s
+        heapq.heappush(self._heap, (when_s, tie, self._number, loop, handle))
 
     def call_at(self, when_s: float, call: Callable[[], None]) -> None:
         """For whoever simulates: outside of every process."""

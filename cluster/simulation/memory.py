@@ -84,7 +84,7 @@ class SimPool(KVPool):
     def owner(self, block: int) -> object:
         """Whoever may write it; None for nobody."""
         assert self.ledger is not None
-        owners = self.ledger._owners.get(block, ())
+        owners = self.ledger.owners(block)
         return next(iter(owners)) if len(owners) == 1 else None
 
     def check_leave(self, block: int, owner: object, kind: str) -> None:

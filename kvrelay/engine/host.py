@@ -17,7 +17,8 @@ from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
 from kvrelay.engine.cores import CoreBoard
 from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.runner import ModelRunner, UnsupportedModelError
-from kvrelay.engine.sampling import SamplingParams, sample
+from kvrelay.engine.sampling import sample
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.engine.step import CancelFlag, Slice
 from kvrelay.engine.step_cost import StepFit
 from kvrelay.failpoints import Failpoints, Point

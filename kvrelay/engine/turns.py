@@ -26,7 +26,7 @@ class PromptJob(Protocol):
 J = TypeVar("J", bound=PromptJob)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Chunk(Generic[J]):
     """Prompt tokens start .. start + count of one job, computed in one step."""
 

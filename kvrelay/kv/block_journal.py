@@ -6,13 +6,12 @@ memory is bounded: whoever has too much to tell says everything anew.
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from typing import NamedTuple
 
 NAMES_MAX = 65_536  # gathered changes; 1 MiB of names
 
 
-@dataclass(frozen=True)
-class Changes:
+class Changes(NamedTuple):
     """everything: `added` is all there is; what was known before is void."""
 
     everything: bool

@@ -54,6 +54,15 @@ MOVES: dict[tuple[BlockState, BlockEvent], BlockState] = {
 }
 
 
+# What is known of one block: its state and its owners. Of several owners they are a set, which is
+# this block's alone; all blocks that came to one owner together share the whole, so that they are
+# soon seen to be alike.
+_Holding = tuple[BlockState, tuple[object, ...] | set[object]]
+
+_FREE: _Holding = (BlockState.FREE, ())
+_UNUSED: _Holding = (BlockState.CACHED, ())
+
+
 class OutOfBlocksError(Exception):
     """Not enough free blocks now; nothing was reserved."""
 
@@ -71,10 +80,7 @@ class BlockLedger:
 
     def __init__(self, total: int) -> None:
         self.total = total
-        self._states = [BlockState.FREE] * total
-        # Of blocks that have any. One owner is a tuple, which all blocks that came to it together
-        # share, so that they are soon seen to be alike; several are a set.
-        self._owners: dict[int, tuple[object] | set[object]] = {}
+        self._held = [_FREE] * total
         self._free = list(range(total - 1, -1, -1))
         self._counts = Counter({BlockState.FREE: total})
         self._unused = 0  # cached without a user
@@ -89,10 +95,14 @@ class BlockLedger:
         return len(self._free) + self._unused
 
     def state(self, block: int) -> BlockState:
-        return self._states[block]
+        return self._held[block][0]
+
+    def owners(self, block: int) -> Collection[object]:
+        """None of a free block, any number of a cached one, else one."""
+        return self._held[block][1]
 
     def is_used(self, block: int) -> bool:
-        return block in self._owners
+        return bool(self._held[block][1])
 
     def reserve(self, owner: object, count: int) -> list[int]:
         """Gives `count` blocks to `owner`, all or nothing.
@@ -107,8 +117,7 @@ class BlockLedger:
         blocks = self._free[-count:]
         blocks.reverse()
         del self._free[-count:]
-        self._owners.update(dict.fromkeys(blocks, (owner,)))
-        self._set(blocks, BlockState.FREE, BlockState.RESERVED)
+        self._set(blocks, BlockState.FREE, (BlockState.RESERVED, (owner,)))
         return blocks
 
     def move(self, owner: object, blocks: Sequence[int], event: BlockEvent) -> None:
@@ -119,15 +128,15 @@ class BlockLedger:
         if not blocks:
             return
         if self._are_alike(owner, blocks, event):
-            self._move_alike(blocks, event)
+            self._move_alike(owner, blocks, event)
             return
         targets = [self._target(owner, block, event) for block in blocks]
         if len(set(blocks)) != len(blocks):
             raise IllegalMoveError(f"{event.name}: a block is named twice in {list(blocks)}")
         for block, target in zip(blocks, targets, strict=True):
+            state = self._held[block][0]
             self._unused -= self._is_unused(block)
-            self._set_owners(owner, block, event, target)
-            self._set([block], self._states[block], target)
+            self._set([block], state, (target, self._owners_after(owner, block, event, target)))
             self._unused += self._is_unused(block)
             if target is BlockState.FREE:
                 self._free.append(block)
@@ -137,43 +146,50 @@ class BlockLedger:
         every call is about, and quickly found out. False where that is not sure."""
         if event is BlockEvent.SHARE or event is BlockEvent.RESERVE:
             return False
-        if min(blocks) < 0 or max(blocks) >= self.total or len(set(blocks)) < len(blocks):
+        if min(blocks) < 0 or len(set(blocks)) < len(blocks):
             return False
-        states, owner_of = self._states, self._owners.get
-        state, held = states[blocks[0]], owner_of(blocks[0])
-        mine = held is None if event is BlockEvent.EVICT else held == (owner,)
-        if not mine or (state, event) not in MOVES:
+        try:
+            held = list(map(self._held.__getitem__, blocks))
+        except IndexError:
             return False
-        count = len(blocks)
-        return (
-            list(map(states.__getitem__, blocks)).count(state) == count
-            and list(map(owner_of, blocks)).count(held) == count
-        )
+        first = held[0]
+        owners = () if event is BlockEvent.EVICT else (owner,)
+        if first[1] != owners or (first[0], event) not in MOVES:
+            return False
+        return held.count(first) == len(blocks)
 
-    def _move_alike(self, blocks: Sequence[int], event: BlockEvent) -> None:
-        state = self._states[blocks[0]]
+    def _move_alike(self, owner: object, blocks: Sequence[int], event: BlockEvent) -> None:
+        state = self._held[blocks[0]][0]
         target = MOVES[state, event]
-        self._set(blocks, state, target)
         if event is BlockEvent.EVICT:
             self._unused -= len(blocks)
         elif event is BlockEvent.UNSHARE:
             self._unused += len(blocks)
         if target is BlockState.FREE:
             self._free.extend(blocks)
-        if event is not BlockEvent.EVICT and (
-            target is BlockState.FREE or event is BlockEvent.UNSHARE
-        ):
-            for block in blocks:
-                del self._owners[block]
+            after = _FREE
+        else:
+            after = _UNUSED if event is BlockEvent.UNSHARE else (target, (owner,))
+        self._set(blocks, state, after)
 
-    def cached(self, blocks: Iterable[int]) -> tuple[list[int], list[int]]:
+    def cached(self, blocks: Sequence[int]) -> tuple[list[int], list[int]]:
         """Those of `blocks` that are cached, and the others; each in order."""
-        states, is_cached = self._states, BlockState.CACHED
+        held, is_cached = self._held, BlockState.CACHED
+        count = [held[block][0] for block in blocks].count(is_cached)
+        if not count:
+            return [], list(blocks)
+        if count == len(blocks):
+            return list(blocks), []
         inside: list[int] = []
         outside: list[int] = []
         for block in blocks:
-            (inside if states[block] is is_cached else outside).append(block)
+            (inside if held[block][0] is is_cached else outside).append(block)
         return inside, outside
+
+    def without_owner(self, blocks: Iterable[int]) -> list[int]:
+        """Those of `blocks` that are nobody's, in order."""
+        held = self._held
+        return [block for block in blocks if not held[block][1]]
 
     def counts(self) -> dict[BlockState, int]:
         """Blocks in each state; they add up to `total`."""
@@ -181,28 +197,25 @@ class BlockLedger:
 
     def check(self) -> None:
         """Raises AssertionError when the books do not balance. Called after every test."""
-        assert Counter(self._states) == +self._counts, (self._counts, Counter(self._states))
+        states = [state for state, _ in self._held]
+        assert Counter(states) == +self._counts, (self._counts, Counter(states))
         assert sum(self._counts.values()) == self.total
-        assert sorted(self._free) == [
-            block for block, state in enumerate(self._states) if state is BlockState.FREE
-        ]
-        assert all(self._owners.values()), self._owners
+        free = [block for block, state in enumerate(states) if state is BlockState.FREE]
+        assert sorted(self._free) == free
         unused = 0
-        for block, state in enumerate(self._states):
-            owners = len(self._owners.get(block, ()))
+        for block, (state, owners) in enumerate(self._held):
             if state is BlockState.CACHED:
-                unused += owners == 0
+                unused += not owners
             else:
-                assert owners == (state is not BlockState.FREE), (block, state, owners)
+                assert len(owners) == (state is not BlockState.FREE), (block, state, owners)
         assert unused == self._unused, (unused, self._unused)
 
     def _target(self, owner: object, block: int, event: BlockEvent) -> BlockState:
         if not 0 <= block < self.total:
             raise IllegalMoveError(f"block {block} is not one of the {self.total}")
-        state = self._states[block]
+        state, owners = self._held[block]
         if event is BlockEvent.RESERVE or (state, event) not in MOVES:
             raise IllegalMoveError(f"block {block} is {state.name}: no {event.name} from there")
-        owners = self._owners.get(block, ())
         if event is BlockEvent.EVICT:
             if owners:
                 raise IllegalMoveError(f"block {block} is used by {_names(owners)}: no EVICT")
@@ -213,29 +226,32 @@ class BlockLedger:
             raise IllegalMoveError(f"block {block} belongs to {_names(owners)}, not {owner}")
         return MOVES[state, event]
 
-    def _set_owners(self, owner: object, block: int, event: BlockEvent, target: BlockState) -> None:
-        owners = self._owners.get(block, ())
+    def _owners_after(
+        self, owner: object, block: int, event: BlockEvent, target: BlockState
+    ) -> tuple[object, ...] | set[object]:
+        owners = self._held[block][1]
         if event is BlockEvent.SHARE:
-            if isinstance(owners, set):
-                owners.add(owner)
-            else:
-                self._owners[block] = {*owners, owner} if owners else (owner,)
+            if not isinstance(owners, set):
+                return {*owners, owner} if owners else (owner,)
+            owners.add(owner)
         elif event is BlockEvent.UNSHARE and len(owners) > 1:
             assert isinstance(owners, set)
             owners.discard(owner)
         elif event is BlockEvent.UNSHARE or target is BlockState.FREE:
-            self._owners.pop(block, None)
+            return ()
+        return owners
 
     def _is_unused(self, block: int) -> bool:
-        return self._states[block] is BlockState.CACHED and block not in self._owners
+        state, owners = self._held[block]
+        return state is BlockState.CACHED and not owners
 
-    def _set(self, blocks: Sequence[int], state: BlockState, target: BlockState) -> None:
+    def _set(self, blocks: Sequence[int], state: BlockState, after: _Holding) -> None:
         """All of them are in `state`."""
-        states = self._states
+        held = self._held
         for block in blocks:
-            states[block] = target
+            held[block] = after
         self._counts[state] -= len(blocks)
-        self._counts[target] += len(blocks)
+        self._counts[after[0]] += len(blocks)
 
     def __repr__(self) -> str:
         counts = " ".join(f"{state.value}={n}" for state, n in self.counts().items() if n)

@@ -20,7 +20,7 @@ class PrefixCache:
         self.ledger = ledger
         self._block_of: dict[bytes, int] = {}
         self.journal = BlockJournal(self._block_of)  # told of every name that comes or goes
-        self._hash_of: dict[int, bytes] = {}
+        self._hash_of: list[bytes | None] = [None] * ledger.total  # by block
         self._in_doubt: set[int] = set()  # forgotten while somebody used them
         # In the order of eviction: children before their parents.
         self._unused: OrderedDict[int, None] = OrderedDict()
@@ -100,7 +100,9 @@ class PrefixCache:
         new = self._new(blocks[first:end], hashes[first:end])
         self.ledger.move(owner, list(new.values()), BlockEvent.CACHE)
         self._block_of.update(new)
-        self._hash_of.update(zip(new.values(), new, strict=True))
+        hash_of = self._hash_of
+        for name, block in new.items():
+            hash_of[block] = name
         self.journal.add(new)
 
     def _new(self, blocks: Sequence[int], hashes: Sequence[bytes]) -> dict[bytes, int]:
@@ -110,13 +112,13 @@ class PrefixCache:
         new: dict[bytes, int] = {}
         for block, name in zip(blocks, hashes, strict=True):
             if self.ledger.state(block) is BlockState.CACHED:
-                if block not in self._hash_of:
+                if self._hash_of[block] is None:
                     break
             elif name not in self._block_of:
                 new.setdefault(name, block)
         return new
 
-    def private(self, blocks: Iterable[int]) -> list[int]:
+    def private(self, blocks: Sequence[int]) -> list[int]:
         """Those of somebody's blocks that nobody else may read."""
         return self.ledger.cached(blocks)[1]
 
@@ -130,9 +132,7 @@ class PrefixCache:
         shared, private = self.ledger.cached(blocks)
         self.ledger.move(owner, private, event)
         self.ledger.move(owner, shared, BlockEvent.UNSHARE)
-        for block in reversed(shared):
-            if not self.ledger.is_used(block):
-                self._rest(block)
+        self._rest(self.ledger.without_owner(reversed(shared)))
         # The chain may name blocks that others have put here, and that this owner had twice:
         # they too must outlive their children.
         named = list(map(self._block_of.get, hashes))
@@ -148,7 +148,7 @@ class PrefixCache:
             block = self._block_of.pop(name, None)
             if block is None:
                 continue
-            del self._hash_of[block]
+            self._hash_of[block] = None
             self.journal.remove([name])
             if block in self._unused:
                 del self._unused[block]
@@ -159,26 +159,35 @@ class PrefixCache:
     def check(self) -> None:
         """Raises AssertionError when index and ledger differ. Called after every test."""
         self.ledger.check()
-        assert {block: name for name, block in self._block_of.items()} == self._hash_of
+        named = {block: name for block, name in enumerate(self._hash_of) if name is not None}
+        assert {block: name for name, block in self._block_of.items()} == named
         cached = {b for b in range(self.ledger.total) if self.ledger.state(b) is BlockState.CACHED}
         unused = {block for block in cached if not self.ledger.is_used(block)}
         assert unused == set(self._unused)
-        assert unused <= set(self._hash_of) <= cached
-        assert self._in_doubt == cached - set(self._hash_of)
+        assert unused <= named.keys() <= cached
+        assert self._in_doubt == cached - named.keys()
 
-    def _rest(self, block: int) -> None:
-        if block in self._hash_of:
-            self._unused[block] = None
-        else:
-            self._in_doubt.remove(block)
-            self.ledger.move(None, [block], BlockEvent.EVICT)
+    def _rest(self, blocks: Sequence[int]) -> None:
+        """Nobody uses these any more; children come before their parents."""
+        if not self._in_doubt:  # nearly always
+            self._unused.update(dict.fromkeys(blocks))
+            return
+        for block in blocks:
+            if self._hash_of[block] is not None:
+                self._unused[block] = None
+            else:
+                self._in_doubt.remove(block)
+                self.ledger.move(None, [block], BlockEvent.EVICT)
 
     def _evict(self, count: int) -> None:
         if count <= 0:
             return
         blocks = [self._unused.popitem(last=False)[0] for _ in range(count)]
-        names = [self._hash_of.pop(block) for block in blocks]
-        for name in names:
+        names = []
+        for block in blocks:
+            name, self._hash_of[block] = self._hash_of[block], None
+            assert name is not None, "forgotten blocks do not wait for their eviction"
             del self._block_of[name]
+            names.append(name)
         self.journal.remove(names)
         self.ledger.move(None, blocks, BlockEvent.EVICT)

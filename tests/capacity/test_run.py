@@ -112,6 +112,14 @@ def test_every_request_ends_although_workers_are_killed(device):
         assert min(outcome.gaps_s, default=0) >= 0
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_prompt_that_is_given_up_amid_a_step_leaves_the_others_of_that_step_alone(device, seed):
+    """Several prompts in most steps, and workers die all the time."""
+    setting = Setting(device, 6, 6, kill_every_s=0.3, chunk_tokens=256, checked=True, seed=seed)
+    played = simulate(setting, mixed(200, rate=40.0))
+    assert len(played.outcomes) == 200  # however they ended
+
+
 def test_with_a_target_prompts_on_a_decode_worker_wait_until_answers_can_afford_them(device):
     asks = [Ask(0.0, 16, 60)] + [Ask(0.1 + 0.05 * n, 300, 2) for n in range(2)]
     target_ms = 8.0

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from waiting import until
 
 from kvrelay.client import AsyncClient, Completion
-from kvrelay.engine.sampling import SamplingParams, sample
+from kvrelay.engine.sampling import sample
+from kvrelay.engine.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

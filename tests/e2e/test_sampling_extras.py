@@ -24,7 +24,8 @@ from waiting import until
 
 from decode_worker.service import DecodeService
 from kvrelay.client import AsyncClient, Completion
-from kvrelay.engine.sampling import SamplingParams, sample
+from kvrelay.engine.sampling import sample
+from kvrelay.engine.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -6,7 +6,7 @@ import pytest
 from kv_fixtures import sampling
 
 from kvrelay.engine.history import TokenHistory
-from kvrelay.engine.sampling import history_of
+from kvrelay.engine.sampling_params import history_of
 
 
 def counted(history: TokenHistory) -> dict[int, int]:

@@ -9,7 +9,8 @@ import torch
 from kv_fixtures import sampling
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
-from kvrelay.engine.sampling import SamplingParams, history_of, sample
+from kvrelay.engine.sampling import sample
+from kvrelay.engine.sampling_params import SamplingParams, history_of
 from kvrelay.wire import worker_pb2
 
 VOCAB = 40

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kv_fixtures import sampling
 
-from kvrelay.engine.sampling import SamplingParams, sample, uniform
+from kvrelay.engine.sampling import sample, uniform
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.wire import worker_pb2
 
 LOGITS = torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])

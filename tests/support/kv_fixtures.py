@@ -18,7 +18,7 @@ import numpy as np
 from decode_worker.handoff import HandOff
 from decode_worker.reservation import Key, ReservationEvent
 from kvrelay.config import WorkerConfig
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.kv.layout import KVLayout
 from kvrelay.kv.ledger import BlockLedger
 from kvrelay.kv.pool import KVPool

@@ -16,7 +16,7 @@ from nccl_double import DoubleNccl
 
 from decode_worker.handoff import HandOff
 from decode_worker.reservation import ReservationEvent
-from kvrelay.engine.sampling import SamplingParams
+from kvrelay.engine.sampling_params import SamplingParams
 from kvrelay.kv.ledger import BlockLedger, BlockState
 from kvrelay.kv.pool import KVPool
 from kvrelay.transport.listener import Listener

@@ -170,7 +170,7 @@ def a_cached_block_is_evicted_while_it_is_read(patch: Any) -> None:
 
     def by_anybody(self: BlockLedger, owner: Any, block: int, event: BlockEvent) -> BlockState:
         if event is BlockEvent.EVICT:
-            self._owners.pop(block, None)
+            self._held[block] = self._held[block][0], ()
             return BlockState.FREE
         return target(self, owner, block, event)
 
