@@ -63,7 +63,9 @@ class RouterProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # Ctrl-C in a terminal is for us; we tell the router
+            # Ctrl-C in a terminal is for us; we tell the router. Not in a session of its own: Linux
+            # shares out cores by session, and there workers' steps keep the router from them.
+            process_group=0,
         )
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
