@@ -17,6 +17,8 @@ from kvrelay.config import TPOT_SHARE
 from kvrelay.engine.step_cost import StepFit
 
 _CATCH_UP_STEPS = 4  # in which an answer that has waited for a step is to be in time again
+_PAUSE_SHARE = 0.85  # of the target: whoever pauses on purpose keeps what a hand-off, and a step
+# that the system holds up, may take; a short answer has no later steps to make up for them
 _QUIET_MS = 50.0  # an answer that is not expected yet does not come sooner: its prompt takes longer
 
 
@@ -88,8 +90,10 @@ class Slack:
     ) -> float:
         """How long the next step may wait; 0 without a target, or with nobody who can meet it. So
         that gaps are even, it ends within the target: what has been saved is not spent on one."""
-        left_ms = self.room(running, now_ms, fit, coming).left_ms
-        if left_ms == inf:
+        if not self.target_ms:
             return 0.0
-        plain_ms = fit.cost.predict_ms(0, len(running))
-        return max(0.0, min(left_ms, TPOT_SHARE * self.target_ms) - plain_ms)
+        most_ms = _PAUSE_SHARE * self.target_ms
+        room = step_room(running, now_ms, most_ms / TPOT_SHARE, fit, coming=coming)
+        if room.left_ms == inf:
+            return 0.0
+        return max(0.0, min(room.left_ms, most_ms) - fit.cost.predict_ms(0, len(running)))

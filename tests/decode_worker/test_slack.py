@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from kv_fixtures import sampling
 
 from decode_worker.batch import Running
-from decode_worker.slack import ENDLESS, Slack, step_room
+from decode_worker.slack import _PAUSE_SHARE, ENDLESS, Slack, step_room
 from kvrelay.config import TPOT_SHARE
 from kvrelay.engine.step_cost import StepCost, StepFit
 
@@ -101,7 +101,7 @@ def test_no_answer_misses_the_target_because_of_chunks(chunk_ms, max_tokens, joi
 # ---- pauses
 
 
-def pause_ms(*running: Running, target_ms: float = TARGET_MS) -> float:
+def pause_ms(*running: Running, target_ms: float = 10 / _PAUSE_SHARE) -> float:
     return Slack(target_ms).pause_ms(running, 1000.0, fit_of(), coming=0)
 
 
