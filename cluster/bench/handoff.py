@@ -47,6 +47,7 @@ def bench_hand_off(
         quantize=quantize,
         chunk_tokens=_CHUNK_TOKENS,
         local_prefill="never",
+        lend_cores=False,  # as the runner beside it
     )
     choice = EngineChoice(quantize, "auto", options.threads_each)
     serving = Serving(model, options)

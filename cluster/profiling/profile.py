@@ -55,6 +55,7 @@ class ProfileAsk:
             quantize=self.quantize,
             kv_dtype=self.kv_dtype,
             threads=self.threads,
+            lend_cores=False,  # the simulator's workers have only their own
             kv_gib=self.kv_gib,
             chunk_tokens=self.chunk_tokens,
             local_prefill="never",

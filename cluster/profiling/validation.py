@@ -57,6 +57,7 @@ class ValidationAsk:
             quantize=self.quantize,
             kv_dtype=self.kv_dtype,
             threads=self.threads,
+            lend_cores=False,  # nor do simulated workers
             kv_gib=profile.kv_blocks * profile.block_bytes / (1 << 30),
             chunk_tokens=profile.chunk_tokens,
             local_prefill=self.local_prefill,

@@ -48,7 +48,7 @@ ARRANGEMENTS = (
         DISAGGREGATED,
         prefill=1,
         local_prefill="never",
-        meaning="a prefill worker and a decode worker, half of the cores each",
+        meaning="a prefill worker and a decode worker, half of the cores each, which they lend each other",
     ),
     Arrangement(
         ADAPTIVE,
