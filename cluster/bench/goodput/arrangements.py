@@ -48,7 +48,7 @@ ARRANGEMENTS = (
         DISAGGREGATED,
         prefill=1,
         local_prefill="never",
-        meaning="a prefill worker and a decode worker, half of the cores each, which they lend each other",
+        meaning="a prefill and a decode worker, half of the cores each, lent while they are idle",
     ),
     Arrangement(
         ADAPTIVE,
