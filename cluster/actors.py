@@ -69,6 +69,8 @@ class WorkerActor:
             pin(self._config.cores)
         except OSError as error:  # slower, but it serves
             log.warning("%s worker is not pinned to cores %s: %s", self._role, cores, error)
+            # Nor can anybody be told when it computes there.
+            self._config = self._config.model_copy(update={"cores": (), "borrows": ()})
             return
         plural = "" if threads == 1 else "s"
         log.info("%s worker on cores %s (%d thread%s)", self._role, cores, threads, plural)

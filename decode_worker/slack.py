@@ -86,14 +86,21 @@ class Slack:
         return step_room(running, now_ms, self.target_ms, fit, coming=coming, receives=receives)
 
     def pause_ms(
-        self, running: Sequence[Running], now_ms: float, fit: StepFit, coming: int
+        self,
+        running: Sequence[Running],
+        now_ms: float,
+        fit: StepFit,
+        coming: int,
+        last_ended_ms: float,
     ) -> float:
-        """How long the next step may wait; 0 without a target, or with nobody who can meet it. So
-        that gaps are even, it ends within the target: what has been saved is not spent on one."""
+        """How long the next step may wait; 0 without a target, or with nobody who can meet it. It
+        ends within the target from the last one's end on: gaps are even, and what has been saved
+        is not spent on one of them."""
         if not self.target_ms:
             return 0.0
         most_ms = _PAUSE_SHARE * self.target_ms
         room = step_room(running, now_ms, most_ms / TPOT_SHARE, fit, coming=coming)
         if room.left_ms == inf:
             return 0.0
-        return max(0.0, min(room.left_ms, most_ms) - fit.cost.predict_ms(0, len(running)))
+        until_ms = min(now_ms + room.left_ms, last_ended_ms + most_ms)
+        return max(0.0, until_ms - now_ms - fit.cost.predict_ms(0, len(running)))

@@ -7,7 +7,6 @@ or leave when they are let go of. What each step computes is decided by Batch an
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 from decode_worker import messages
 from decode_worker.batch import Batch, Ending, Output, Running
@@ -29,6 +28,7 @@ from kvrelay.wire.worker_pb2 import DecodeEvent, FailureCode
 log = logging.getLogger(__name__)
 
 _PAUSE_MIN_MS = 1.0  # a shorter one is over before anybody has come
+_PAUSE_LOOK_MS = 3.0  # until it looks again whether there is still somebody to pause for
 
 
 class StepLoop:
@@ -61,19 +61,18 @@ class StepLoop:
         self._failpoints = failpoints
         self._in_step: set[Key] = set()
         self._work = asyncio.Event()
+        self._step_ended_ms = 0.0
 
     async def run(self) -> None:
         """Never returns. Raises EngineHangsError: the worker is lost."""
         while True:
+            if pause_ms := self._pause_ms():
+                await asyncio.sleep(min(pause_ms, _PAUSE_LOOK_MS) / 1000)
+                continue
             step = self._next_step()
             if not step:
                 self._work.clear()
                 await self._work.wait()
-                continue
-            if pause_ms := self._pause_ms(step):
-                self._work.clear()
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._work.wait(), pause_ms / 1000)
                 continue
             self._begins(step)
             try:
@@ -104,11 +103,13 @@ class StepLoop:
         room = self._slack.room(running, now_ms(), fit, self._coming)
         return DecodeStep(running, self._prompts.next_chunks(len(running), fit, room))
 
-    def _pause_ms(self, step: DecodeStep) -> float:
-        """How long this worker's cores are lent before a step; 0: not, or no longer."""
-        if step.chunks or not self._engine.neighbour_computes:
+    def _pause_ms(self) -> float:
+        """How long this worker's cores are lent before the next step; 0: not, or no longer."""
+        if not len(self._batch) or len(self._prompts) or not self._engine.neighbour_computes:
             return 0.0
-        pause_ms = self._slack.pause_ms(step.running, now_ms(), self._engine.fit, self._coming)
+        pause_ms = self._slack.pause_ms(
+            self._batch.next_step(), now_ms(), self._engine.fit, self._coming, self._step_ended_ms
+        )
         return pause_ms if pause_ms >= _PAUSE_MIN_MS else 0.0
 
     @property
@@ -207,7 +208,8 @@ class StepLoop:
 
     def _engine_idle(self, step: DecodeStep) -> None:
         """Frees what was aborted while the step ran."""
-        self._handoff.engine_moved(now_ms())
+        self._step_ended_ms = now_ms()
+        self._handoff.engine_moved(self._step_ended_ms)
         for key in step.keys:
             self._in_step.discard(key)
             if self._handoff.is_aborting(key):

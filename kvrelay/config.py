@@ -4,9 +4,9 @@ Every limit of the system has its name and default here. Unknown keys are refuse
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvrelay.failpoints import Failpoint
 
@@ -53,6 +53,14 @@ class WorkerConfig(_Frozen):
 
     chunk_tokens: int = Field(default=256, ge=1)  # longest time a cancel waits for the engine
     failpoints: tuple[Failpoint, ...] = ()  # for tests alone: where the worker dies, hangs, fails
+
+    @model_validator(mode="after")
+    def _check_cores(self) -> Self:
+        if self.borrows and not self.cores:
+            raise ValueError("borrows: only a worker with cores of its own borrows others")
+        if set(self.borrows) & set(self.cores):
+            raise ValueError("borrows: these are its own cores")
+        return self
 
     # Prefill
     jobs_max: int = 1024

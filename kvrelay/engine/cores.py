@@ -1,61 +1,120 @@
 """Which cores of a host compute now, so that workers may lend them to each other.
 
 All workers of one run map the same small file. EngineHost owns a CoreBoard: it says when its steps
-begin and end, and its team has helpers on the cores of the neighbour.
+begin and end, and its team has helpers, guests, on the cores of its neighbour.
 """
 
+import logging
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from kvrelay.engine.kernels.threads import Guest, wait_for_guest
+from kvrelay.engine.kernels.threads import Guest, read_flag, sleep_us, write_flag
 from kvrelay.engine.shapes import LINE_BYTES
 
-_CORES_MAX = 4096
+log = logging.getLogger(__name__)
+
+_CORES_MAX = 1024
+_STEP_MS_MAX = 1000.0  # a neighbour that has been in a step for longer is dead, or stands still
+_GUEST_MS_MAX = (
+    1.0  # a guest has a piece of some 50 µs in hand; one that stands still has it longer
+)
+_GUEST_LOOK_US = 10
+
+
+def clock_ms() -> float:
+    return time.monotonic() * 1000
 
 
 class CoreBoard:
     """own: the cores of this worker; borrowed: those of its neighbour.
 
-    A worker that dies in a step leaves its cores marked until it is replaced: nobody borrows them.
+    Of each core the file has the time at which its owner's step began, in ms of a clock that all
+    processes share, 0 between steps; and how many guests have work of another worker in hand.
+
+    Raises OSError when the file cannot be had.
     """
 
-    def __init__(self, path: Path, own: Sequence[int], borrowed: Sequence[int]) -> None:
-        self._borrowed = borrowed
+    def __init__(
+        self,
+        path: Path,
+        own: Sequence[int],
+        borrowed: Sequence[int],
+        clock: Callable[[], float] = clock_ms,
+    ) -> None:
+        if max(*own, *borrowed) >= _CORES_MAX:
+            raise OSError(f"cores beyond {_CORES_MAX}")
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(file, _CORES_MAX * LINE_BYTES)
+            # Not ftruncate: a full disk would show as a signal, at some later write.
+            os.posix_fallocate(file, 0, _CORES_MAX * LINE_BYTES)
             shared = mmap.mmap(file, _CORES_MAX * LINE_BYTES)
         finally:
             os.close(file)
-        lines = np.frombuffer(shared, np.int64).reshape(_CORES_MAX, -1)
-        self._marks, self._guests = lines[:, 0], lines[:, 1]
-        self._own = list(own)
-        self._marks[self._own] = 0
-        self._guests[list(borrowed)] = 0
+        self._lines = np.frombuffer(shared, np.int64).reshape(_CORES_MAX, -1)
+        self._clock = clock
+        self._own = [self._step_at(core) for core in own]
+        self._borrowed = list(borrowed)
+        self._guests = [self._guest_at(core) for core in own]
+        self._stuck: set[int] = set()  # guests that stood still when last looked at
+        self._mark(0)
+        for core in borrowed:  # a worker that was here before may have left its guests'
+            write_flag(self._guest_at(core), 0)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Around a step."""
-        self._marks[self._own] = 1
-        for core in self._own:
-            wait_for_guest(self._guests[core:].ctypes.data)
+        """Around a step. Waits first until the guests on these cores have nothing in hand, a
+        millisecond at most: one put aside in the middle of a piece holds up its whole team."""
         try:
+            self._mark(max(1, int(self._clock())))
+            self._wait_for_guests()
             yield
         finally:
-            self._marks[self._own] = 0
+            self._mark(0)
 
     @property
     def neighbour_computes(self) -> bool:
-        return bool(self._marks[list(self._borrowed)].any())
+        """A worker with guests on these cores is in a step, and has not been for too long."""
+        since_ms = max(read_flag(self._step_at(core)) for core in self._borrowed)
+        return bool(since_ms) and self._clock() - since_ms < _STEP_MS_MAX
 
     def guests(self) -> list[Guest]:
         """For a Team, which must not outlive this board."""
-        return [
-            Guest(core, self._marks[core:].ctypes.data, self._guests[core:].ctypes.data)
-            for core in self._borrowed
-        ]
+        return [Guest(core, self._step_at(core), self._guest_at(core)) for core in self._borrowed]
+
+    def _mark(self, value: int) -> None:
+        for address in self._own:
+            write_flag(address, value)
+
+    def _wait_for_guests(self) -> None:
+        until_ms = self._clock() + _GUEST_MS_MAX
+        for guest in self._guests:
+            # Below 0: one of a worker that was replaced has left after its count was reset.
+            while read_flag(guest) > 0 and guest not in self._stuck:
+                if self._clock() > until_ms:
+                    self._stuck.add(guest)
+                sleep_us(_GUEST_LOOK_US)
+            if read_flag(guest) <= 0:
+                self._stuck.discard(guest)
+
+    def _step_at(self, core: int) -> int:
+        return int(self._lines[core:].ctypes.data)
+
+    def _guest_at(self, core: int) -> int:
+        return self._step_at(core) + self._lines.itemsize
+
+
+def open_board(path: Path, own: Sequence[int], borrowed: Sequence[int]) -> CoreBoard | None:
+    """None where nothing is borrowed, or can be: it is slower, but serves."""
+    if not borrowed:
+        return None
+    try:
+        return CoreBoard(path, own, borrowed)
+    except OSError as error:
+        log.warning("no cores are lent or borrowed: %s", error)
+        return None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kvrelay.engine.kernels import llama, paged
-from kvrelay.engine.kernels.threads import Team, aligned
+from kvrelay.engine.kernels.threads import GUEST_ROWS_MIN, Team, aligned
 from kvrelay.engine.kernels.tiles import LINEAR, ROW_BLOCK
 from kvrelay.engine.kernels.vector import LANES
 from kvrelay.engine.packed import linear_record
@@ -18,8 +18,6 @@ from kvrelay.engine.step import CancelFlag, Slice, StepCancelledError
 from kvrelay.kv.pool import KVPool
 
 _ROPE_ROWS = 1024
-_ROWS_SHARED_MIN = 32  # of a step, for helpers on cores of somebody else: fewer would wake them in
-# vain, for one core reads weights nearly as fast as two
 
 
 class FusedModel:
@@ -123,7 +121,7 @@ class FusedModel:
         self._decoded = plan.decodes
         self._team.run(
             lambda thread, number: llama.run_step(thread, number, *arguments),
-            with_guests=len(plan.tokens) >= _ROWS_SHARED_MIN,
+            with_guests=len(plan.tokens) >= GUEST_ROWS_MIN,
         )
         if cancelled.is_set() and room.stopped:
             raise StepCancelledError

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kvrelay.engine.attention import paged_step, run_paged
 from kvrelay.engine.kernels import rows
-from kvrelay.engine.kernels.threads import Team, aligned
+from kvrelay.engine.kernels.threads import GUEST_ROWS_MIN, Team, aligned
 from kvrelay.engine.kernels.tiles import BUFFER, linear, run_linear
 from kvrelay.engine.packed import linear_record, pack
 from kvrelay.engine.probe import ERROR_MAX, ERROR_MAX_INT8, Watched, check_logits
@@ -110,7 +110,7 @@ class PackedLinear(torch.nn.Module):
         else:
             self._team.run(
                 lambda thread, number: run_linear(thread, number, seats, counter, *arguments),
-                with_guests=True,
+                with_guests=count >= GUEST_ROWS_MIN,
             )
         answer = out[:, : shape.outputs]
         if self.bias is not None:

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import torch
 
 from kvrelay.config import PROTOCOL_VERSION, WorkerConfig
-from kvrelay.engine.cores import CoreBoard
+from kvrelay.engine.cores import CoreBoard, open_board
 from kvrelay.engine.history import TokenHistory
 from kvrelay.engine.runner import ModelRunner, UnsupportedModelError
 from kvrelay.engine.sampling import sample
@@ -110,9 +110,7 @@ class EngineHost:
         # torch is small; its own would take the cores from them, and round by how they share.
         packed = config.device == "cpu" and config.dtype == "float32"
         torch.set_num_threads(1 if packed else config.threads)
-        board = None
-        if config.borrows:
-            board = CoreBoard(config.socket_dir / _BOARD, config.cores, config.borrows)
+        board = open_board(config.socket_dir / _BOARD, config.cores, config.borrows)
         runner = ModelRunner.load(
             config.model_path,
             dtype=config.dtype,
@@ -126,13 +124,15 @@ class EngineHost:
         )
         blocks = config.kv_bytes // runner.layout.block_bytes
         if blocks < 1:
+            runner.close()
             raise UnsupportedModelError(
                 f"a KV pool of {config.kv_bytes} bytes holds not one block of "
                 f"{runner.layout.block_bytes}: give it more memory"
             )
         pool = KVPool(runner.layout, blocks, shared=shared_pool, device=config.device)
         runner.attach(pool)
-        runner.warm_up()
+        with board.computing() if board else nullcontext():
+            runner.warm_up()
         log.info("model %s: %s", config.model_path.name, runner.description)
         log.info("%d KV blocks of %s", blocks, runner.layout)
         return cls(runner, pool, thread, Failpoints(config.failpoints), config.step_ms_max, board)

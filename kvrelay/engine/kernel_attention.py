@@ -12,7 +12,14 @@ from numba import njit
 
 from kvrelay.engine.kernels import paged
 from kvrelay.engine.kernels.pool import write_row
-from kvrelay.engine.kernels.threads import Team, aligned, begin_step, end_step, next_phase
+from kvrelay.engine.kernels.threads import (
+    GUEST_ROWS_MIN,
+    Team,
+    aligned,
+    begin_step,
+    end_step,
+    next_phase,
+)
 from kvrelay.engine.kernels.vector import LANES
 from kvrelay.engine.plan import StepPlan, make_works, pool_record
 from kvrelay.engine.shapes import LINE_BYTES
@@ -123,7 +130,7 @@ class KernelStep:
             plan.tables, layer, queries.data_ptr(), heads * q.shape[2] * 4, out.data_ptr(),
             self._partials.ctypes.data, self._works, plan.prompts, plan.decodes,
         )  # fmt: skip
-        with_guests = len(plan.tokens) > len(plan.slices)
+        with_guests = len(plan.tokens) >= GUEST_ROWS_MIN
         self._team.run(
             lambda thread, number: _attend(thread, number, *arguments), with_guests=with_guests
         )

@@ -101,3 +101,15 @@ async def test_tokens_are_the_same_on_borrowed_cores(model):
         ask(it.session, it.service, 1, prompt, max_tokens=12)
         tokens = await answer(it.session, 1)
     assert tokens[: len(expected.token_ids)] == expected.token_ids
+
+
+@pytest.mark.parametrize(("cores", "borrows"), [((), (1,)), ((0, 1), (1, 2))])
+def test_only_a_worker_with_cores_borrows_and_not_its_own(model, cores, borrows):
+    with pytest.raises(ValueError, match="borrows: "):
+        WorkerConfig(
+            model_path=model,
+            cluster_key="k" * 32,
+            socket_dir=model,
+            cores=cores,
+            borrows=borrows,
+        )

@@ -101,8 +101,11 @@ def test_no_answer_misses_the_target_because_of_chunks(chunk_ms, max_tokens, joi
 # ---- pauses
 
 
-def pause_ms(*running: Running, target_ms: float = 10 / _PAUSE_SHARE) -> float:
-    return Slack(target_ms).pause_ms(running, 1000.0, fit_of(), coming=0)
+def pause_ms(
+    *running: Running, target_ms: float = 10 / _PAUSE_SHARE, last_ended_ms: float = 1000.0
+) -> float:
+    """Now is 1000."""
+    return Slack(target_ms).pause_ms(running, 1000.0, fit_of(), 0, last_ended_ms)
 
 
 def test_a_step_may_wait_until_it_ends_in_time():
@@ -115,7 +118,10 @@ def test_a_step_that_is_late_does_not_wait():
 
 
 def test_what_was_saved_makes_no_gap_longer_than_the_target():
-    assert pause_ms(answer(21, begun_ms=1000 - 20 * 6)) == pytest.approx(10 - PLAIN_MS)
+    rich = answer(21, begun_ms=1000 - 20 * 6)
+    assert pause_ms(rich) == pytest.approx(10 - PLAIN_MS)
+    assert pause_ms(rich, last_ended_ms=998.0) == pytest.approx(8 - PLAIN_MS), "asked again"
+    assert pause_ms(rich, last_ended_ms=900.0) == 0
 
 
 def test_no_step_waits_for_those_who_have_nothing_to_lose_nor_without_a_target():

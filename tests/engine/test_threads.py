@@ -15,6 +15,7 @@ from kvrelay.engine.kernels.threads import (
     end_step,
     next_phase,
     read_flag,
+    sleep_us,
     take,
     write_flag,
 )
@@ -22,12 +23,12 @@ from kvrelay.engine.shapes import LINE_BYTES
 
 ROUNDS, PIECES = 300, 7
 DEADLINE_S = 30
+_LOOKS = 100_000
 
 
 @njit(nogil=True)
-def _share(thread, number, seats, counters, held, done, sums):
-    """Each phase: threads take pieces and mark them; in the next, each sees them all. A helper says
-    in held that it is here, and waits there where it is told to."""
+def _share(thread, number, seats, counters, done, sums):
+    """Each phase: threads take pieces and mark them; in the next, each sees them all."""
     seat = seats[thread]
     if not begin_step(thread, seat, number):
         return
@@ -52,7 +53,7 @@ def run(team: Team, *, with_guests: bool = False) -> np.ndarray:
     """Pieces that each thread did."""
     counters = aligned((ROUNDS + 1) * LINE_BYTES, np.uint8)
     done, sums = np.zeros((ROUNDS, PIECES), np.int64), np.zeros((team.size, ROUNDS), np.int64)
-    arguments = (team.seats, counters.ctypes.data, 0, done, sums)
+    arguments = (team.seats, counters.ctypes.data, done, sums)
     team.run(lambda thread, number: _share(thread, number, *arguments), with_guests=with_guests)
     assert (done == 1).all()
     assert (sums[0, :-1] == PIECES).all()
@@ -70,21 +71,23 @@ def test_every_piece_is_done_once_and_seen_by_all_in_the_next_phase(threads):
 
 @njit(nogil=True)
 def _wait_for_helper(thread, number, seats, counter, here):
-    """Thread 0 takes nothing until a helper has been there."""
+    """Thread 0 ends nothing until a helper has been there, or does not come."""
     seat = seats[thread]
     if begin_step(thread, seat, number):
         next_phase(thread, seat, counter)
         if thread:
             write_flag(here, thread)
         else:
-            while not read_flag(here):
-                pass
+            for _ in range(_LOOKS):
+                if read_flag(here):
+                    break
+                sleep_us(100)
         next_phase(thread, seat, counter + LINE_BYTES)
         end_step(thread, seat)
 
 
 def helper_of(team: Team, *, with_guests: bool) -> int:
-    """The number of one that takes part; waits for ever when there is none."""
+    """The number of one that takes part, 0 when none has in some seconds."""
     counters, here = aligned(2 * LINE_BYTES, np.uint8), np.zeros(1, np.int64)
     arguments = (team.seats, counters.ctypes.data, here.ctypes.data)
     team.run(
@@ -125,6 +128,45 @@ def test_a_guest_takes_part_while_the_owner_of_its_core_computes_nothing():
     team.close()
 
 
+@njit(nogil=True)
+def _until_owner_comes(thread, number, seats, counter, done, taken, busy):
+    """The guest takes one piece, and its owner begins; thread 0 takes none before."""
+    seat = seats[thread]
+    if not begin_step(thread, seat, number):
+        return
+    next_phase(thread, seat, counter)
+    if thread == 0:
+        for _ in range(_LOOKS):
+            if taken[1]:
+                break
+            sleep_us(100)
+    piece = take(counter, seat)
+    while piece < len(done):
+        done[piece] += 1
+        taken[thread] += 1
+        if thread:
+            write_flag(busy, 1)
+        piece = take(counter, seat)
+    next_phase(thread, seat, counter + LINE_BYTES)
+    end_step(thread, seat)
+
+
+def test_a_guest_leaves_after_the_piece_in_hand_and_the_others_are_done_without_it():
+    flags = np.zeros(2, np.int64)
+    busy, held = (flags[n:].ctypes.data for n in range(2))
+    team = Team(1, [Guest(core(), busy, held)])
+    counters = aligned(2 * LINE_BYTES, np.uint8)
+    done, taken = np.zeros(PIECES, np.int64), np.zeros(2, np.int64)
+    arguments = (team.seats, counters.ctypes.data, done, taken, busy)
+    team.run(
+        lambda thread, number: _until_owner_comes(thread, number, *arguments), with_guests=True
+    )
+    team.close()
+    assert (done == 1).all()
+    assert taken.tolist() == [PIECES - 1, 1]
+    assert flags.tolist() == [1, 0]
+
+
 def test_a_guest_takes_no_part_unasked():
     team = Team(1, [Guest(core(), *idle())])
     for _ in range(20):
@@ -143,16 +185,14 @@ def test_a_step_waits_for_no_helper_that_does_not_come():
     team, stopped = Team(2), threading.Event()
     holding = threading.Event()
 
-    def hold() -> None:
-        holding.set()
+    def step(thread: int, number: int) -> None:
+        if thread == 0:
+            assert holding.wait(DEADLINE_S)
+            return
+        holding.set()  # and stays, beyond the end
         assert stopped.wait(DEADLINE_S)
 
-    def step(thread: int, number: int) -> None:
-        if thread:
-            hold()
-
-    team.run(step)  # its helper stays in it, beyond the end
-    assert holding.wait(DEADLINE_S)
+    team.run(step)
     assert run(team)[0] == ROUNDS * PIECES
     stopped.set()
     assert helper_of(team, with_guests=False) == 1

@@ -26,12 +26,14 @@ log = logging.getLogger(__name__)
 
 _SPINS = 2000  # about 50 µs; then somebody else may need the core
 _LOOK_US = 100  # between two looks at whether the owner of a core still computes
-_GUEST_US, _GUEST_LOOKS = 10, 20  # an owner's looks at whether the guest on its core is done
+# Rows of a step that guests are woken for. For fewer, as decode steps have, it would be in vain:
+# one core reads weights nearly as fast as two.
+GUEST_ROWS_MIN = 32
 _GUEST_NICENESS = 4  # more than its team's: the owner has more to do than compute
 _INT64 = ir.IntType(64)
 
 # What the threads of a team agree by, a cache line each.
-_OPEN = 0  # the address of the newest phase's counter
+_OPEN = 0  # the address of the newest phase's counter; later phases have higher ones
 _IN_PHASE = LINE_BYTES  # helpers that may have a piece in hand
 _STEP = 2 * LINE_BYTES  # the number of the step that runs; 0: none does
 _IN_STEP = 3 * LINE_BYTES  # helpers whose arguments are still used
@@ -115,6 +117,11 @@ def write_flag(address, value):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
+def sleep_us(us):  # type: ignore[no-untyped-def]
+    _sleep_us(us)
+
+
+@njit(nogil=True, cache=True)
 def _rest(spins):  # type: ignore[no-untyped-def]
     _pause()
     if spins > _SPINS:
@@ -136,20 +143,15 @@ def _leave(seat):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def wait_for_guest(guest):  # type: ignore[no-untyped-def]
-    """Returns when the guest on this core has nothing in hand, or does not come to its end: it
-    would be put aside in the middle of a piece, and its team would wait for all of a step."""
-    for _ in range(_GUEST_LOOKS):
-        if not _read(guest):
-            return
-        _sleep_us(_GUEST_US)
-
-
-@njit(nogil=True, cache=True)
 def begin_step(thread, seat, step):  # type: ignore[no-untyped-def]
-    """Whether this thread may take part in the step of this number: it is not over."""
+    """Whether this thread may take part in the step of this number: false once that is over. A
+    guest waits here until the owner of its core computes nothing."""
     if thread == 0:
         return True
+    while seat.owner and _read(seat.owner):
+        if _read(seat.team + _STEP) != step:
+            return False
+        _sleep_us(_LOOK_US)
     _add(seat.team + _IN_STEP, 1)
     if _read(seat.team + _STEP) != step:
         _add(seat.team + _IN_STEP, -1)
@@ -231,6 +233,7 @@ class Team:
         self._step: tuple[Callable[[int, int], Any], int] | None = None
         self._begin = [threading.Semaphore(0) for _ in range(self.size - 1)]
         self._failed: BaseException | None = None
+        self._closed = False
         self._helpers = [
             threading.Thread(target=self._help, args=(number, core), daemon=True)
             for number, core in enumerate([None] * (threads - 1) + [g.core for g in guests], 1)
@@ -255,12 +258,13 @@ class Team:
             step(0, self._steps)
         finally:  # nobody may be left in a step whose buffers the next one uses
             _close_step(self._at)
+            self._step = None
         if self._failed is not None:
             failed, self._failed = self._failed, None
             raise failed
 
     def close(self) -> None:
-        self._step = None
+        self._closed = True
         for begin in self._begin:
             begin.release()
         for helper in self._helpers:
@@ -271,14 +275,15 @@ class Team:
             return
         while True:
             self._begin[number - 1].acquire()
-            asked = self._step
-            if asked is None:
+            if self._closed:
                 return
-            step, of_step = asked
-            try:
-                step(number, of_step)
-            except BaseException as error:
-                self._failed = error
+            if asked := self._step:
+                step, of_step = asked
+                try:
+                    step(number, of_step)
+                except BaseException as error:
+                    self._failed = error
+                del asked, step  # and the buffers behind them
 
 
 def _move_to(core: int) -> bool:
