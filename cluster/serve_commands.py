@@ -133,8 +133,8 @@ class _Finite(click.FloatRange):
 @click.option(
     "--lend-cores/--no-lend-cores",
     default=True,
-    help="On CPUs, a prefill and a decode worker use each other's cores for prompts while these have"
-    " nothing to compute; with --tpot-target-ms the decode worker paces its tokens for that.",
+    help="On CPUs, a prefill and a decode worker use each other's cores for prompts while they are"
+    " idle; with --tpot-target-ms the decode worker paces its tokens for that.",
 )
 @click.option(
     "--kv-gib",
