@@ -27,7 +27,7 @@ from kvrelay.wire.worker_pb2 import DecodeEvent, FailureCode
 
 log = logging.getLogger(__name__)
 
-_PAUSE_MIN_MS = 1.0  # a shorter one is over before anybody has come
+_PAUSE_MIN_MS = 4.0  # who comes for less is more in the way than of use
 _PAUSE_LOOK_MS = 3.0  # until it looks again whether there is still somebody to pause for
 
 
@@ -62,15 +62,18 @@ class StepLoop:
         self._in_step: set[Key] = set()
         self._work = asyncio.Event()
         self._step_ended_ms = 0.0
+        self._pausing = False
 
     async def run(self) -> None:
         """Never returns. Raises EngineHangsError: the worker is lost."""
         while True:
             if pause_ms := self._pause_ms():
+                self._engine.lend_cores()
                 await asyncio.sleep(min(pause_ms, _PAUSE_LOOK_MS) / 1000)
                 continue
             step = self._next_step()
             if not step:
+                self._engine.lend_cores()
                 self._work.clear()
                 await self._work.wait()
                 continue
@@ -106,11 +109,15 @@ class StepLoop:
     def _pause_ms(self) -> float:
         """How long this worker's cores are lent before the next step; 0: not, or no longer."""
         if not len(self._batch) or len(self._prompts) or not self._engine.neighbour_computes:
+            self._pausing = False
             return 0.0
         pause_ms = self._slack.pause_ms(
             self._batch.next_step(), now_ms(), self._engine.fit, self._coming, self._step_ended_ms
         )
-        return pause_ms if pause_ms >= _PAUSE_MIN_MS else 0.0
+        # One that has begun goes on to its end.
+        least_ms = 0.0 if self._pausing else _PAUSE_MIN_MS
+        self._pausing = pause_ms > least_ms
+        return pause_ms if self._pausing else 0.0
 
     @property
     def _coming(self) -> int:

@@ -225,6 +225,7 @@ class PrefillService(worker_pb2_grpc.PrefillWorkerServicer):
         while True:
             step = self._schedule.next_step()
             if not step:
+                self._engine.lend_cores()
                 self._work.clear()
                 await self._work.wait()
                 continue

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from itertools import product
 
-from router import main, policy, workers
+from router import choosing, main, policy
 from router.policy import Choice, Wish
 from router.prediction import DecodeView, PrefillView
 
@@ -33,8 +33,8 @@ def place_at_random(
 
 def inject() -> None:
     """Whoever calls policy.place gets ours from now on."""
-    assert vars(workers)["place"] is policy.place, "placement is called from elsewhere"
-    vars(workers)["place"] = place_at_random
+    assert vars(choosing)["place"] is policy.place, "placement is called from elsewhere"
+    vars(choosing)["place"] = place_at_random
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Which cores of a host compute now, so that workers may lend them to each other.
+"""Which cores of a host their owners want now, so that workers may lend them to each other.
 
-All workers of one run map the same small file. EngineHost owns a CoreBoard: it says when its steps
-begin and end, and its team has helpers, guests, on the cores of its neighbour.
+All workers of one run map the same small file. EngineHost owns a CoreBoard: it claims its cores
+when a step begins and releases them when its service has none to follow; and its team has helpers,
+guests, on the cores of its neighbour.
 """
 
 import logging
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +34,8 @@ def clock_ms() -> float:
 class CoreBoard:
     """own: the cores of this worker; borrowed: those of its neighbour.
 
-    Of each core the file has the time at which its owner's step began, in ms of a clock that all
-    processes share, 0 between steps; and how many guests have work of another worker in hand.
+    Of each core the file has the time at which its owner's newest step began, in ms of a clock that
+    all processes share, 0 while it is lent; and how many guests have another worker's work in hand.
 
     Raises OSError when the file cannot be had.
     """
@@ -62,24 +62,24 @@ class CoreBoard:
         self._borrowed = list(borrowed)
         self._guests = [self._guest_at(core) for core in own]
         self._stuck: set[int] = set()  # guests that stood still when last looked at
-        self._mark(0)
+        self.release()
         for core in borrowed:  # a worker that was here before may have left its guests'
             write_flag(self._guest_at(core), 0)
 
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Around a step. Waits first until the guests on these cores have nothing in hand, a
-        millisecond at most: one put aside in the middle of a piece holds up its whole team."""
-        try:
-            self._mark(max(1, int(self._clock())))
-            self._wait_for_guests()
-            yield
-        finally:
-            self._mark(0)
+    def claim(self) -> None:
+        """A step begins. Waits until the guests on these cores have nothing in hand, a millisecond
+        at most: one put aside in the middle of a piece holds up its whole team."""
+        self._mark(max(1, int(self._clock())))
+        self._wait_for_guests()
+
+    def release(self) -> None:
+        """No step is to follow for a while. Not for each moment between two: guests that come for
+        no more than that are only in the way."""
+        self._mark(0)
 
     @property
     def neighbour_computes(self) -> bool:
-        """A worker with guests on these cores is in a step, and has not been for too long."""
+        """A worker with guests on these cores has steps, and has not been in one for too long."""
         since_ms = max(read_flag(self._step_at(core)) for core in self._borrowed)
         return bool(since_ms) and self._clock() - since_ms < _STEP_MS_MAX
 

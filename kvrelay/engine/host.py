@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 
 import torch
 
@@ -131,8 +130,11 @@ class EngineHost:
             )
         pool = KVPool(runner.layout, blocks, shared=shared_pool, device=config.device)
         runner.attach(pool)
-        with board.computing() if board else nullcontext():
-            runner.warm_up()
+        if board:
+            board.claim()
+        runner.warm_up()
+        if board:
+            board.release()
         log.info("model %s: %s", config.model_path.name, runner.description)
         log.info("%d KV blocks of %s", blocks, runner.layout)
         return cls(runner, pool, thread, Failpoints(config.failpoints), config.step_ms_max, board)
@@ -156,8 +158,9 @@ class EngineHost:
 
         def timed() -> _Stepped:
             started_s = time.perf_counter()
-            with self._board.computing() if self._board else nullcontext():
-                tokens = self._step(slices, params, positions, histories, cancelled)
+            if self._board:
+                self._board.claim()
+            tokens = self._step(slices, params, positions, histories, cancelled)
             return tokens, (time.perf_counter() - started_s) * 1000
 
         running = asyncio.get_running_loop().run_in_executor(self._thread, timed)
@@ -197,8 +200,13 @@ class EngineHost:
 
     @property
     def neighbour_computes(self) -> bool:
-        """A worker that has helpers on this one's cores is in a step."""
+        """A worker that has helpers on this one's cores has something for them to do."""
         return self._board is not None and self._board.neighbour_computes
+
+    def lend_cores(self) -> None:
+        """Until the next step, which is not to come at once."""
+        if self._board:
+            self._board.release()
 
     async def idle(self) -> None:
         """Returns when the steps that were begun have ended, or never will."""

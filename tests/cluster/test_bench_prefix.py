@@ -13,7 +13,7 @@ from cluster.bench import prefix, random_router
 from cluster.bench.prefix import PrefixBench
 from cluster.bench.report import BenchError
 from cluster.cli import main
-from router import policy, workers
+from router import choosing, policy
 from router.policy import Wish
 from router.prediction import DecodeView, PrefillView
 
@@ -92,9 +92,9 @@ def test_who_has_no_room_is_not_chosen():
 
 
 def test_placement_is_where_the_bench_replaces_it(monkeypatch):
-    monkeypatch.setattr(workers, "place", policy.place)  # put back afterwards
+    monkeypatch.setattr(choosing, "place", policy.place)  # put back afterwards
     random_router.inject()
-    assert workers.place is random_router.place_at_random
+    assert choosing.place is random_router.place_at_random
 
 
 @pytest.mark.slow

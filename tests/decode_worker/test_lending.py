@@ -71,15 +71,14 @@ def note_decode_steps(pair: Pair) -> list[bool]:
 async def test_steps_wait_for_a_neighbour_that_computes_and_not_for_one_that_does_not(model):
     async with pair(model, LONG_MS) as it:
         steps = note_decode_steps(it)
-        with it.neighbour.computing():
-            ask(it.session, it.service, 1, range(EOS_ID + 1, EOS_ID + 40), max_tokens=20)
-            await it.session.event("first_token", 1)
-            # A pause ends when there is something to do: the step of this one's prompt.
-            ask(it.session, it.service, 2, range(EOS_ID + 2, EOS_ID + 50), max_tokens=20)
-            await it.session.event("first_token", 2)
-            await it.session.until(
-                lambda: sum(len(o.token_ids) for o in outputs(it.session, 1)) > 1
-            )
+        it.neighbour.claim()
+        ask(it.session, it.service, 1, range(EOS_ID + 1, EOS_ID + 40), max_tokens=20)
+        await it.session.event("first_token", 1)
+        # A pause ends when there is something to do: the step of this one's prompt.
+        ask(it.session, it.service, 2, range(EOS_ID + 2, EOS_ID + 50), max_tokens=20)
+        await it.session.event("first_token", 2)
+        await it.session.until(lambda: len(outputs(it.session, 1)) > 1)
+        it.neighbour.release()
         ask(it.session, it.service, 3, range(EOS_ID + 3, EOS_ID + 60), max_tokens=20)
         assert [len(await answer(it.session, key)) for key in (1, 2, 3)] == [20, 20, 20]
     assert steps
@@ -88,9 +87,10 @@ async def test_steps_wait_for_a_neighbour_that_computes_and_not_for_one_that_doe
 
 async def test_without_a_target_no_step_waits(model):
     async with pair(model, 0.0) as it:
-        with it.neighbour.computing():
-            ask(it.session, it.service, 1, range(EOS_ID + 1, EOS_ID + 40), max_tokens=20)
-            assert len(await answer(it.session, 1)) == 20
+        it.neighbour.claim()
+        ask(it.session, it.service, 1, range(EOS_ID + 1, EOS_ID + 40), max_tokens=20)
+        assert len(await answer(it.session, 1)) == 20
+        assert it.service._engine.neighbour_computes
 
 
 async def test_tokens_are_the_same_on_borrowed_cores(model):

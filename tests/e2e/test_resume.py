@@ -30,7 +30,11 @@ Asked = tuple[str, Any, dict[str, Any]]  # the client's method, prompt, options
 ASKED: list[Asked] = [
     ("generate", TEXT, {"max_tokens": 150}),
     ("generate", list(range(10, 60)), {"max_tokens": 120, "temperature": 1.0, "seed": 7}),
-    ("generate", TEXT, {"max_tokens": 150, "temperature": 0.8, "stop": ["zzzz", "qqqq", "~"]}),
+    (
+        "generate",
+        TEXT,
+        {"max_tokens": 150, "temperature": 0.8, "seed": 3, "stop": ["zzzz", "qqqq", "~"]},
+    ),
     ("chat", "say something", {"max_tokens": 140, "temperature": 0.9, "top_p": 0.9}),
     (
         "chat",

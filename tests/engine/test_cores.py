@@ -22,20 +22,20 @@ def test_neighbours_see_each_other_compute(tmp_path: Path) -> None:
     prefill, decode = CoreBoard(path, [0, 1], [2, 3]), CoreBoard(path, [2, 3], [0, 1])
     other = CoreBoard(path, [4], [5])
     assert not decode.neighbour_computes
-    with prefill.computing():
-        assert decode.neighbour_computes
-        assert not prefill.neighbour_computes
-        assert not other.neighbour_computes
-        with decode.computing():
-            assert prefill.neighbour_computes
+    prefill.claim()
+    assert decode.neighbour_computes
+    assert not prefill.neighbour_computes
+    assert not other.neighbour_computes
+    decode.claim()
+    assert prefill.neighbour_computes
+    prefill.release()
     assert not decode.neighbour_computes
 
 
 def test_who_starts_anew_computes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "cores"
     died, decode = CoreBoard(path, [0], [1]), CoreBoard(path, [1], [0])
-    step = died.computing()  # that never ends
-    step.__enter__()
+    died.claim()
     assert decode.neighbour_computes
     CoreBoard(path, [0], [1])
     assert not decode.neighbour_computes
@@ -44,19 +44,10 @@ def test_who_starts_anew_computes_nothing(tmp_path: Path) -> None:
 def test_nobody_goes_by_a_neighbour_that_stands_still(tmp_path: Path) -> None:
     path, clock = tmp_path / "cores", Clock()
     died, decode = CoreBoard(path, [0], [1], clock), CoreBoard(path, [1], [0], clock)
-    step = died.computing()
-    step.__enter__()
+    died.claim()
     clock.now_ms += _STEP_MS_MAX - 1
     assert decode.neighbour_computes
     clock.now_ms += 2
-    assert not decode.neighbour_computes
-
-
-def test_a_step_that_fails_ends_all_the_same(tmp_path: Path) -> None:
-    path = tmp_path / "cores"
-    prefill, decode = CoreBoard(path, [0], [1]), CoreBoard(path, [1], [0])
-    with pytest.raises(ValueError, match="broken"), prefill.computing():
-        raise ValueError("broken")
     assert not decode.neighbour_computes
 
 
@@ -72,8 +63,7 @@ def looks(board: CoreBoard, monkeypatch: pytest.MonkeyPatch) -> int:
     """At a guest that has something in hand, before a step begins."""
     slept: list[int] = []
     monkeypatch.setattr("kvrelay.engine.cores.sleep_us", slept.append)
-    with board.computing():
-        pass
+    board.claim()
     return len(slept)
 
 

@@ -25,7 +25,7 @@ from kvrelay.engine.shapes import LINE_BYTES
 log = logging.getLogger(__name__)
 
 _SPINS = 2000  # about 50 µs; then somebody else may need the core
-_LOOK_US = 100  # between two looks at whether the owner of a core still computes
+_LOOK_US = 1000  # between two looks at whether the owner of a core still computes
 # Rows of a step that guests are woken for. For fewer, as decode steps have, it would be in vain:
 # one core reads weights nearly as fast as two.
 GUEST_ROWS_MIN = 32
