@@ -1,6 +1,6 @@
 """Requests that wait for a worker: who is next, who has waited long enough, how long it will take.
 
-Pure, used by the Dispatcher alone; each call costs O(log n), taken over many.
+Pure, used by the Dispatcher alone; each call costs O(log n), amortised.
 
 Order. Those who were placed before and lost their place come first. Then level by level: a level is
 the priority, and each period of `queue_aging_ms` that somebody came earlier is worth one step of

@@ -176,7 +176,7 @@ def test_a_hold_whose_request_is_elsewhere_keeps_nobody_waiting(how):
     bench.p(queued=0)
     bench.p(queued=41)
     failed = pb.Failed(key=99, code=pb.FAILURE_CODE_EXHAUSTED)
-    bench.d(long.decode_id, free=80, failed=failed)  # of another: no room of it makes a difference
+    bench.d(long.decode_id, free=80, failed=failed)  # of another: its room makes no difference now
     assert (long.state, short.state) == (S.RESERVING, S.QUEUED)
     if how == "reserved":
         bench.reserved(long, free=70)
