@@ -27,7 +27,13 @@ def test_either_target_is_one():
 
 @pytest.mark.parametrize(
     ("target_ms", "deadline_ms", "due"),
-    [(0.0, 0, inf), (1000.0, 0, 50 + 950), (0.0, 300, 350), (1000.0, 300, 350), (1000.0, 5000, 1000)],
+    [
+        (0.0, 0, inf),
+        (1000.0, 0, 50 + 950),
+        (0.0, 300, 350),
+        (1000.0, 300, 350),
+        (1000.0, 5000, 1000),
+    ],
 )
 def test_a_first_token_is_due_by_the_target_or_the_deadline_if_that_is_sooner(
     target_ms, deadline_ms, due
