@@ -31,6 +31,11 @@ REFUSALS = {
 }
 
 
+def refusal_code(error: Exception) -> FailureCode:
+    """What the router is told of one of REFUSALS, or of a kind of it."""
+    return next(code for kind, code in REFUSALS.items() if isinstance(error, kind))
+
+
 def prefix_chain(reserve: worker_pb2.Reserve, block_size: int) -> PrefixChain | None:
     """Over the prompt; None when the router names no blocks."""
     if not reserve.hash_root:

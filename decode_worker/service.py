@@ -198,7 +198,7 @@ class DecodeService(worker_pb2_grpc.DecodeWorkerServicer):
         try:
             reservation = self._reservation_with_room(key, reserve)
         except tuple(messages.REFUSALS) as error:
-            self._sessions.fail(key, messages.REFUSALS[type(error)], str(error))
+            self._sessions.fail(key, messages.refusal_code(error), str(error))
             return
         self._kept.reserved(key, reserve)
         self._room.told(self.ledger.available)

@@ -12,7 +12,7 @@ from math import inf
 from typing import NamedTuple
 
 from kvrelay.config import RouterConfig
-from router.policy import LOCAL_RISK, Aim, Choice
+from router.policy import Aim
 from router.prediction import prompt_share
 from router.queue import WaitingQueue
 from router.request import Request
@@ -46,21 +46,6 @@ class Aims:
     def on_since(self, began_ms: float, now_ms: float) -> bool:
         """Whether all whose waits began then or later have something to meet."""
         return self.on and now_ms <= began_ms + self._config.late_wait_ms
-
-    def holds_until_ms(
-        self, request: Request, aim: Aim | None, choice: Choice | None, now_ms: float
-    ) -> float:
-        """Until when a choice that is no place for now stays the same, as long as no worker
-        changes: until it is late where it would go, or counts for all that it has waited."""
-        if aim is None:
-            return inf
-        until_ms = waits_for_others_until_ms(request, self._config)
-        if choice is None or aim.ttft_left_ms == inf:
-            return until_ms
-        takes_ms = choice.placement.predicted_ttft_ms
-        if aim.ttft_left_ms < takes_ms:
-            return until_ms  # late already
-        return min(until_ms, now_ms + aim.ttft_left_ms - LOCAL_RISK * takes_ms)
 
     def next_of(self, queue: WaitingQueue, now_ms: float) -> Sequence[Request]:
         """Those to be looked at when there may be room, in order."""

@@ -144,6 +144,7 @@ class Dispatcher:
     def on_prefill_event(
         self, worker_id: str, event: worker_pb2.PrefillEvent, now_ms: float
     ) -> list[Command]:
+        self._placing.pass_time(now_ms)
         refused = event.failed.code == _NO_ROOM
         if self._workers.prefill_load(worker_id, event.load, refused=refused):
             self._drains(worker_id, now_ms)
@@ -172,6 +173,7 @@ class Dispatcher:
     def on_decode_event(
         self, worker_id: str, event: worker_pb2.DecodeEvent, now_ms: float
     ) -> list[Command]:
+        self._placing.pass_time(now_ms)
         refused = event.failed.code == _NO_ROOM
         if self._workers.decode_load(worker_id, event.load, refused=refused):
             self._drains(worker_id, now_ms)

@@ -26,11 +26,14 @@ class Hold:
     def may_begin(self, now_ms: float) -> bool:
         return self._request is None and now_ms >= self._ends_at_ms
 
+    @property
+    def waits_no_more(self) -> bool:
+        """Whether the request is elsewhere, so that the hold is over."""
+        return self._request is not None and self._request.state not in _WAITING
+
     def end_if_over(self, now_ms: float) -> bool:
         """Its time is up, or its request waits no more. Whether it has ended."""
-        over = self._request is not None and (
-            now_ms >= self._ends_at_ms or self._request.state not in _WAITING
-        )
+        over = self._request is not None and (now_ms >= self._ends_at_ms or self.waits_no_more)
         if over:
             self.end(now_ms)
         return over

@@ -24,15 +24,15 @@ class _Taking:
         self.answers: set[int] = set()  # decode workers that write them
         self.both: set[int] = set()  # decode workers that compute the prompt as well
 
-    def put(self, worker: Worker) -> None:
+    def put(self, worker: Worker) -> bool:
+        """Whether it takes something that it did not take before."""
         number, view = worker.number, worker.view(0)
         computes = not view.full and computes_any(view, self._wish)
         if isinstance(view, PrefillView):
-            _keep(self.prompts, number, computes)
-            return
+            return _keep(self.prompts, number, computes)
         writes = not view.full and writes_any(view, self._wish)
-        _keep(self.answers, number, writes)
-        _keep(self.both, number, writes and computes)
+        entered = _keep(self.answers, number, writes)
+        return _keep(self.both, number, writes and computes) or entered
 
     def drop(self, number: int) -> None:
         for numbers in (self.prompts, self.answers, self.both):
@@ -48,20 +48,27 @@ class Openings:
         aim = Aim(inf, config.tpot_target_ms)
         self._aimed = _Taking(config, aim) if any_targets(config) else None
         self._changed: dict[int, Worker] = {}  # since somebody asked
-        self._grew: set[int] = set()  # the numbers of those that have got more room
+        self._entered = False
 
-    def note(self, worker: Worker, *, grew: bool) -> None:
-        """Its figures have changed. grew: it may take what it could not take before."""
+    def note(self, worker: Worker) -> None:
+        """Its figures have changed."""
         self._changed[worker.number] = worker
-        if grew:
-            self._grew.add(worker.number)
 
     def drop(self, worker: Worker) -> None:
         """It is gone."""
         self._changed.pop(worker.number, None)
-        self._grew.discard(worker.number)
         for taking in self._takings(aimed=False):
             taking.drop(worker.number)
+
+    @property
+    def entered(self) -> bool:
+        """Whether a worker takes something that it did not take at the last `forget_entered`."""
+        self._look()
+        return self._entered
+
+    def forget_entered(self) -> None:
+        self._look()
+        self._entered = False
 
     def any(self, *, aimed: bool, local: bool) -> bool:
         """Whether some workers together take a request.
@@ -74,21 +81,10 @@ class Openings:
             (t.prompts and t.answers) or (local and t.both) for t in self._takings(aimed=aimed)
         )
 
-    def any_grew(self, *, aimed: bool, local: bool) -> bool:
-        """Whether one that has got more room since the last call takes a request, with others."""
-        self._look()
-        grew, self._grew = self._grew, set()
-        return any(
-            (t.answers and not grew.isdisjoint(t.prompts))
-            or (t.prompts and not grew.isdisjoint(t.answers))
-            or (local and not grew.isdisjoint(t.both))
-            for t in self._takings(aimed=aimed)
-        )
-
     def _look(self) -> None:
         for worker in self._changed.values():
             for taking in self._takings(aimed=False):
-                taking.put(worker)
+                self._entered |= taking.put(worker)
         self._changed.clear()
 
     def check(self, workers: Sequence[Worker]) -> None:
@@ -96,7 +92,7 @@ class Openings:
         self._look()
         known = [taking.numbers() for taking in self._takings(aimed=False)]
         for worker in workers:
-            self.note(worker, grew=False)
+            self.note(worker)
         self._look()
         assert known == [taking.numbers() for taking in self._takings(aimed=False)]
         assert set().union(*known[0]) <= {worker.number for worker in workers}
@@ -108,5 +104,8 @@ class Openings:
         return takings
 
 
-def _keep(numbers: set[int], number: int, here: bool) -> None:
+def _keep(numbers: set[int], number: int, here: bool) -> bool:
+    """Whether it is new there."""
+    new = here and number not in numbers
     (numbers.add if here else numbers.discard)(number)
+    return new

@@ -1,8 +1,8 @@
 """The placing of those who wait: who is looked at, and when.
 
 Pure, used by the Dispatcher alone. Under overload something happens all the time and hardly anybody
-finds a place, so a look costs next to nothing unless it may find one: nobody is looked at while no
-worker takes anything (router/openings.py), or tried again before something has changed for it.
+finds a place, so nobody is looked at while no worker takes anything (router/openings.py), and a
+look tries a few of them at most.
 """
 
 from kvrelay.config import RouterConfig
@@ -38,23 +38,24 @@ class Placing:
         self._strikes = strikes
         self._recovery = recovery
         self._aims = Aims(config, workers)
-        self._news = 1  # how often something has changed for who was tried in vain
         self.hold = Hold(config)
 
     @property
     def to_place(self) -> bool:
         """Whether `pump` may find a place for somebody who waits."""
-        return len(self._queue) > 0 and (self._workers.room_grew or self._queue.changed)
+        return len(self._queue) > 0 and (
+            self._queue.changed or self.hold.waits_no_more or self._workers.room_grew
+        )
 
     def pump(self, now_ms: float) -> list[Command]:
         """Places a few of those who wait, as far as there is room."""
         self._workers.forgive(now_ms)
-        over = self.hold.end_if_over(now_ms)
+        self.hold.end_if_over(now_ms)
         if not len(self._queue):
             return []
         wanted = Wanted(*self._queue.tokens, self._aims.on_since(self._queue.began_ms, now_ms))
-        self._news += self._workers.take_news(wanted) or over
-        self._workers.room_grew = self._queue.changed = False
+        self._workers.looked_at()
+        self._queue.changed = False
         keep = self.hold.may_begin(now_ms) and self._queue.any_impatient(now_ms)
         if keep or self._too_long(wanted.tokens_most) or self._workers.may_take(wanted):
             return self._look(now_ms, keep=keep)
@@ -64,7 +65,11 @@ class Placing:
         """It takes nothing any more."""
         if self.hold.worker_id == worker_id:
             self.hold.end(now_ms)
-            self._news += 1
+
+    def pass_time(self, now_ms: float) -> None:
+        """A worker that was kept for long enough is there for all who wait, now."""
+        if self.hold.end_if_over(now_ms):
+            self._workers.stir()
 
     def _too_long(self, tokens: int) -> bool:
         """Longer than anything that was ever connected. Not than what is connected now: a larger
@@ -81,10 +86,6 @@ class Placing:
                 # Without a success the next call would find no more than this one.
                 self._queue.changed = bool(commands)
                 return commands
-            news, until_ms = request.in_vain
-            if news == self._news and now_ms < until_ms and not keep:
-                left -= 1
-                continue
             without = self._strikes.apart(request) | self.hold.kept_from(request)
             room = self._workers.choosing.have_room(request, without)
             left -= room
@@ -107,10 +108,8 @@ class Placing:
 
         without: workers that it may not go to.
         """
-        aim = self._aims.of(request, now_ms)
-        choice = self._workers.choosing.choose(request, without, aim)
+        choice = self._workers.choosing.choose(request, without, self._aims.of(request, now_ms))
         if choice is None or not choice.now:
-            request.in_vain = self._news, self._aims.holds_until_ms(request, aim, choice, now_ms)
             return self._keep_one(request, choice, without, now_ms)
         if ended := self._recovery.end_wait(request, now_ms):
             return ended

@@ -21,7 +21,7 @@ from router.prediction import (
 )
 
 _ANSWER_TOKENS_MAX = 64  # of an answer that count: most end before their limit
-LOCAL_RISK = 1.25  # answers that join D meanwhile make a prompt that it computes take longer
+_LOCAL_RISK = 1.25  # answers that join D meanwhile make a prompt that it computes take longer
 _MESSAGES_MS = 2.0  # of a hand-off: what is said before and after, which no worker measures
 
 Pair = tuple[str | None, str]
@@ -234,7 +234,7 @@ def _here_on_d(answer: _Answer, wish: Wish, *, p_refused: bool) -> _PlainOption:
     else:
         ttft_ms, harm_ms = aimed_local_ms(d, tokens, aim.tpot_ms), 0.0
         now = now and not answer.crowded
-        late = answer.late or ttft_ms * LOCAL_RISK > aim.ttft_left_ms
+        late = answer.late or ttft_ms * _LOCAL_RISK > aim.ttft_left_ms
     return (
         answer.failures,
         int(d.shunned),

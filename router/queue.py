@@ -1,6 +1,6 @@
 """Requests that wait for a worker: who is next, who has waited long enough, how long it will take.
 
-Pure, used by the Dispatcher alone; each call costs O(log n).
+Pure, used by the Dispatcher alone; each call costs O(log n), amortised.
 
 Order. Those who were placed before and lost their place come first. Then level by level: a level is
 the priority, and each period of `queue_aging_ms` that somebody came earlier is worth one step of
@@ -32,7 +32,7 @@ class WaitingQueue:
         self._late = Late() if config.ttft_target_ms else None
         self._tokens = SortedList()  # of prompt and answer, of all who wait
         self._began_ms = SortedList()  # when their waits began
-        self._overtaken = SortedList()  # keys of those whom others have left behind
+        self._in_turn = SortedList()  # keys of those whom nobody behind them has overtaken
         self._departure_ms: float | None = None  # mean time between two, while somebody waits
         self._since_ms = 0.0  # the last departure
 
@@ -60,6 +60,7 @@ class WaitingQueue:
         assert key not in self._order, "two requests of one number"
         self._keys[request] = key
         self._order[key] = request
+        self._in_turn.add(key)
         self._tokens.add(request.tokens_max)
         self._began_ms.add(request.queued_at_ms)
         if self._late is not None:
@@ -70,7 +71,7 @@ class WaitingQueue:
     def remove(self, request: Request) -> None:
         key = self._keys.pop(request)
         del self._order[key]
-        self._overtaken.discard(key)
+        self._in_turn.discard(key)
         self._tokens.remove(request.tokens_max)
         self._began_ms.remove(request.queued_at_ms)
         if self._late is not None:
@@ -86,10 +87,7 @@ class WaitingQueue:
             taken_ms = now_ms - began_ms
             mean_ms = taken_ms if self._departure_ms is None else self._departure_ms
             self._departure_ms = mean_ms + _NEWEST_SHARE * (taken_ms - mean_ms)
-        before = self._order.bisect_left(self._keys[request])
-        for key in islice(self._order, before):
-            if key not in self._overtaken:
-                self._overtaken.add(key)
+        del self._in_turn[: self._in_turn.bisect_left(self._keys[request])]  # it overtakes them
         self.remove(request)
 
     # ---- who is next
@@ -123,8 +121,7 @@ class WaitingQueue:
         Not for those whom others overtake: it would too. each_ms: how long one takes, for as long
         as nobody has waited here and been seen to leave.
         """
-        key = self._key(request)
-        ahead = self._order.bisect_left(key) - self._overtaken.bisect_left(key)
+        ahead = self._in_turn.bisect_left(self._key(request))
         return ahead * (each_ms if self._departure_ms is None else self._departure_ms)
 
     def all_ms(self) -> float | None:
@@ -140,8 +137,8 @@ class WaitingQueue:
     def check(self) -> None:
         """Asserts that everybody waits once. For tests."""
         assert {r: k for k, r in self._order.items()} == self._keys
-        assert set(self._overtaken) <= self._order.keys()
-        assert len(self._overtaken) == len(set(self._overtaken))
+        assert set(self._in_turn) <= self._order.keys()
+        assert len(self._in_turn) == len(set(self._in_turn))
         assert list(self._tokens) == sorted(r.tokens_max for r in self._keys)
         assert list(self._began_ms) == sorted(r.queued_at_ms for r in self._keys)
         if self._late is not None:

@@ -156,9 +156,6 @@ class Request:
     uncached_tokens: int = 0  # of its prompt, when it was first looked at; 0: it was not
     compute_ms: float = 0.0  # of its prompt, at least, as predicted at arrival; 0: nobody knows
 
-    in_vain: tuple[int, float] = (0, 0.0)  # the last look at it (router/placing.py): when workers
-    # were so, and up to when that holds
-
     # What earlier attempts have taught
     failures: Counter[str] = field(default_factory=Counter)  # of attempts, by worker
     suspect_id: str = ""  # a worker that is gone, by word of its peer

@@ -41,8 +41,7 @@ class Workers:
         # Prefill workers set no limit: a decode worker can compute what none of them holds.
         self.context_tokens: int | None = None
         self.context_tokens_seen = 0  # the most that it has ever been
-        self.room_grew = False  # since somebody set it to False: who waits may find a place
-        self._stirred = True
+        self._stirred = False  # since the last look at who waits
         self._config = config
         self._numbers = 0
         # The middle of what workers measure, for those that have not yet: a new one must look
@@ -77,7 +76,7 @@ class Workers:
         )
         self.prefill[worker_id] = worker
         self._prefill_list.up(worker, self._names_max(worker))
-        self._openings.note(worker, grew=True)
+        self._openings.note(worker)
         self._note_smallest()
         self.stir()
 
@@ -97,7 +96,7 @@ class Workers:
         )
         self.decode[worker_id] = worker
         self._decode_list.up(worker, self._names_max(worker))
-        self._openings.note(worker, grew=True)
+        self._openings.note(worker)
         self.stir()
         self._note_context()
 
@@ -250,14 +249,17 @@ class Workers:
     def stir(self) -> None:
         """Who may go where has changed, or what is predicted of it, without a word of room: so may
         who would have waited for a worker that takes nothing any more."""
-        self.room_grew = self._stirred = True
+        self._stirred = True
 
-    def take_news(self, wanted: Wanted) -> bool:
-        """Whether a request that found no place may find one now, by what has changed since the
-        last call."""
-        stirred, self._stirred = self._stirred, False
-        grew = self._openings.any_grew(aimed=wanted.aimed, local=self._local(wanted))
-        return stirred or grew
+    @property
+    def room_grew(self) -> bool:
+        """Whether who waits may find a place that was not there at the last look."""
+        return self._stirred or self._openings.entered
+
+    def looked_at(self) -> None:
+        """Somebody looks at who waits, with all workers as they are now."""
+        self._stirred = False
+        self._openings.forget_entered()
 
     def may_take(self, wanted: Wanted) -> bool:
         """False when surely none of the requests finds a place. Its cost grows with neither them
@@ -315,8 +317,8 @@ class Workers:
             grew = self._prefill_list.rank(worker)
         else:
             grew = self._decode_list.rank(worker)
-        self._openings.note(worker, grew=grew)
-        self.room_grew |= grew
+        self._openings.note(worker)
+        self._stirred |= grew
 
     def check(self, requests: Collection[Request]) -> None:
         """Asserts that the sums are those of the requests with an attempt under way."""

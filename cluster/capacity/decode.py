@@ -114,7 +114,7 @@ class SimDecode:
         try:
             reservation = self._reservation(key, reserve)
         except tuple(messages.REFUSALS) as error:
-            self._sessions.fail(key, messages.REFUSALS[type(error)], str(error))
+            self._sessions.fail(key, messages.refusal_code(error), str(error))
             return
         self._room.told(self.handoff.ledger.available)
         reserved = worker_pb2.Reserved(key=reserve.key)

@@ -128,7 +128,7 @@ def test_a_worker_that_keeps_failing_comes_last_for_longer_each_time():
         workers.forgive(now + shun_ms - 1)
         assert pair(workers, request()) == ("p1", "d2")
         now += shun_ms
-        workers.room_grew = False
+        workers.looked_at()
         workers.forgive(now)
         assert workers.room_grew, "somebody may wait for it"
         assert pair(workers, request()) == ("p1", "d1")
