@@ -20,10 +20,8 @@ from kvrelay.engine.shapes import LINE_BYTES
 log = logging.getLogger(__name__)
 
 _CORES_MAX = 1024
-_STEP_MS_MAX = 1000.0  # a neighbour that has been in a step for longer is dead, or stands still
-_GUEST_MS_MAX = (
-    1.0  # a guest has a piece of some 50 µs in hand; one that stands still has it longer
-)
+_STEP_MS_MAX = 10_000.0  # a neighbour that has been in a step for longer is dead, or stands still
+_GUEST_MS_MAX = 1.0  # a piece takes some 50 µs; a guest that has it for longer stands still
 _GUEST_LOOK_US = 10
 
 
