@@ -26,6 +26,7 @@ _GUEST_LOOK_US = 10
 
 
 def clock_ms() -> float:
+    """Not kvrelay/clock.py's: steps begin on the engine's thread, which has no event loop."""
     return time.monotonic() * 1000
 
 

@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-from http_router import router_config
 from prometheus_client.parser import text_string_to_metric_families
+from router_cases import router_config
 
 from kvrelay.wire import inference_pb2, worker_pb2
 from kvrelay.wire.inference_pb2 import Finished

@@ -1,11 +1,10 @@
 """Which workers take anything, and that one which begins to is noticed."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
+from router_cases import decode_worker, router_config
 
-from kvrelay.config import RouterConfig
 from router.measured import MeasuredRates
 from router.openings import Openings
 from router.prediction import Rates
@@ -14,15 +13,7 @@ from router.worker import DecodeWorker, PrefillWorker, Worker
 
 def openings_of(*workers: Worker, **config: Any) -> Openings:
     """Those that enter are not forgotten yet."""
-    made = Openings(
-        RouterConfig(
-            model_path=Path("none"),
-            model_name="tiny",
-            cluster_key="k" * 16,
-            control_socket=Path("none"),
-            **{"prefill_backlog_tokens": 50, **config},
-        )
-    )
+    made = Openings(router_config(**{"prefill_backlog_tokens": 50, **config}))
     for worker in workers:
         made.note(worker)
     return made
@@ -39,17 +30,7 @@ def p(number: int = 1, **more: Any) -> PrefillWorker:
 
 
 def d(number: int = 2, **more: Any) -> DecodeWorker:
-    return DecodeWorker(
-        worker_id=f"d{number}",
-        number=number,
-        model_fingerprint="m",
-        block_size=4,
-        blocks_total=100,
-        max_model_tokens=400,
-        itl_target_ms=0,
-        blocks_free=100,
-        **more,
-    )
+    return decode_worker(number, blocks_free=100, **more)
 
 
 def any_of(openings: Openings, *, aimed: bool = False, local: bool = False) -> bool:

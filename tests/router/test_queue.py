@@ -1,12 +1,11 @@
 import itertools
 from math import inf
-from pathlib import Path
 from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from router_cases import router_config
 
-from kvrelay.config import RouterConfig
 from router.admission import Sampling
 from router.queue import WaitingQueue
 from router.request import Request, Times
@@ -35,13 +34,7 @@ def request(
 
 def queue_of(*requests: Request, **config: Any) -> WaitingQueue:
     queue = WaitingQueue(
-        RouterConfig(
-            model_path=Path("none"),
-            model_name="tiny",
-            cluster_key="k" * 16,
-            control_socket=Path("none"),
-            **{"queue_aging_ms": AGING_MS, "queue_lookahead": 1000, **config},
-        )
+        router_config(**{"queue_aging_ms": AGING_MS, "queue_lookahead": 1000, **config})
     )
     for one in requests:
         queue.push(one)

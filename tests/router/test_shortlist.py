@@ -2,6 +2,7 @@ import random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from router_cases import decode_worker
 
 from kvrelay.kv.prefix import join_hashes
 from kvrelay.wire.worker_pb2 import BlockChanges
@@ -13,17 +14,7 @@ CHAIN = [block.to_bytes(16, "big") for block in range(8)]
 
 
 def worker(number: int, asked: int = 0, free: int = 10) -> DecodeWorker:
-    return DecodeWorker(
-        worker_id=f"d{number}",
-        number=number,
-        model_fingerprint="m",
-        block_size=4,
-        blocks_total=100,
-        max_model_tokens=400,
-        itl_target_ms=0,
-        blocks_free=free,
-        asked=asked,
-    )
+    return decode_worker(number, blocks_free=free, asked=asked)
 
 
 def shortlist_of(*workers: DecodeWorker, **cached: int) -> Shortlist[DecodeWorker]:

@@ -1,28 +1,16 @@
 from math import inf
-from pathlib import Path
-from typing import Any
 
 import pytest
 from dispatcher_bench import make
+from router_cases import router_config
 
-from kvrelay.config import RouterConfig
 from router.targets import any_targets, due_ms, waits_for_others_until_ms
 
 
-def config(**more: Any) -> RouterConfig:
-    return RouterConfig(
-        model_path=Path("none"),
-        model_name="tiny",
-        cluster_key="k" * 16,
-        control_socket=Path("none"),
-        **more,
-    )
-
-
 def test_either_target_is_one():
-    assert not any_targets(config())
-    assert any_targets(config(ttft_target_ms=1000.0))
-    assert any_targets(config(tpot_target_ms=100.0))
+    assert not any_targets(router_config())
+    assert any_targets(router_config(ttft_target_ms=1000.0))
+    assert any_targets(router_config(tpot_target_ms=100.0))
 
 
 @pytest.mark.parametrize(
@@ -39,16 +27,16 @@ def test_a_first_token_is_due_by_the_target_or_the_deadline_if_that_is_sooner(
     target_ms, deadline_ms, due
 ):
     request = make(now=50, ttft_deadline_ms=deadline_ms)
-    assert due_ms(request, config(ttft_target_ms=target_ms)) == due
+    assert due_ms(request, router_config(ttft_target_ms=target_ms)) == due
 
 
 def test_a_first_token_that_is_there_is_not_due():
     request = make(ttft_deadline_ms=300)
     request.times.first_token_at_ms = 20.0
-    assert due_ms(request, config(ttft_target_ms=1000.0)) == inf
+    assert due_ms(request, router_config(ttft_target_ms=1000.0)) == inf
 
 
 def test_a_wait_for_others_is_that_of_the_present_wait():
     request = make(now=50)
     request.queued_at_ms = 4000.0
-    assert waits_for_others_until_ms(request, config(late_wait_ms=700)) == 4700
+    assert waits_for_others_until_ms(request, router_config(late_wait_ms=700)) == 4700

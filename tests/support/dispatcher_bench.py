@@ -1,10 +1,10 @@
 """A dispatcher driven event by event, whose workers and clients the test plays."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from kvrelay.config import RouterConfig
+from router_cases import router_config
+
 from kvrelay.wire import transfer_pb2
 from kvrelay.wire import worker_pb2 as pb
 from router.admission import Sampling
@@ -42,13 +42,7 @@ class Bench:
     def __init__(self, *workers: str, blocks: int = 100, **config: Any) -> None:
         settings_ = {"attempts_max": 3, "queue_max": 4, "prefill_backlog_tokens": 50}
         settings_ |= {"local_prefill": "never", **config}
-        self.config = RouterConfig(
-            model_path=Path("none"),
-            model_name="tiny",
-            cluster_key="k" * 16,
-            control_socket=Path("none"),
-            **settings_,
-        )
+        self.config = router_config(**settings_)
         self.dispatcher = Dispatcher(self.config)
         self.blocks = blocks
         self.now = 0.0

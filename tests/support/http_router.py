@@ -5,13 +5,12 @@ import contextlib
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx2
 from byte_tokenizer import byte_level_tokenizer
+from router_cases import router_config
 
-from kvrelay.config import RouterConfig
 from router.answer import Answer, ReadingTurns
 from router.callers import Callers
 from router.commands import Trouble
@@ -133,16 +132,6 @@ def tiny_files(**changes: Any) -> ModelFiles:
         "longest_token_bytes": 100,
     }
     return ModelFiles(**{**fields, **changes})
-
-
-def router_config(**changes: Any) -> RouterConfig:
-    return RouterConfig(
-        model_path=Path("none"),
-        model_name="tiny",
-        cluster_key="k" * 16,
-        control_socket=Path("none"),
-        **changes,
-    )
 
 
 @contextlib.asynccontextmanager

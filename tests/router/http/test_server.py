@@ -8,7 +8,8 @@ import ssl
 import httpx2
 import pytest
 from certificates import make_certificates
-from http_router import HttpRouter, http_router, router_config
+from http_router import HttpRouter, http_router
+from router_cases import router_config
 from waiting import until
 
 from kvrelay.tls import server_context
