@@ -8,12 +8,14 @@ import hashlib
 import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from random import Random
+from typing import Any
 
 from cluster.capacity.meter import Meter
+from cluster.capacity.parcels import OutcomesParcel, WorkloadParcel
 from cluster.capacity.run import OnProgress, Played, Setting, SimulationError, simulate
 from cluster.workload.asks import Workload
 
@@ -44,17 +46,72 @@ def simulate_cells(
         )
         for cell in range(jobs)
     ]
-    # Not forked: gRPC's and torch's threads would not be there.
-    context = multiprocessing.get_context("spawn")
+    with _environment(_LARGE_PAGES):
+        cells = [_Cell() for _ in settings]
     played = []
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        with _environment(_LARGE_PAGES):
-            cells = pool.map(simulate, settings, _dealt(workload, jobs, setting.seed))
-        for cell in cells:
-            played.append(cell)
+    try:
+        dealt = _dealt(workload, jobs, setting.seed)
+        for cell, own, part in zip(cells, settings, dealt, strict=True):
+            cell.begin(own, WorkloadParcel.of(part))
+        for cell, part in zip(cells, dealt, strict=True):
+            came, outcomes = cell.wait()
+            played.append(replace(came, outcomes=outcomes.open(part.asks)))
             if on_progress is not None:
                 on_progress(sum(len(one.outcomes) for one in played))
+    finally:
+        for cell in cells:
+            cell.end()
     return _together(played)
+
+
+class _Cell:
+    """A process that plays one cell."""
+
+    # Not forked: gRPC's threads would not be there.
+    _CONTEXT = multiprocessing.get_context("spawn")
+
+    def __init__(self) -> None:
+        self._there, theirs = self._CONTEXT.Pipe()
+        self._process = self._CONTEXT.Process(target=_run, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def begin(self, setting: Setting, parcel: WorkloadParcel) -> None:
+        with suppress(BrokenPipeError):  # as `wait` will say
+            self._there.send((setting, parcel))
+
+    def wait(self) -> tuple[Played, OutcomesParcel]:
+        """The outcomes are apart from what else came of it."""
+        try:
+            played: Played
+            outcomes: OutcomesParcel
+            played, outcomes = self._there.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            raise SimulationError(
+                f"the process of a cell ended with status {self._process.exitcode}: what it said "
+                "is above; without a word, it may have needed more memory than there is"
+            ) from None
+        return played, outcomes
+
+    def end(self) -> None:
+        """Not by itself: to let go of millions of objects, one by one, takes seconds."""
+        self._process.kill()
+        self._process.join()
+        self._there.close()
+
+
+def _run(there: "Connection[Any, Any]") -> None:
+    """All that the process of a cell does."""
+    with suppress(KeyboardInterrupt):  # which says so itself, where it was begun
+        there.send(_play(*there.recv()))
+
+
+def _play(setting: Setting, parcel: WorkloadParcel) -> tuple[Played, OutcomesParcel]:
+    workload = parcel.open()
+    played = simulate(setting, workload)
+    outcomes = OutcomesParcel.of(played.outcomes, workload.asks)
+    return replace(played, outcomes=[]), outcomes
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from cluster.capacity import cells
 from cluster.capacity.cells import simulate_cells
 from cluster.capacity.commands import known_profiles, read_profile, simulate
 from cluster.capacity.device import DeviceProfile
+from cluster.capacity.parcels import WorkloadParcel
 from cluster.capacity.run import Setting, SimulationError
 from cluster.workload.mixes import make_mix
 
@@ -87,19 +88,17 @@ def test_every_profile_that_comes_along_can_be_read_and_says_its_source():
         assert str(read_profile(name).source).startswith("entered by hand from ")
 
 
-class Serial:
-    """In the place of a pool of processes."""
+class InTurn:
+    """In the place of a cell's process."""
 
-    def __init__(self, jobs: int, **_: Any) -> None:
-        self.jobs = jobs
+    def begin(self, setting: Setting, parcel: WorkloadParcel) -> None:
+        self.asked = (setting, parcel)
 
-    def __enter__(self) -> "Serial":
-        return self
+    def wait(self) -> Any:
+        return cells._play(*self.asked)
 
-    def __exit__(self, *_: object) -> None:
+    def end(self) -> None:
         """Nothing was begun."""
-
-    map = staticmethod(map)
 
 
 def check_cells(device: DeviceProfile) -> None:
@@ -113,12 +112,12 @@ def check_cells(device: DeviceProfile) -> None:
 
 
 def test_cells_share_out_workers_and_requests(device, monkeypatch):
-    monkeypatch.setattr(cells, "ProcessPoolExecutor", Serial)
+    monkeypatch.setattr(cells, "_Cell", InTurn)
     check_cells(device)
 
 
 def test_as_many_workers_die_however_many_cells_there_are(device, monkeypatch):
-    monkeypatch.setattr(cells, "ProcessPoolExecutor", Serial)
+    monkeypatch.setattr(cells, "_Cell", InTurn)
     workload = make_mix("uniform", 4.0, None, 1, requests=40, prompt=(8, 60), answer=(2, 9))
     setting = Setting(device, 2, 4, kill_every_s=1.0)
     whole, parts = (simulate_cells(setting, workload, jobs).kills for jobs in (1, 2))
@@ -127,16 +126,27 @@ def test_as_many_workers_die_however_many_cells_there_are(device, monkeypatch):
 
 
 def test_a_search_has_cells_too(monkeypatch):
-    jobs = []
+    begun = []
 
-    class Noting(Serial):
-        def __init__(self, count: int, **_: Any) -> None:
-            jobs.append(count)
+    class Noted(InTurn):
+        def wait(self) -> Any:
+            begun.append(self)
+            return super().wait()
 
-    monkeypatch.setattr(cells, "ProcessPoolExecutor", Noting)
+    monkeypatch.setattr(cells, "_Cell", Noted)
     words = ("--mix", "uniform", "--requests", "20", "--profile", A100, "--find-rate", "--json")
     told = json.loads(run(*words, "--prefill", "2", "--decode", "2", "--jobs", "2"))
-    assert jobs == [2] * len(told["tried"])
+    assert len(begun) == 2 * len(told["tried"])
+
+
+def test_a_cell_that_dies_says_so(device):
+    workload = make_mix("uniform", 10.0, None, 1, requests=4)
+    cell = cells._Cell()
+    cell._process.kill()
+    cell.begin(Setting(device), WorkloadParcel.of(workload))
+    with pytest.raises(SimulationError, match="ended with status -9"):
+        cell.wait()
+    cell.end()
 
 
 @pytest.mark.slow
