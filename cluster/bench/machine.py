@@ -9,6 +9,7 @@ import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import psutil
@@ -29,6 +30,7 @@ _ISA_FLAGS = (
 # In the terms of /proc/stat.
 _BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
 _OTHERS_MAX = 0.2  # cores
+_LOOK_S = 0.5
 
 
 def cores_usable() -> int:
@@ -74,6 +76,27 @@ class OtherPrograms:
             now - before for now, before in zip(_processor_seconds(), self._start, strict=True)
         )
         return round(max(0.0, all_busy - own) / max(wall, 1e-9), 2)
+
+
+class QuietLooks:
+    """The same for a bench that runs clusters: what Ray's processes have used is in no account of
+    ours once they have ended, so others are looked at while the bench does nothing: as this is
+    made, at each `look`, and at the end."""
+
+    def __init__(self) -> None:
+        self._seen: list[float] = []
+        self.look()
+
+    def look(self) -> None:
+        """Takes _LOOK_S, while nothing of the bench runs."""
+        others = OtherPrograms()
+        time.sleep(_LOOK_S)
+        self._seen.append(others.cores_busy())
+
+    def cores_busy(self) -> float:
+        """On average over all looks."""
+        self.look()
+        return round(fmean(self._seen), 2)
 
 
 def unrest(cores_busy: float) -> list[str]:

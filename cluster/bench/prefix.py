@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, median
 
-from cluster.bench.machine import OtherPrograms, describe_machine, unrest
+from cluster.bench.machine import QuietLooks, describe_machine, unrest
 from cluster.bench.report import BenchError, Report, Row
 from cluster.model_store import PreparedModel
 from cluster.options import ServeError, ServeOptions
@@ -58,7 +58,7 @@ class _Served:
 
 def bench_prefix(model: PreparedModel, asked: PrefixBench, on_progress: Progress) -> Report:
     """Raises BenchError when the model cannot be served, or its context is too short."""
-    others = OtherPrograms()
+    others = QuietLooks()
     pack_weights(model.path, asked.quantize, default_cache(), on_progress)
     options = ServeOptions(
         port=0, http_port=0, prefill=asked.prefill, decode=asked.decode, quantize=asked.quantize

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cluster.bench.handoff import bench_hand_off
 from cluster.bench.links import LINKS, bench_links
-from cluster.bench.machine import OtherPrograms, describe_machine, unrest
+from cluster.bench.machine import QuietLooks, describe_machine, unrest
 from cluster.bench.report import Report, Row
 from cluster.bench.timing import Budget
 from cluster.model_store import PreparedModel
@@ -37,7 +37,7 @@ class TransportBench:
 
 def bench_transport(asked: TransportBench, on_progress: Progress) -> Report:
     """Raises BenchError when the model cannot be served."""
-    others = OtherPrograms()
+    others = QuietLooks()
     budget = Budget.quick() if asked.quick else Budget(rounds_min=9, row_s=12.0, turn_s=0.05)
     rows: list[Row] = bench_links(list(asked.sizes_mb), budget, on_progress)
     if asked.model:

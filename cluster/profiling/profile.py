@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.bench.links import LINKS
-from cluster.bench.machine import OtherPrograms, commit, describe_machine, unrest
+from cluster.bench.machine import QuietLooks, commit, describe_machine, unrest
 from cluster.bench.report import BenchError, Report, Row
 from cluster.capacity.device import BusyNeighbour, DeviceProfile, Measured
 from cluster.model_store import PreparedModel
@@ -91,7 +91,7 @@ def profile_device(model: PreparedModel, asked: ProfileAsk, on_progress: Progres
     Raises:
         BenchError: the model cannot be served, or nothing can be measured.
     """
-    others = OtherPrograms()
+    others = QuietLooks()
     try:
         options = asked.options("shm")
         pack_weights(model.path, asked.quantize, default_cache(), on_progress)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.bench.machine import OtherPrograms, describe_machine, unrest
+from cluster.bench.machine import QuietLooks, describe_machine, unrest
 from cluster.bench.report import BenchError, Report, Row
 from cluster.capacity.device import DeviceProfile
 from cluster.capacity.run import Setting, SimulationError, simulate
@@ -68,7 +68,7 @@ def validate(
     model: PreparedModel, profile: DeviceProfile, asked: ValidationAsk, on_progress: Progress
 ) -> Report:
     """Raises BenchError when the model cannot be served, or an answer failed in one of them."""
-    others = OtherPrograms()
+    others = QuietLooks()
     workload = asked.workload()
     options = asked.options(profile)
     pack_weights(model.path, asked.quantize, default_cache(), on_progress)

@@ -5,7 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
-from cluster.bench.machine import OtherPrograms, describe_machine, unrest
+from cluster.bench.machine import OtherPrograms, QuietLooks, describe_machine, unrest
 from cluster.bench.report import Report, Row
 from cluster.bench.timing import Budget, interleaved_medians, timed
 
@@ -96,6 +96,16 @@ def test_own_work_is_not_that_of_other_programs(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("cluster.bench.machine._processor_seconds", lambda: next(seconds))
 
     assert OtherPrograms().cores_busy() == 0.5
+
+
+def test_other_programs_are_looked_at_while_a_bench_does_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moments = [(100.0, 50.0, 7.0), (100.5, 50.1, 7.0), (200.0, 99.0, 8.0), (200.5, 99.4, 8.1)]
+    monkeypatch.setattr("cluster.bench.machine._processor_seconds", lambda: moments.pop(0))
+    monkeypatch.setattr("cluster.bench.machine._LOOK_S", 0.0)
+
+    assert QuietLooks().cores_busy() == 0.4
 
 
 def test_other_programs_are_heard_of_now() -> None:

@@ -14,7 +14,7 @@ from cluster.bench.goodput.result import Cell, Goodput, Tried
 from cluster.bench.goodput.scale import Point, Unloaded, points
 from cluster.bench.goodput.search import Search
 from cluster.bench.goodput.unloaded import measure_unloaded
-from cluster.bench.machine import OtherPrograms, cores_usable, describe_machine, unrest
+from cluster.bench.machine import QuietLooks, cores_usable, describe_machine, unrest
 from cluster.bench.report import BenchError
 from cluster.load.plan import LATE_MS_MAX, LoadError, Plan, Target
 from cluster.load.run import run_load
@@ -25,6 +25,7 @@ from cluster.serving import Serving
 from cluster.weights import pack_weights
 from cluster.workload.mixes import Range, make_mix
 from cluster.workload.slo import Slo
+from cluster.workload.traces import scaled
 from kvrelay.cache import default_cache
 from kvrelay.config import Quantize
 
@@ -59,9 +60,9 @@ class StoppedError(BenchError):
 def bench_goodput(model: PreparedModel, asked: GoodputBench, on_progress: Progress) -> Goodput:
     """After Ctrl-C what there is until then. Raises BenchError when the model cannot be served, or
     nothing has been found yet."""
-    others = OtherPrograms()
+    others = QuietLooks()
     pack_weights(model.path, asked.quantize, default_cache(), on_progress)
-    bench = _Bench(model, asked, on_progress)
+    bench = _Bench(model, asked, others, on_progress)
     unloaded = bench.unloaded()
     unit = Unloaded.slowest(list(unloaded.values()))
     todo = points(unit, asked.tpot_scale, asked.ttft_scale, asked.fixed)
@@ -94,10 +95,13 @@ def bench_goodput(model: PreparedModel, asked: GoodputBench, on_progress: Progre
 
 
 class _Bench:
-    def __init__(self, model: PreparedModel, asked: GoodputBench, on_progress: Progress) -> None:
+    def __init__(
+        self, model: PreparedModel, asked: GoodputBench, others: QuietLooks, on_progress: Progress
+    ) -> None:
         self.share_done = 0.0
         self._model = model
         self._asked = asked
+        self._others = others
         self._on_progress = on_progress
         self._cores = cores_usable()
         self._last: dict[str, float] = {}  # goodput of each arrangement: where it is searched next
@@ -143,7 +147,7 @@ class _Bench:
         """The same requests at whatever rate; their tokens are others in each run."""
         asked = self._asked
         self._runs += 1
-        workload = make_mix(
+        drawn = make_mix(
             "uniform",
             rate,
             None,
@@ -152,6 +156,7 @@ class _Bench:
             prompt=asked.prompt,
             answer=asked.answer,
         )
+        workload = scaled(drawn, requests_per_s=rate)  # a hundred draws are off by a tenth
         target = Target(url=f"grpc://{serving.address}")
         plan = Plan.of(target, workload, _SEED, prompts_seed=self._runs)
         try:
@@ -167,6 +172,7 @@ class _Bench:
 
     @contextlib.contextmanager
     def _serving(self, options: ServeOptions) -> Iterator[Serving]:
+        self._others.look()
         serving = Serving(self._model, options)
         try:
             serving.start(self._on_progress)
