@@ -120,8 +120,8 @@ def goodput(
     """Find the highest rate at which 90 % of requests to MODEL meet their SLO.
 
     For a worker that does both phases, for a prefill and a decode worker, and for the two with
-    prompts wherever the SLO is met, in turn on the same cores, along a scale of SLOs. Takes some 45
-    minutes with the built-in model on two cores, 5 with --quick.
+    prompts wherever the SLO is met, in turn on the same cores, along a scale of SLOs. Takes an hour
+    and a half with the built-in model on two cores, 5 minutes with --quick.
     """
     with errors_in_one_line(ModelError, BenchError):
         if page:
