@@ -94,7 +94,11 @@ def processes_of(workers: dict[str, Worker], metrics: Metrics | None = None) -> 
         routers=SimpleNamespace(addresses=routers),
         worker_addresses=lambda role: [workers[role].address],
     )
-    return Processes(serving, dict.fromkeys(workers, 1))
+    processes = Processes(serving, dict.fromkeys(workers, 1))
+    for child in psutil.Process().children():
+        if child.pid not in {worker.process.pid for worker in workers.values()}:
+            processes.leave_out(child.pid)  # another test's that lives on: multiprocessing has one
+    return processes
 
 
 def test_members_are_those_who_listen(workers, metrics):
