@@ -37,7 +37,10 @@ def _pack(model_path: Path, quantize: Quantize, cache_dir: Path, on_progress: Pr
     command += [str(model_path), quantize, str(cache_dir)]
     quiet = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
-    with subprocess.Popen(command, stdout=pipe, stdin=nothing, text=True, env=quiet) as packer:
+    # Ctrl-C in a terminal is for us, who end the packer: it would say a traceback, at times.
+    with subprocess.Popen(
+        command, stdout=pipe, stdin=nothing, text=True, env=quiet, process_group=0
+    ) as packer:
         try:
             _follow(packer, on_progress)
         finally:

@@ -126,7 +126,7 @@ def test_an_interrupt_ends_the_packer(llama, cache, failure):
 
 
 def test_ctrl_c_ends_both_quietly(llama, cache):
-    """A terminal interrupts the whole group; the packer has nothing of its own to say to that."""
+    """A terminal interrupts the whole group, which the packer is not in."""
     code = f"""
 import sys
 from pathlib import Path
